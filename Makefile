@@ -1,0 +1,38 @@
+# fleetfit: `make demo` shows it, `make test` checks it. Both install what they need on first use.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean help
+
+help:
+	@echo "make demo    fifteen models for fifteen devices from one Transformer, and a page that shows how (runs/digits)"
+	@echo "make test    format, types, layers and tests"
+	@echo "make bench   the table of figures in benchmarks/results/ (about an hour on 2 cores)"
+	@echo "make clean   remove runs/ and tool caches (the virtual environment stays)"
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fleetfit needs Python >= 3.11; set PYTHON=..."; exit 1; }
+	@echo "Installing into $(VENV) (once; a few minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/fleetfit run recipes/digits.toml --out runs/digits
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/digits.py
+
+clean:
+	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,348 @@
+"""The job: one TOML file says everything. Validated, immutable, and the only home of defaults.
+
+Defaults are fleetfit's own choices, made by measurement (benchmarks/results/). ``method = "paper"`` puts every choice to the
+paper's own; a key that a job states itself wins over both.
+"""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tomli_w
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+
+from fleetfit.records import HeaderKind, Operation, Record
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+PAPER: dict[str, dict[str, Any]] = {
+    "backbone": {
+        "importance": "taylor",
+        "depth_order": "spread",
+        "distillation": "paper",
+        "size": "zeta",
+        "grid_distance": "l1",
+        "specialise_steps": 0,
+    },
+    "header": {"search": "enas", "freeze_backbone": False, "keep_distilled": False, "views": 1},
+    "refine": {
+        "exchange": "importance",
+        "similarity": "wasserstein",
+        "sketch": "samples",
+        "anchor": 0.0,
+        "class_prior": False,
+        "importance": "parameter",
+        "guard": False,
+    },
+}
+
+
+def parse_bytes(value: object) -> object:
+    """'300 KB' -> 300000; integers pass. Powers of ten for KB, MB, GB and of two for KiB, MiB, GiB."""
+    if isinstance(value, str):
+        number = value.strip().rstrip("BKMGIbkmgi ")
+        unit = value.strip()[len(number) :].strip().upper() or "B"
+        try:
+            return int(float(number) * UNITS[unit])
+        except (KeyError, ValueError):
+            raise ValueError(f"must be bytes, as 300000 or '300 KB' (units {', '.join(UNITS)})") from None
+    return value
+
+
+def as_tuple(value: object) -> object:
+    """A single value stands for a list of one."""
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Steps = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(Record):
+    """The reference Transformer, built from its Hugging Face configuration."""
+
+    family: Literal["vit"] = Field("vit", description="which family of models/families.py")
+    config: dict[str, Any] = Field(
+        default_factory=lambda: {
+            "hidden_size": 64,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "intermediate_size": 128,
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+        },
+        description="keys of the family's Hugging Face configuration",
+    )
+    epochs: Steps = Field(60, description="training epochs of the reference on the public split")
+    batch_size: Steps = 64
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    shift_pixels: int = Field(1, ge=0, description="augmentation: random shifts of up to this many pixels")
+
+
+class DataConfig(Record):
+    """Where samples come from and who gets which; the splits never overlap."""
+
+    source: Literal["digits"] = Field("digits", description="digits: scikit-learn's 8x8 handwritten digits")
+    public_share: Share = Field(0.40, description="cloud's public set D_c, of all samples")
+    test_share: Share = Field(0.10, description="held-out public samples, for reporting only")
+    edge_share: Share = Field(0.08, description="edges' shared sets together; the rest is the devices' private data")
+    validation_share: Share = Field(0.2, description="cut from each training side; all choices are made on it")
+    device_test_share: Share = Field(0.3, description="a device's private test split, for reporting only")
+    split: Literal["iid", "classes", "dirichlet"] = "classes"
+    classes_per_device: int = Field(5, ge=1, description='with split = "classes"')
+    alpha: float = Field(0.5, gt=0, description='with split = "dirichlet"')
+
+    @model_validator(mode="after")
+    def _shares(self) -> "DataConfig":
+        total = self.public_share + self.test_share + self.edge_share
+        if total >= 1:
+            raise ValueError(f"public_share + test_share + edge_share must be < 1, got {total:g}")
+        return self
+
+
+class DeviceGroup(Record):
+    """``count`` devices alike; a list is dealt out in turn, so [60, 100] alternates."""
+
+    count: Annotated[int, Field(ge=1)] = 1
+    cluster: str | None = Field(None, description="left out: clusters are made from the attributes by k-means")
+    storage_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+        validation_alias=AliasChoices("storage_limit"), description="C_n, bytes or '300 KB'"
+    )
+    gpu_capacity: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
+        Field((100.0,), description="G_n, watts")
+    )
+
+
+class EnergyConfig(Record):
+    """Constants of Eqs. 1-2, relative to each device's G_n and L."""
+
+    power_slope_share: float = Field(0.1, ge=0, description="dG / G_n")
+    patch_power_share: float = Field(0.5, ge=0, description="G_beta / G_n")
+    latency_seconds: float = Field(1.0, gt=0, description="L")
+    latency_slope_share: float = Field(0.1, ge=0, description="dL / L")
+    epochs: Steps = Field(10, description="k, epochs whose energy is counted")
+
+
+class FleetConfig(Record):
+    """Who is there. Devices are named <cluster>-<number>."""
+
+    devices: tuple[DeviceGroup, ...] = Field(
+        default_factory=lambda: (
+            DeviceGroup(count=5, cluster="small", storage_limit=(200_000,), gpu_capacity=(40, 50, 60)),
+            DeviceGroup(count=5, cluster="medium", storage_limit=(400_000,), gpu_capacity=(80, 100, 120)),
+            DeviceGroup(count=5, cluster="large", storage_limit=(1_000_000,), gpu_capacity=(160, 200, 240)),
+        ),
+        min_length=1,
+    )
+    num_clusters: Annotated[int, Field(ge=1)] | None = Field(None, description="k of k-means; default: up to 3")
+    energy: EnergyConfig = EnergyConfig()
+
+    @model_validator(mode="after")
+    def _clusters(self) -> "FleetConfig":
+        named = [g.cluster is not None for g in self.devices]
+        if any(named) and not all(named):
+            raise ValueError("devices.cluster must be given for all groups or for none (none: clusters by k-means)")
+        if all(named) and self.num_clusters is not None:
+            raise ValueError("num_clusters must be left out where every group of devices names its cluster")
+        total = sum(g.count for g in self.devices)
+        if self.num_clusters is not None and self.num_clusters > total:
+            raise ValueError(f"num_clusters must be <= the number of devices ({total}), got {self.num_clusters}")
+        return self
+
+
+class BackboneConfig(Record):
+    """Phase 1, in the cloud."""
+
+    widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.25, 0.5, 0.75, 1.0), min_length=1)
+    depths: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="default: 1 to the reference's layers")
+    importance: Literal["taylor", "exact", "random"] = Field("taylor", description="Eqs. 6-8; random: for comparison")
+    importance_samples: Steps = 512
+    depth_order: Literal["auto", "spread", "first"] = Field("auto", description="which layers a shallower model keeps")
+    distillation: Literal["joint", "paper"] = Field("joint", description="joint: one stage; paper: Eq. 9's two stages")
+    steps: Steps = Field(350, description="optimiser steps of elastic training; paper: divided between its two stages")
+    batch_size: Steps = 64
+    learning_rate: float = Field(1.5e-3, gt=0)
+    weight_logits: float = Field(1.0, ge=0, description="lambda_1 of Eq. 9")
+    weight_embeddings: float = Field(1.0, ge=0, description="lambda_2 of Eq. 9")
+    choice: Literal["pareto_grid", "greedy_accuracy", "greedy_size", "random"] = "pareto_grid"
+    size: Literal["exact", "zeta"] = Field("exact", description="objective f3: bytes as shipped, or the paper's zeta")
+    gamma_p: float = Field(0.1, gt=0, description="Eq. 11: the loss difference that does not matter")
+    grid_distance: Literal["euclidean", "l1"] = Field("euclidean", description="Eq. 13")
+    specialise_steps: int = Field(150, ge=0, description="training of the chosen sub-network alone before it is sent")
+
+
+class HeaderConfig(Record):
+    """Phase 2-1, on each edge."""
+
+    search: Literal["halving", "random", "enas", "distilled"] | HeaderKind = Field(
+        "halving", description="distilled: keep the header that came with the backbone; or a fixed header's name"
+    )
+    budget_steps: Steps = Field(1500, description="training steps of headers in all; the same for every search")
+    batch_size: Steps = 32
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    views: Steps = Field(4, description="shifted copies of each shared image, the image itself included")
+    max_blocks: Annotated[int, Field(ge=1, le=8)] = Field(3, description="B")
+    repeats: Annotated[int, Field(ge=1, le=4)] = Field(1, description="U")
+    channels: Steps = 16
+    operations: tuple[Operation, ...] = Field(get_args(Operation), min_length=1)
+    keep_distilled: bool = Field(True, description="the header distilled with the backbone is always a candidate")
+    freeze_backbone: bool = Field(True, description="false: the search trains the backbone too, as the paper does")
+    controller_learning_rate: float = Field(3.5e-3, gt=0)
+    controller_entropy: float = Field(1e-4, ge=0)
+    controller_baseline_decay: float = Field(0.99, ge=0, lt=1)
+    final_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="enas, random: share of the budget that trains the winner alone"
+    )
+
+
+class RefineConfig(Record):
+    """Phase 2-2, between each edge and its devices."""
+
+    rounds: Steps = Field(2, description="T")
+    epochs: Steps = Field(10, description="local epochs a round")
+    batch_size: Steps = 16
+    learning_rate: float = Field(3e-3, gt=0)
+    exchange: Literal["weights", "importance"] = Field("weights", description="what is aggregated by similarity")
+    similarity: Literal["calibrated", "wasserstein", "js", "average", "alone"] = "calibrated"
+    temperature: float = Field(0.5, gt=0, description="tau of the calibrated similarity")
+    sketch: Literal["samples", "sliced"] = Field("samples", description="what a device shows of its features")
+    sketch_samples: Annotated[int, Field(ge=2)] = 24
+    anchor: float = Field(0.1, ge=0, description="mu, pull to the shipped header; 0 = free")
+    class_prior: bool = Field(True, description="empirical-Bayes class prior in the last bias")
+    importance: Literal["gate", "neuron", "parameter"] = Field("gate", description="Eqs. 16-18 or beyond")
+    prune_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="share of header neurons dropped in all")
+    guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
+
+
+class RunConfig(Record):
+    """How to run, not what."""
+
+    threads: Steps = Field(1, description="CPU threads; on small models one is fastest")
+    torch_device: Literal["auto", "cpu", "cuda"] = "cpu"
+    cache: str = Field("~/.cache/fleetfit", description="trained references, by content hash")
+
+
+class Job(Record):
+    """The resolved job."""
+
+    method: Literal["fleetfit", "paper"] = "fleetfit"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    fleet: FleetConfig = FleetConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    header: HeaderConfig = HeaderConfig()
+    refine: RefineConfig = RefineConfig()
+    run: RunConfig = RunConfig()
+
+    def to_toml(self) -> str:
+        """The resolved job as TOML; reading it gives an equal job."""
+        return tomli_w.dumps(json.loads(self.model_dump_json(exclude_none=True)))
+
+
+def _known_keys(model: type[BaseModel]) -> list[str]:
+    return list(model.model_fields)
+
+
+def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """The pydantic model that holds the key at this path, for the nearest-key hint."""
+    model: type[BaseModel] = Job
+    for part in path[:-1]:
+        if isinstance(part, int):
+            continue
+        if part not in model.model_fields:
+            return None
+        annotation = model.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return None
+        model = inner[0]
+    return model
+
+
+def _explain(error: ValidationError) -> str:
+    """One line per problem: key, rule, what it got, and the nearest key."""
+    lines = []
+    seen = set()
+    for problem in error.errors():
+        path = tuple(p for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p.startswith("function-"))))
+        key = ".".join(str(p) for p in path) or "job"
+        got = problem.get("input")
+        if problem["type"] == "extra_forbidden":
+            model = _model_at(path)
+            known = _known_keys(model) if model else []
+            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys here: {', '.join(known)}"
+            line = f"{key}: unknown key{hint}"
+        elif problem["type"] == "missing":
+            line = f"{key}: must be given"
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            shown = "" if isinstance(got, (dict, Record)) else f", got {got!r}"
+            line = f"{key}: {message[0].lower() + message[1:]}{'' if ', got ' in message else shown}"
+        if line not in seen:
+            lines.append(line)
+            seen.add(line)
+    return "\n".join(lines)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def make_job(fields: dict[str, Any]) -> Job:
+    """A job from plain nested fields, as TOML gives them: defaults < the method's preset < the fields.
+
+    Raises:
+        ValueError: one line for each problem, with key, rule, what it got, and the nearest key.
+    """
+    preset = PAPER if fields.get("method") == "paper" else {}
+    try:
+        return Job.model_validate(_merge(preset, fields))
+    except ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """'header.search=enas' -> {'header': {'search': 'enas'}}; the value is TOML, or else a plain string."""
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise ValueError(f"--set must be KEY=VALUE, got {text!r}")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value
+    for part in reversed(key.strip().split(".")):
+        parsed = {part: parsed}
+    return dict(parsed)
+
+
+def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> Job:
+    """Read and resolve a job file.
+
+    Raises:
+        ValueError: not TOML, or not a valid job.
+        OSError: the file cannot be read.
+    """
+    path = Path(path)
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    for text in overrides:
+        fields = _merge(fields, parse_override(text))
+    try:
+        return make_job(fields)
+    except ValueError as error:
+        raise ValueError(f"{path}:\n{error}") from None

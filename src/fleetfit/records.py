@@ -1,0 +1,110 @@
+"""Plain values that the tiers speak of; immutable, validated, JSON in and out."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+OPERATIONS = ("conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool")
+FIXED_HEADERS = ("linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp")
+
+Operation = Literal["conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool"]
+HeaderKind = Literal[
+    "blocks", "linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp"
+]
+
+
+class Record(BaseModel):
+    """Base of all plain values: frozen, and an unknown field is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+class EnergyModel(Record):
+    """Constants of Eqs. 1-2 for one device; watts and seconds, per training epoch."""
+
+    power_watts: float = Field(100.0, gt=0, description="G_n, power at (w, d) -> 0")
+    power_slope_watts: float = Field(10.0, ge=0, description="dG, more power per unit of width x depth")
+    patch_power_watts: float = Field(50.0, ge=0, description="G_beta, power per patch")
+    latency_seconds: float = Field(1.0, gt=0, description="L, time at (w, d) -> 0")
+    latency_slope_seconds: float = Field(0.1, ge=0, description="dL, more time per unit of width x depth")
+
+
+class DeviceAttributes(Record):
+    """What a device tells about itself: hardware and volume, nothing about its samples."""
+
+    device_id: str
+    storage_limit_bytes: int = Field(gt=0, description="C_n, largest model it can store")
+    energy: EnergyModel
+    num_samples: int = Field(ge=0)
+
+
+class BackboneShape(Record):
+    """(w, d): share of attention heads and MLP neurons kept, number of layers kept."""
+
+    width: float = Field(gt=0, le=1)
+    depth: int = Field(ge=1)
+
+
+class Candidate(Record):
+    """One sub-network of the elastic backbone with its objectives, evaluated once for the whole fleet."""
+
+    shape: BackboneShape
+    loss: float
+    accuracy: float
+    parameters: int
+    size_bytes: int
+    zeta: float
+
+
+class Block(Record):
+    """One block of a searched header: (I1, I2, O1, O2, add), Section III-C.
+
+    Inputs count from 0: 0 = the previous cell's output (first cell: the backbone's output), 1 = the one before it (first
+    cell: the penultimate layer's output), 2 + i = the output of block i of this cell.
+    """
+
+    input_1: Annotated[int, Field(ge=0)]
+    input_2: Annotated[int, Field(ge=0)]
+    operation_1: Operation
+    operation_2: Operation
+
+
+class HeaderSpec(Record):
+    """All that is needed to build a header: a searched one (kind "blocks") or one of the fixed ones."""
+
+    kind: HeaderKind = "linear"
+    blocks: tuple[Block, ...] = ()
+    repeats: int = Field(1, ge=1, description="U, how often the cell of B blocks is repeated")
+    channels: int = Field(16, ge=1, description="channels inside the header")
+    pooling: int = Field(1, ge=1, description="final pooling to pooling x pooling cells")
+    hidden: int = Field(0, ge=0, description="units of the final MLP's hidden layer; 0 = one linear layer")
+
+
+class DeviceReport(Record):
+    """What a device reports at the end; accuracies on its private test split, shares in 0..1."""
+
+    device_id: str
+    accuracy_coarse: float
+    accuracy_local: float
+    accuracy: float
+    num_train: int
+    num_test: int
+    parameters: int
+    size_bytes: int
+    limit_bytes: int
+    kept_neurons: int
+    neurons: int
+    notes: tuple[str, ...] = ()
+
+
+class HeaderTrial(Record):
+    """One header that the edge's search looked at, for the comparison table; scores on the edge's validation split."""
+
+    name: str
+    spec: HeaderSpec
+    loss: float
+    accuracy: float
+    parameters: int
+
+
+JsonDict = dict[str, Any]
