@@ -1,7 +1,7 @@
 """The job: one TOML file says everything. Validated, immutable, and the only home of defaults.
 
-Defaults are fleetfit's own choices, made by measurement (benchmarks/results/). ``method = "paper"`` puts every choice to the
-paper's own; a key that a job states itself wins over both.
+Defaults are fleetfit's own choices, made by measurement (benchmarks/results/). ``method = "paper"`` puts every choice
+to the paper's own; a key that a job states itself wins over both.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fleetfit.records import HeaderKind, Operation, Record
 
@@ -59,6 +59,7 @@ def as_tuple(value: object) -> object:
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[int, Field(ge=1)]
+Watts = Annotated[float, Field(gt=0)]
 
 
 class ModelConfig(Record):
@@ -74,6 +75,7 @@ class ModelConfig(Record):
             "image_size": 8,
             "patch_size": 2,
             "num_channels": 1,
+            "initializer_range": 0.1,
         },
         description="keys of the family's Hugging Face configuration",
     )
@@ -112,10 +114,10 @@ class DeviceGroup(Record):
     count: Annotated[int, Field(ge=1)] = 1
     cluster: str | None = Field(None, description="left out: clusters are made from the attributes by k-means")
     storage_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
-        validation_alias=AliasChoices("storage_limit"), description="C_n, bytes or '300 KB'"
+        description="C_n, bytes or '300 KB'"
     )
-    gpu_capacity: Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(as_tuple), Field(min_length=1)] = (
-        Field((100.0,), description="G_n, watts")
+    gpu_capacity: Annotated[tuple[Watts, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
+        (100.0,), description="G_n, watts"
     )
 
 
@@ -134,9 +136,9 @@ class FleetConfig(Record):
 
     devices: tuple[DeviceGroup, ...] = Field(
         default_factory=lambda: (
-            DeviceGroup(count=5, cluster="small", storage_limit=(200_000,), gpu_capacity=(40, 50, 60)),
-            DeviceGroup(count=5, cluster="medium", storage_limit=(400_000,), gpu_capacity=(80, 100, 120)),
-            DeviceGroup(count=5, cluster="large", storage_limit=(1_000_000,), gpu_capacity=(160, 200, 240)),
+            DeviceGroup(count=5, cluster="phones", storage_limit=(120_000,), gpu_capacity=(40, 50, 60)),
+            DeviceGroup(count=5, cluster="boxes", storage_limit=(320_000,), gpu_capacity=(80, 100, 120)),
+            DeviceGroup(count=5, cluster="servers", storage_limit=(1_000_000,), gpu_capacity=(160, 200, 240)),
         ),
         min_length=1,
     )
@@ -165,9 +167,9 @@ class BackboneConfig(Record):
     importance_samples: Steps = 512
     depth_order: Literal["auto", "spread", "first"] = Field("auto", description="which layers a shallower model keeps")
     distillation: Literal["joint", "paper"] = Field("joint", description="joint: one stage; paper: Eq. 9's two stages")
-    steps: Steps = Field(350, description="optimiser steps of elastic training; paper: divided between its two stages")
+    steps: Steps = Field(450, description="optimiser steps of elastic training; paper: divided between its two stages")
     batch_size: Steps = 64
-    learning_rate: float = Field(1.5e-3, gt=0)
+    learning_rate: float = Field(3e-3, gt=0)
     weight_logits: float = Field(1.0, ge=0, description="lambda_1 of Eq. 9")
     weight_embeddings: float = Field(1.0, ge=0, description="lambda_2 of Eq. 9")
     choice: Literal["pareto_grid", "greedy_accuracy", "greedy_size", "random"] = "pareto_grid"
@@ -192,6 +194,9 @@ class HeaderConfig(Record):
     repeats: Annotated[int, Field(ge=1, le=4)] = Field(1, description="U")
     channels: Steps = 16
     operations: tuple[Operation, ...] = Field(get_args(Operation), min_length=1)
+    room: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of the storage limit that the backbone leaves free for a header"
+    )
     keep_distilled: bool = Field(True, description="the header distilled with the backbone is always a candidate")
     freeze_backbone: bool = Field(True, description="false: the search trains the backbone too, as the paper does")
     controller_learning_rate: float = Field(3.5e-3, gt=0)

@@ -1,27 +1,37 @@
 """What crosses each link: typed messages, their one encoding, and the protocols of links and checkpoints.
 
 A message is JSON fields plus named tensors. On the wire it is one safetensors blob whose metadata carries the kind, the
-format version and the fields. No pickle, no code. A decoded message is validated against its type before anyone sees it.
+format version and the fields. No pickle, no code. What is decoded is validated against its type before anyone sees it.
 """
 
 import json
 import struct
 from collections.abc import Callable, Mapping
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import safetensors.torch
+import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fleetfit.records import DeviceAttributes, DeviceReport, HeaderSpec, HeaderTrial, JsonDict, Record
+from fleetfit.config import RefineConfig
+from fleetfit.records import (
+    DeviceAttributes,
+    DeviceReport,
+    HeaderSpec,
+    HeaderTrial,
+    JsonDict,
+    Record,
+    ValidationScores,
+)
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 16 * 2**20
 
 
 class Message(Record):
-    """JSON fields plus named tensors. ``step`` orders what one device is asked: a repeat is answered from the state before."""
+    """JSON fields plus named tensors."""
 
     kind: ClassVar[str]
     tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True, repr=False)
@@ -55,7 +65,6 @@ class BackboneAssignment(Message):
     config: JsonDict
     labels: tuple[str, ...]
     header: HeaderSpec
-    limit_bytes: int
 
 
 class ClusterReport(Message):
@@ -65,18 +74,18 @@ class ClusterReport(Message):
     cluster: str
     header: HeaderSpec
     trials: tuple[HeaderTrial, ...]
-    similarity: tuple[tuple[float, ...], ...]
+    similarity: tuple[tuple[float, ...], ...] = Field(description="weights of Eq. 21, [device peer]")
+    distance: tuple[tuple[float, ...], ...] = Field(description="what they were made from")
+    rounds: tuple[JsonDict, ...] = Field(description="per round, the cluster's pooled validation scores")
+    decision: JsonDict = Field(description="what the guard and the class prior decided, and on which scores")
     devices: tuple[DeviceReport, ...]
-    rounds: tuple[JsonDict, ...]
-    refined: str
-    traffic: JsonDict = Field(default_factory=dict)
 
 
 # -- edge <-> device --------------------------------------------------------------------------------------------------
 
 
 class DeviceMessage(Message):
-    """Base of what an edge asks a device; ``step`` counts 0, 1, 2, ... per device."""
+    """Base of what an edge asks a device; ``step`` counts 0, 1, 2, ...: a repeat is answered from the state before it."""
 
     step: int = Field(ge=0)
 
@@ -102,39 +111,55 @@ class CoarseModel(DeviceMessage):
     config: JsonDict
     labels: tuple[str, ...]
     header: HeaderSpec
-    class_shares: tuple[float, ...] = Field(description="q, the edge's shared set's class shares")
+    refine: RefineConfig
+    seed: int
+    class_shares: tuple[float, ...] = Field(description="q, class shares of the edge's shared set")
 
 
 class CoarseReply(Message):
-    """Device to edge: a feature sketch for Eq. 19 and how the coarse model does on the device's validation split.
+    """Device to edge: a sketch of its features for Eq. 19, and how the coarse model does on its validation split.
 
-    Tensors: ``sketch``, [sample, feature] or [quantile, projection]; never inputs or labels.
+    Tensors: ``sketch.all``, [sample feature] or [quantile projection]; the latter also of two halves of the sample,
+    ``sketch.first`` and ``sketch.second``. Never inputs, never labels.
     """
 
     kind: ClassVar[str] = "coarse_reply"
-    scores: dict[str, list[float]]
+    scores: ValidationScores
 
 
 class RefineRound(DeviceMessage):
-    """Edge to device: do one round. Tensors: ``importance.<name>`` and/or ``header.<name>``, personal to this device."""
+    """Edge to device: do one round. Tensors from round 2 on: the personal ``importance.*`` and ``header.*``."""
 
     kind: ClassVar[str] = "refine_round"
     round: int = Field(ge=1)
 
 
 class RoundReply(Message):
-    """Device to edge: ``importance.<name>`` and/or ``header.<name>`` after local training, and validation scores."""
+    """Device to edge: ``importance.*`` and, where weights are exchanged, ``header.*`` after local training."""
 
     kind: ClassVar[str] = "round_reply"
-    scores: dict[str, list[float]]
+    scores: ValidationScores
+
+
+class Propose(DeviceMessage):
+    """Edge to device: the last personal tensors; how do the ways to ship them do on your validation split?"""
+
+    kind: ClassVar[str] = "propose"
+
+
+class ProposeReply(Message):
+    """Device to edge: validation scores by way to ship, "<header>" or "<header>/<k of the class prior>"."""
+
+    kind: ClassVar[str] = "propose_reply"
+    scores: dict[str, ValidationScores]
 
 
 class Finish(DeviceMessage):
-    """Edge to device: the last personal tensors and the cluster's decision; the device builds what it ships."""
+    """Edge to device: what the cluster decided; build what you ship and report."""
 
     kind: ClassVar[str] = "finish"
-    header: str = Field(description="which header to ship: coarse, or refined")
-    prior_strength: float | None = Field(None, description="k of the class prior; None = no prior")
+    header: Literal["coarse", "refined"]
+    prior_strength: float | None = Field(None, description="k of the class prior; None: no prior")
 
 
 class FinishReply(Message):
@@ -157,6 +182,8 @@ MESSAGES: dict[str, type[Message]] = {
         CoarseReply,
         RefineRound,
         RoundReply,
+        Propose,
+        ProposeReply,
         Finish,
         FinishReply,
     )
@@ -165,10 +192,13 @@ MESSAGES: dict[str, type[Message]] = {
 M = TypeVar("M", bound=Message)
 
 
-def encode(message: Message) -> bytes:
-    """One safetensors blob: tensors as they are, fields as JSON in the metadata."""
-    metadata = {"kind": message.kind, "version": str(FORMAT_VERSION), "fields": message.model_dump_json()}
-    tensors = {name: t.detach().cpu().contiguous() for name, t in message.tensors.items()}
+def encode(message: Message, **extra: str) -> bytes:
+    """One safetensors blob: tensors as they are, fields as JSON in the metadata, beside any extra metadata."""
+    metadata = {"kind": message.kind, "version": str(FORMAT_VERSION), "fields": message.model_dump_json(), **extra}
+    # The format refuses tensors that share memory.
+    tensors = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in message.tensors.items()
+    }
     return safetensors.torch.save(tensors, metadata=metadata)
 
 
@@ -209,6 +239,18 @@ def decode(blob: bytes, expected: type[M], what: str = "message") -> M:
     except (ValidationError, SafetensorError) as error:
         raise ValueError(f"{what} is corrupt: {error}") from error
     return message.model_copy(update={"tensors": tensors})
+
+
+def decode_any(blob: bytes, what: str = "message") -> Message:
+    """The message in a blob, of whichever kind crosses links.
+
+    Raises:
+        ValueError: as ``decode``, or a kind that does not cross links.
+    """
+    kind = read_metadata(blob, what)["kind"]
+    if kind not in MESSAGES:
+        raise ValueError(f"{what} is of the unknown kind {kind!r}")
+    return decode(blob, MESSAGES[kind], what)
 
 
 def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

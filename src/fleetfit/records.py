@@ -59,8 +59,8 @@ class Candidate(Record):
 class Block(Record):
     """One block of a searched header: (I1, I2, O1, O2, add), Section III-C.
 
-    Inputs count from 0: 0 = the previous cell's output (first cell: the backbone's output), 1 = the one before it (first
-    cell: the penultimate layer's output), 2 + i = the output of block i of this cell.
+    Inputs count from 0: 0 = the previous cell's output (first cell: the backbone's output), 1 = the one before it
+    (first cell: the penultimate layer's output), 2 + i = the output of block i of this cell.
     """
 
     input_1: Annotated[int, Field(ge=0)]
@@ -80,13 +80,21 @@ class HeaderSpec(Record):
     hidden: int = Field(0, ge=0, description="units of the final MLP's hidden layer; 0 = one linear layer")
 
 
+class ValidationScores(Record):
+    """Sums over a validation split, so that those of several devices add up: samples, nats, and right answers."""
+
+    num_samples: int = Field(ge=0)
+    loss_sum: float
+    num_correct: int = Field(ge=0)
+
+
 class DeviceReport(Record):
     """What a device reports at the end; accuracies on its private test split, shares in 0..1."""
 
     device_id: str
-    accuracy_coarse: float
-    accuracy_local: float
-    accuracy: float
+    accuracy_coarse: float | None = Field(description="the model as it was sent; None without test samples")
+    accuracy_local: float | None = Field(description="fine-tuned alone: same header, same epochs, no collaboration")
+    accuracy: float | None
     num_train: int
     num_test: int
     parameters: int

@@ -1,4 +1,4 @@
-"""The only fit and evaluate loops. Who trains what, and on which loss, is the caller's: both take plain functions of row numbers."""
+"""The only fit and evaluate loops. Both take plain functions of row numbers: who trains what is the caller's."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -54,7 +54,7 @@ def fit(
     after_step: StepCallback | None = None,
     name: str = "training",
 ) -> float:
-    """Minimise ``loss_of(rows)`` by AdamW with warm-up and cosine decay; return the mean loss of the last tenth of the steps.
+    """Minimise ``loss_of(rows)`` by AdamW, warm-up and cosine decay; return the mean loss of the last tenth of steps.
 
     ``loss_of`` may also run backward itself (several sub-networks a step) and return a detached loss.
 

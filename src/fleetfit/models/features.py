@@ -27,8 +27,8 @@ class FeatureShape:
 class Features:
     """Tokens of the last layer (after the final LayerNorm) and of the penultimate layer.
 
-    Tokens are row-major on the grid, after the prefix tokens. ``mask`` is true for tokens that are there (text padding is
-    false); None means all are.
+    Tokens are row-major on the grid, after the prefix tokens. ``mask`` is true for tokens that are there (text padding
+    is false); None means all are.
     """
 
     output: Float[Tensor, "batch token channel"]
@@ -40,9 +40,7 @@ class Features:
 
     def rows(self, rows: Int[Tensor, " row"] | slice) -> "Features":
         """The features of some samples."""
-        return Features(
-            self.output[rows], self.penultimate[rows], None if self.mask is None else self.mask[rows]
-        )
+        return Features(self.output[rows], self.penultimate[rows], None if self.mask is None else self.mask[rows])
 
     def detached(self) -> "Features":
         """The same values, cut from the graph."""

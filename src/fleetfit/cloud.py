@@ -1,0 +1,365 @@
+"""The cloud: reference in, one backbone per cluster out (Phase 1, Algorithm 1). Sees public data and attributes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fleetfit.config import Job
+from fleetfit.data.augmentation import random_shift
+from fleetfit.data.partition import Split
+from fleetfit.elastic_training import (
+    LayerImportance,
+    better_depth_order,
+    evaluate_shape,
+    random_importance,
+    removal_importance,
+    reorder_by,
+    specialise,
+    taylor_importance,
+    train_elastic,
+)
+from fleetfit.messages import BackboneAssignment, ClusterStats, Message, put, take
+from fleetfit.method.energy import cluster_energy_joules
+from fleetfit.method.matching import (
+    greedy_accuracy,
+    greedy_size,
+    optimum,
+    random_choice,
+    smallest,
+    trade_off_score,
+    trade_off_score_accuracy,
+)
+from fleetfit.method.pareto_grid import choose, make_grid, pareto_front_grid
+from fleetfit.method.size import safetensors_size_bytes, zeta
+from fleetfit.models.classifier import Classifier, num_parameters
+from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone
+from fleetfit.models.header import build_header, header_from_state
+from fleetfit.randomness import derive_seed, named_generator, seeded_init
+from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, HeaderSpec, JsonDict, Record
+from fleetfit.training import evaluate, fit, steps_per_epoch
+
+ProgressOf = Callable[[int, int, str], None]
+
+
+class Reference(Message):
+    """The trained reference theta_0 with its linear header. Tensors: ``backbone.*``, ``header.*``."""
+
+    kind: ClassVar[str] = "reference"
+    config: JsonDict
+    parameters: int
+    validation_loss: float
+    validation_accuracy: float
+    accuracy: float = Field(description="on the held-out public test split")
+    curve: tuple[float, ...] = Field((), description="training loss, some fifty points")
+
+
+class Elastic(Message):
+    """The elastic backbone after distillation, full size and sorted. Tensors: ``backbone.*``, ``header.*``."""
+
+    kind: ClassVar[str] = "elastic"
+    config: JsonDict
+    depth_order: DepthOrder
+    head_importance: tuple[tuple[float, ...], ...]
+    neuron_importance_mean: tuple[float, ...]
+    curve: tuple[float, ...] = ()
+
+
+class Candidates(Message):
+    """Every (w, d), evaluated once; the objectives that do not depend on the cluster."""
+
+    kind: ClassVar[str] = "candidates"
+    candidates: tuple[Candidate, ...]
+
+
+class ClusterChoice(Record):
+    """One cluster's view of all candidates and who would choose which; lists run along the candidates.
+
+    Grid coordinates are None, and ``on_front`` false, for candidates over the limit.
+    """
+
+    cluster: str
+    limit_bytes: int
+    fits: tuple[bool, ...]
+    energy_joules: tuple[float, ...]
+    coordinates: tuple[tuple[int, ...] | None, ...]
+    on_front: tuple[bool, ...]
+    trade_off: tuple[float, ...] = Field(description="score (a) over all candidates; lower is better")
+    trade_off_accuracy: tuple[float, ...] = Field(description="score (b) over all candidates; higher is better")
+    chosen_by: dict[str, int] = Field(description="method -> index of the candidate it chooses")
+    chosen: int = Field(description="index of the candidate that the job's method chooses")
+
+
+class CurveKeeper:
+    """Passes progress on, and keeps about fifty points of the loss."""
+
+    def __init__(self, progress: ProgressOf) -> None:
+        self.progress = progress
+        self.points: list[float] = []
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        """A training step is done."""
+        if step % max(1, steps // 50) == 0:
+            self.points.append(round(loss, 5))
+        self.progress(step, steps, f"loss {loss:.3f}")
+
+
+def shape_grid(job: Job) -> tuple[BackboneShape, ...]:
+    """All (w, d) of the job.
+
+    Raises:
+        ValueError: a depth over the reference's layers.
+    """
+    layers = int(job.model.config.get("num_hidden_layers", 12))
+    depths = job.backbone.depths or tuple(range(1, layers + 1))
+    if max(depths) > layers:
+        raise ValueError(f"backbone.depths must be <= the reference's {layers} layers, got {max(depths)}")
+    widths = sorted(set(job.backbone.widths))
+    return tuple(BackboneShape(width=w, depth=d) for w in widths for d in sorted(set(depths)))
+
+
+def train_reference(job: Job, public: Split, progress: ProgressOf) -> Reference:
+    """Build the reference from its configuration and train it on the public split.
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+    """
+    model_config, train = job.model, public.train
+    with seeded_init(job.seed, "reference"):
+        backbone = Backbone(model_config.family, dict(model_config.config))
+        model = Classifier(backbone, build_header(HeaderSpec(), backbone.feature_shape, train.num_classes))
+    shifts = named_generator(job.seed, "reference", "shifts")
+
+    def loss_of(rows: Tensor) -> Tensor:
+        inputs = random_shift(train.inputs[rows], model_config.shift_pixels, shifts)
+        return cross_entropy(model(inputs), train.labels[rows], label_smoothing=model_config.label_smoothing)
+
+    curve = CurveKeeper(progress)
+    fit(
+        loss_of,
+        model.parameters(),
+        len(train),
+        steps=model_config.epochs * steps_per_epoch(len(train), model_config.batch_size),
+        batch_size=model_config.batch_size,
+        learning_rate=model_config.learning_rate,
+        weight_decay=model_config.weight_decay,
+        generator=named_generator(job.seed, "reference", "order"),
+        after_step=curve,
+        name="reference",
+    )
+    model.eval()
+    validation = evaluate(lambda rows: model(public.validation.inputs[rows]), public.validation.labels)
+    test = evaluate(lambda rows: model(public.test.inputs[rows]), public.test.labels)
+    return Reference(
+        config=backbone.config,
+        parameters=num_parameters(model),
+        validation_loss=validation.loss,
+        validation_accuracy=validation.accuracy,
+        accuracy=test.accuracy,
+        curve=tuple(curve.points),
+        tensors=_tensors(model),
+    )
+
+
+def classifier_of(job: Job, result: Reference | Elastic, num_classes: int) -> Classifier:
+    """The full-size model in a checkpoint."""
+    backbone = Backbone(job.model.family, result.config)
+    backbone.model.load_state_dict(take(result.tensors, "backbone"), strict=True)
+    header = header_from_state(HeaderSpec(), backbone.feature_shape, num_classes, take(result.tensors, "header"))
+    return Classifier(backbone, header)
+
+
+def elastic_of(job: Job, result: Elastic, num_classes: int) -> tuple[ElasticBackbone, Classifier]:
+    """The elastic backbone in a checkpoint, and the full-size model around it (its header is shared by all shapes)."""
+    model = classifier_of(job, result, num_classes).eval()
+    elastic = ElasticBackbone(model.backbone, result.depth_order)
+    return elastic, Classifier(elastic.backbone, model.header)
+
+
+def make_elastic(job: Job, reference: Reference, public: Split, progress: ProgressOf) -> Elastic:
+    """Importance, reordering, depth order, and elastic training with distillation (Eqs. 6-9).
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+    """
+    config = job.backbone
+    model = classifier_of(job, reference, public.train.num_classes).eval()
+    elastic, header = ElasticBackbone(model.backbone), model.header
+    subset = torch.randperm(len(public.train), generator=named_generator(job.seed, "importance"))
+    samples = public.train.rows(subset[: config.importance_samples])
+    importance: LayerImportance
+    if config.importance == "taylor":
+        importance = taylor_importance(elastic, header, samples)
+    elif config.importance == "exact":
+        importance = removal_importance(elastic, header, samples, lambda i, n: progress(i, n, "removing each part"))
+    else:
+        importance = random_importance(elastic, named_generator(job.seed, "importance", "random"))
+    reorder_by(elastic, importance)
+    shapes = shape_grid(job)
+    if config.depth_order == "auto":
+        elastic.depth_order = better_depth_order(elastic, header, public.validation, shapes)
+    else:
+        elastic.depth_order = config.depth_order
+    elastic.backbone.train()
+    curve = CurveKeeper(progress)
+    depths = sorted({shape.depth for shape in shapes})
+    train_elastic(elastic, header, public.train, config, depths, job.model.shift_pixels, job.seed, curve)
+    return Elastic(
+        config=elastic.backbone.config,
+        depth_order=elastic.depth_order,
+        head_importance=tuple(tuple(i.tolist()) for i in importance.heads),
+        neuron_importance_mean=tuple(float(i.mean()) for i in importance.neurons),
+        curve=tuple(curve.points),
+        tensors=_tensors(Classifier(elastic.backbone, header)),
+    )
+
+
+def evaluate_candidates(job: Job, result: Elastic, public: Split, progress: ProgressOf) -> Candidates:
+    """Loss, accuracy and size of every (w, d), once: none of them depends on the cluster."""
+    elastic, model = elastic_of(job, result, public.train.num_classes)
+    header_shapes = {f"header.{n}": (tuple(t.shape), t.dtype) for n, t in model.header.state_dict().items()}
+    candidates = []
+    shapes = shape_grid(job)
+    for done, shape in enumerate(shapes, start=1):
+        scores = evaluate_shape(elastic, model.header, public.validation, shape)
+        state = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in elastic.sliced_state(shape).items()}
+        weights = sum(int(np.prod(s)) for s, _ in state.values()) + num_parameters(model.header)
+        candidates.append(
+            Candidate(
+                shape=shape,
+                loss=scores.loss,
+                accuracy=scores.accuracy,
+                parameters=weights,
+                size_bytes=safetensors_size_bytes(state | header_shapes, {"format": "pt"}),
+                zeta=zeta(shape, elastic.hidden_size, elastic.num_heads * elastic.head_dim, elastic.num_neurons),
+            )
+        )
+        progress(done, len(shapes), f"width {shape.width:g}, depth {shape.depth}")
+    return Candidates(candidates=tuple(candidates))
+
+
+def match(
+    job: Job, candidates: Sequence[Candidate], stats: ClusterStats, cluster: str, num_patches: int
+) -> ClusterChoice:
+    """The Pareto Front Grid's choice for one cluster (Eqs. 10-13), beside what the other methods would choose.
+
+    Whatever the objective f3 is, only candidates whose bytes fit are looked at: ``header.room`` of the limit stays free
+    for a header that the edge may find.
+
+    Raises:
+        ValueError: no candidate fits; names the cluster, its limit and the smallest candidate.
+    """
+    limit = min(d.storage_limit_bytes for d in stats.devices)
+    usable = limit * (1 - job.header.room)
+    fits = np.array([c.size_bytes <= usable for c in candidates])
+    if not fits.any():
+        least = min(candidates, key=lambda c: c.size_bytes)
+        raise ValueError(
+            f"cluster {cluster!r}: nothing fits its storage limit of {limit} bytes ({usable:.0f} without the room for "
+            f"a header, header.room = {job.header.room:g}); the smallest candidate, width {least.shape.width:g} and "
+            f"depth {least.shape.depth}, has {least.size_bytes} bytes"
+        )
+    devices = [d.energy for d in stats.devices]
+    energy = np.array(
+        [cluster_energy_joules(c.shape, devices, num_patches, job.fleet.energy.epochs) for c in candidates]
+    )
+    loss = np.array([c.loss for c in candidates])
+    accuracy = np.array([c.accuracy for c in candidates])
+    size = np.array([float(c.size_bytes) if job.backbone.size == "exact" else c.zeta for c in candidates])
+    inside = np.flatnonzero(fits)
+    objectives = np.stack([loss, energy, size], axis=1)[inside]
+    grid = make_grid(objectives, job.backbone.gamma_p)
+    on_front = pareto_front_grid(grid.coordinates)
+    score_a = trade_off_score(loss, energy, size)
+    generator = named_generator(job.seed, "choice", cluster)
+    chosen_by = {
+        "pareto_grid": choose(objectives, grid.coordinates, on_front, job.backbone.grid_distance),
+        "greedy_accuracy": greedy_accuracy(accuracy[inside]),
+        "greedy_size": greedy_size(size[inside]),
+        "random": random_choice(len(inside), generator),
+        "smallest": smallest(size[inside]),
+        "optimum": optimum(score_a[inside], "lower"),
+    }
+    chosen_by = {name: int(inside[i]) for name, i in chosen_by.items()}
+    place = {int(index): i for i, index in enumerate(inside)}
+    return ClusterChoice(
+        cluster=cluster,
+        limit_bytes=limit,
+        fits=tuple(bool(f) for f in fits),
+        energy_joules=tuple(float(e) for e in energy),
+        coordinates=tuple(
+            tuple(int(v) for v in grid.coordinates[place[i]]) if i in place else None for i in range(len(candidates))
+        ),
+        on_front=tuple(i in place and bool(on_front[place[i]]) for i in range(len(candidates))),
+        trade_off=tuple(float(s) for s in score_a),
+        trade_off_accuracy=tuple(float(s) for s in trade_off_score_accuracy(accuracy, energy, size)),
+        chosen_by=chosen_by,
+        chosen=chosen_by[job.backbone.choice],
+    )
+
+
+def cut_and_specialise(
+    job: Job,
+    reference: Reference,
+    result: Elastic,
+    public: Split,
+    cluster: str,
+    shape: BackboneShape,
+    progress: ProgressOf,
+) -> BackboneAssignment:
+    """Cut the chosen sub-network out, train it briefly alone, and address it to its cluster."""
+    num_classes = public.train.num_classes
+    elastic, full = elastic_of(job, result, num_classes)
+    model = Classifier(elastic.extract(shape), full.header)
+    if job.backbone.specialise_steps:
+        teacher = classifier_of(job, reference, num_classes)
+        name = f"width {shape.width:g}, depth {shape.depth}"
+        model.train()
+        specialise(
+            model,
+            teacher,
+            public.train,
+            job.backbone,
+            job.model.shift_pixels,
+            job.seed,
+            name,
+            lambda step, steps, loss: progress(step, steps, f"{cluster}: {name}"),
+        )
+    return BackboneAssignment(
+        cluster=cluster,
+        family=job.model.family,
+        config=model.backbone.config,
+        labels=public.train.label_names,
+        header=HeaderSpec(),
+        tensors=_tensors(model),
+    )
+
+
+def form_clusters(
+    devices: Sequence[DeviceAttributes], num_clusters: int, seed: int
+) -> dict[str, tuple[DeviceAttributes, ...]]:
+    """Group devices by k-means on their attributes (G, C), each scaled to 0..1; clusters are numbered by storage.
+
+    Fewer clusters come out where fewer devices differ.
+    """
+    from sklearn.cluster import KMeans
+
+    points = np.array([[d.energy.power_watts, d.storage_limit_bytes] for d in devices], dtype=np.float64)
+    span = np.ptp(points, axis=0)
+    points = (points - points.min(axis=0)) / np.where(span > 0, span, 1.0)
+    num_clusters = min(num_clusters, len(np.unique(points, axis=0)))
+    state = derive_seed(seed, "k-means") % 2**31
+    label = KMeans(num_clusters, n_init=10, random_state=state).fit_predict(points)
+    groups = [tuple(d for d, g in zip(devices, label, strict=True) if g == k) for k in range(num_clusters)]
+    groups.sort(key=lambda group: min(d.storage_limit_bytes for d in group))
+    return {f"cluster{i + 1}": group for i, group in enumerate(groups)}
+
+
+def _tensors(model: Classifier) -> dict[str, Tensor]:
+    backbone: Mapping[str, Tensor] = model.backbone.model.state_dict()
+    header: Mapping[str, Tensor] = model.header.state_dict()
+    return {n: t.detach().clone() for n, t in (put("backbone", backbone) | put("header", header)).items()}

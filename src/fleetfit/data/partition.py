@@ -1,0 +1,151 @@
+"""Who gets which samples: cloud (public), edges (shared), devices (private). They never overlap."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from fleetfit.config import DataConfig
+from fleetfit.data.sources import Samples
+from fleetfit.randomness import derive_seed, named_generator
+
+
+@dataclass(frozen=True)
+class Split:
+    """Training, validation and test samples of one owner. All choices are made on validation; test is only reported.
+
+    Training holds at least one sample; of very few samples none is left for the others.
+    """
+
+    train: Samples
+    validation: Samples
+    test: Samples
+
+
+@dataclass(frozen=True)
+class FleetData:
+    """Every owner's samples: ``public`` is the cloud's, ``edges`` by cluster, ``devices`` by device."""
+
+    public: Split
+    edges: Mapping[str, Split]
+    devices: Mapping[str, Split]
+
+
+def _partitioner(config: DataConfig, num_devices: int, num_classes: int, seed: int) -> Any:
+    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
+
+    if config.split == "iid" or (config.split == "classes" and config.classes_per_device >= num_classes):
+        return IidPartitioner(num_devices)
+    if config.split == "classes":
+        return PathologicalPartitioner(
+            num_partitions=num_devices,
+            partition_by="label",
+            num_classes_per_partition=config.classes_per_device,
+            class_assignment_mode="first-deterministic",
+            shuffle=True,
+            seed=seed,
+        )
+    return DirichletPartitioner(
+        num_partitions=num_devices,
+        partition_by="label",
+        alpha=config.alpha,
+        min_partition_size=1,
+        self_balancing=True,
+        seed=seed,
+    )
+
+
+def partition_rows(
+    labels: Int[Tensor, " sample"], config: DataConfig, num_devices: int, num_classes: int, seed: int
+) -> list[Int[Tensor, " row"]]:
+    """Row numbers for each device: iid, a number of classes per device, or Dirichlet(alpha) shares of classes.
+
+    Raises:
+        ValueError: fewer samples than devices, or a split that leaves a device without samples.
+    """
+    if len(labels) < num_devices:
+        raise ValueError(
+            f"data: the devices' private share holds {len(labels)} samples, fewer than the {num_devices} devices; "
+            "lower data.public_share, data.edge_share or the number of devices"
+        )
+    from datasets import Dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("flwr_datasets").setLevel(logging.ERROR)
+    partitioner = _partitioner(config, num_devices, num_classes, derive_seed(seed, "partition") % 2**31)
+    order = torch.randperm(len(labels), generator=named_generator(seed, "partition", "order"))
+    partitioner.dataset = Dataset.from_dict({"row": order.tolist(), "label": labels[order].tolist()})
+    rows = [torch.tensor(list(partitioner.load_partition(i)["row"]), dtype=torch.long) for i in range(num_devices)]
+    empty = [i for i, r in enumerate(rows) if len(r) == 0]
+    if empty:
+        raise ValueError(
+            f"data.split: {len(empty)} of {num_devices} devices got no samples; raise data.classes_per_device "
+            "or data.alpha, or lower the number of devices"
+        )
+    return rows
+
+
+def cut_rows(rows: Int[Tensor, " row"], shares: Sequence[float], generator: torch.Generator) -> list[Tensor]:
+    """Shuffle and cut into one piece a share; the rest comes first. The rest keeps at least one row."""
+    rows = rows[torch.randperm(len(rows), generator=generator)]
+    sizes = []
+    left = len(rows) - 1
+    for share in shares:
+        size = min(round(len(rows) * share), max(0, left))
+        sizes.append(size)
+        left -= size
+    first = len(rows) - sum(sizes)
+    return list(rows.split([first, *sizes]))
+
+
+def split_rows(samples: Samples, rows: Tensor, config: DataConfig, test_share: float, *names: str | int) -> Split:
+    """Cut one owner's rows into training, validation and test samples."""
+    generator = named_generator(int(names[0]), "split", *names[1:])
+    rest, test = cut_rows(rows, [test_share], generator)
+    train, validation = cut_rows(rest, [config.validation_share], generator)
+    return Split(samples.rows(train), samples.rows(validation), samples.rows(test))
+
+
+def share_out(
+    samples: Samples, config: DataConfig, devices_by_cluster: Mapping[str, Sequence[str]], seed: int
+) -> FleetData:
+    """Split all samples between the cloud, the edges and the devices.
+
+    Args:
+        samples: All samples of the source.
+        config: Shares and kind of split.
+        devices_by_cluster: Device names of every cluster.
+        seed: The job's.
+
+    Raises:
+        ValueError: too few samples for this fleet.
+    """
+    order = torch.arange(len(samples))
+    private, public, test, shared = cut_rows(
+        order, [config.public_share, config.test_share, config.edge_share], named_generator(seed, "split", "tiers")
+    )
+    if len(public) < 2:
+        raise ValueError(f"data.public_share: the cloud needs at least 2 public samples, got {len(public)}")
+    if len(shared) < 2 * len(devices_by_cluster):
+        raise ValueError(
+            f"data.edge_share: {len(devices_by_cluster)} edges need at least 2 shared samples each, "
+            f"got {len(shared)} in all"
+        )
+    train, validation = cut_rows(public, [config.validation_share], named_generator(seed, "split", "public"))
+    public_split = Split(samples.rows(train), samples.rows(validation), samples.rows(test))
+    edges = {
+        cluster: split_rows(samples, rows, config, 0.0, seed, "edge", cluster)
+        for cluster, rows in zip(devices_by_cluster, shared.tensor_split(len(devices_by_cluster)), strict=True)
+    }
+    names = [device for devices in devices_by_cluster.values() for device in devices]
+    parts = partition_rows(samples.labels[private], config, len(names), samples.num_classes, seed)
+    devices = {
+        name: split_rows(samples, private[part], config, config.device_test_share, seed, "device", name)
+        for name, part in zip(names, parts, strict=True)
+    }
+    return FleetData(public_split, edges, devices)

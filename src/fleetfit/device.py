@@ -1,0 +1,438 @@
+"""The device: the only code that sees private data. ``handle(state, message) -> (state, reply)``.
+
+It freezes the backbone and computes its features once, trains the header on private data, scores the header's neurons
+(Eqs. 16-18), drops those that the personal importance set says matter least (Algorithm 2), and builds what it ships.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fleetfit.config import RefineConfig
+from fleetfit.data.partition import Split
+from fleetfit.data.sources import Samples
+from fleetfit.messages import (
+    AttributesReply,
+    AttributesRequest,
+    CoarseModel,
+    CoarseReply,
+    DeviceMessage,
+    Finish,
+    FinishReply,
+    Message,
+    Propose,
+    ProposeReply,
+    RefineRound,
+    RoundReply,
+    put,
+    take,
+)
+from fleetfit.method.aggregation import class_prior
+from fleetfit.method.importance import drop_neurons, gate_importance, neuron_importance, parameter_importance
+from fleetfit.method.similarity import random_projections, sketch_quantiles
+from fleetfit.method.size import safetensors_size_bytes
+from fleetfit.models.classifier import Classifier, num_parameters
+from fleetfit.models.elastic import Backbone
+from fleetfit.models.features import Features, FeatureShape
+from fleetfit.models.header import Header, header_from_state
+from fleetfit.models.pruning import apply_masks, extract, prunable_layers
+from fleetfit.randomness import named_generator
+from fleetfit.records import DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
+from fleetfit.training import fit, predict, score, steps_per_epoch
+
+PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
+SKETCH_PROJECTIONS = 32
+WEIGHT_DECAY = 0.01
+
+
+class DeviceMemory(Message):
+    """What a device keeps between messages, savable as it is.
+
+    Tensors: ``backbone.*``, ``features.<split>.*`` (computed once), ``coarse.*`` (the header as sent), ``header.*``
+    (now), ``kept.<layer>`` (neurons not dropped), ``shipped.*`` (the header at the end).
+    """
+
+    kind: ClassVar[str] = "device_memory"
+    step: int = Field(-1, description="the last message this memory has seen")
+    family: str = ""
+    config: JsonDict = Field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    header: HeaderSpec = HeaderSpec()
+    refine: RefineConfig = RefineConfig()
+    seed: int = 0
+    class_shares: tuple[float, ...] = ()
+    report: DeviceReport | None = None
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """A device: its hardware, its private data (never saved or sent from here), and its memory."""
+
+    attributes: DeviceAttributes
+    data: Split
+    memory: DeviceMemory
+
+
+def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
+    """Answer one message of the edge; the same state and message always give the same answer.
+
+    Raises:
+        ValueError: a message that is out of order or of a kind that devices do not answer.
+    """
+    if not isinstance(message, DeviceMessage):
+        raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
+    if message.step != state.memory.step + 1:
+        raise ValueError(
+            f"device {state.attributes.device_id}: expected step {state.memory.step + 1}, got {message.step}"
+        )
+    if isinstance(message, AttributesRequest):
+        memory, reply = state.memory, _attributes(state)
+    elif isinstance(message, CoarseModel):
+        memory, reply = _receive(state, message)
+    elif isinstance(message, RefineRound):
+        memory, reply = _refine(state, message)
+    elif isinstance(message, Propose):
+        memory, reply = _propose(state, message)
+    elif isinstance(message, Finish):
+        memory, reply = _finish(state, message)
+    else:
+        raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
+    return replace(state, memory=memory.model_copy(update={"step": message.step})), reply
+
+
+def shipped_model(memory: DeviceMemory) -> Classifier:
+    """The model a finished device runs.
+
+    Raises:
+        ValueError: the device has not finished.
+    """
+    tensors = take(memory.tensors, "shipped")
+    if not tensors:
+        raise ValueError("this device has not finished: it has no model yet")
+    return Classifier(_backbone(memory), _header(memory, tensors))
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def _attributes(state: DeviceState) -> AttributesReply:
+    return AttributesReply(attributes=state.attributes)
+
+
+def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, CoarseReply]:
+    """Store the coarse model, compute all features once, and sketch them."""
+    memory = DeviceMemory(
+        family=message.family,
+        config=message.config,
+        labels=message.labels,
+        header=message.header,
+        refine=message.refine,
+        seed=message.seed,
+        class_shares=message.class_shares,
+        tensors={k: v for k, v in message.tensors.items() if k.startswith("backbone.")},
+    )
+    backbone = _backbone(memory).eval()
+    tensors = dict(memory.tensors)
+    for name in ("train", "validation", "test"):
+        features = _run(backbone, getattr(state.data, name))
+        tensors |= {f"features.{name}.output": features.output, f"features.{name}.penultimate": features.penultimate}
+    coarse = take(message.tensors, "header")
+    tensors |= put("coarse", coarse) | put("header", coarse)
+    memory = memory.model_copy(update={"tensors": tensors})
+    header = _header(memory, coarse)
+    masks = {n: torch.ones(layer.num_neurons, dtype=torch.bool) for n, layer in prunable_layers(header).items()}
+    memory = memory.model_copy(update={"tensors": tensors | put("kept", masks)})
+    scores = _validation(memory, header, state.data)
+    return memory, CoarseReply(tensors=_sketch(memory, state), scores=scores)
+
+
+def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, RoundReply]:
+    """Take the personal tensors, train the header on private data, score its neurons."""
+    memory = _take_personal(state.memory, message.tensors)
+    header = _header(memory, take(memory.tensors, "header"))
+    kept = take(memory.tensors, "kept")
+    during = _train(header, memory, state.data, state.attributes.device_id, message.round, kept, anchored=True)
+    importance = _importance(header, memory, state.data, during)
+    own = _detached(header)
+    tensors = put("importance", importance)
+    if memory.refine.exchange == "weights":
+        tensors |= put("header", _with_dropped_as_shipped(header, own, kept, take(memory.tensors, "coarse")))
+    memory = memory.model_copy(update={"tensors": memory.tensors | put("header", own)})
+    return memory, RoundReply(tensors=tensors, scores=_validation(memory, header, state.data))
+
+
+def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, ProposeReply]:
+    """Take the last personal tensors; score every way to ship on the validation split."""
+    memory = _take_personal(state.memory, message.tensors)
+    ways: dict[str, ValidationScores] = {}
+    for name, tensors in (("coarse", take(memory.tensors, "coarse")), ("refined", take(memory.tensors, "header"))):
+        header = _header(memory, tensors)
+        ways[name] = _validation(memory, header, state.data)
+        if memory.refine.class_prior:
+            counts = _counts(state.data.train, len(memory.labels))
+            for strength in PRIOR_STRENGTHS:
+                prior = class_prior(counts, torch.tensor(memory.class_shares), strength)
+                ways[f"{name}/{strength:g}"] = _validation(memory, header, state.data, prior)
+    return memory, ProposeReply(scores=ways)
+
+
+def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishReply]:
+    """Build what is shipped, compare it with the coarse model and with local fine-tuning, and report."""
+    memory, data = state.memory, state.data
+    coarse = _header(memory, take(memory.tensors, "coarse"))
+    if message.header == "refined":
+        header = _header(memory, take(memory.tensors, "header"))
+        header = extract(header, take(memory.tensors, "kept"))
+    else:
+        header = _header(memory, take(memory.tensors, "coarse"))
+    if message.prior_strength is not None:
+        counts = _counts(data.train, len(memory.labels)) + _counts(data.validation, len(memory.labels))
+        with torch.no_grad():
+            header.last_linear.bias += class_prior(counts, torch.tensor(memory.class_shares), message.prior_strength)
+    local = _header(memory, take(memory.tensors, "coarse"))
+    for number in range(1, memory.refine.rounds + 1):
+        _train(local, memory, data, state.attributes.device_id, number, {}, anchored=False)
+    memory = memory.model_copy(update={"tensors": memory.tensors | put("shipped", _detached(header))})
+    model = shipped_model(memory)
+    neurons = sum(layer.num_neurons for layer in prunable_layers(coarse).values())
+    kept_neurons = sum(layer.num_neurons for layer in prunable_layers(header).values())
+    report = DeviceReport(
+        device_id=state.attributes.device_id,
+        accuracy_coarse=_test_accuracy(memory, coarse, data),
+        accuracy_local=_test_accuracy(memory, local, data),
+        accuracy=_test_accuracy(memory, header, data),
+        num_train=len(data.train),
+        num_test=len(data.test),
+        parameters=num_parameters(model),
+        size_bytes=safetensors_size_bytes(
+            {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}, {"format": "pt"}
+        ),
+        limit_bytes=state.attributes.storage_limit_bytes,
+        kept_neurons=kept_neurons,
+        neurons=neurons,
+        notes=_notes(data, len(memory.labels)),
+    )
+    if report.size_bytes > report.limit_bytes:
+        raise ValueError(
+            f"device {report.device_id}: its model has {report.size_bytes} bytes, its limit is {report.limit_bytes}"
+        )
+    return memory.model_copy(update={"report": report}), FinishReply(report=report)
+
+
+# -- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _backbone(memory: DeviceMemory) -> Backbone:
+    backbone = Backbone(memory.family, memory.config)
+    backbone.model.load_state_dict(take(memory.tensors, "backbone"), strict=True)
+    return backbone.eval()
+
+
+def _feature_shape(memory: DeviceMemory) -> FeatureShape:
+    with torch.device("meta"):
+        return Backbone(memory.family, memory.config).feature_shape
+
+
+def _header(memory: DeviceMemory, tensors: Mapping[str, Tensor]) -> Header:
+    return header_from_state(memory.header, _feature_shape(memory), len(memory.labels), tensors)
+
+
+def _detached(header: Header) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in header.state_dict().items()}
+
+
+def _run(backbone: Backbone, samples: Samples) -> Features:
+    with torch.no_grad():
+        parts = [backbone(inputs) for inputs in samples.inputs.split(256)]
+    return Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
+
+
+def _features(memory: DeviceMemory, split: str) -> Features:
+    return Features(memory.tensors[f"features.{split}.output"], memory.tensors[f"features.{split}.penultimate"])
+
+
+def _counts(samples: Samples, num_classes: int) -> Tensor:
+    return torch.bincount(samples.labels, minlength=num_classes).float()
+
+
+def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor]) -> DeviceMemory:
+    """Load the personal header, if one came, and drop this round's neurons by the personal importance set."""
+    if not tensors:
+        return memory
+    current = take(tensors, "header") or take(memory.tensors, "header")
+    header = _header(memory, current)
+    kept = take(memory.tensors, "kept")
+    layers = prunable_layers(header)
+    total = sum(len(mask) for mask in kept.values())
+    number = round(total * memory.refine.prune_share / memory.refine.rounds)
+    if number and kept:
+        importance = take(tensors, "importance")
+        if memory.refine.importance == "parameter":
+            by_layer = {
+                name: neuron_importance([(importance[f"{name}.{p}"], dim) for p, dim in layer.neuron_parameters()])
+                for name, layer in layers.items()
+            }
+        else:
+            by_layer = {name: importance[name] for name in layers}
+        kept = drop_neurons(by_layer, kept, number)
+    apply_masks(header, kept)
+    return memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header)) | put("kept", kept)})
+
+
+def _train(
+    header: Header,
+    memory: DeviceMemory,
+    data: Split,
+    device_id: str,
+    number: int,
+    kept: Mapping[str, Tensor],
+    anchored: bool,
+) -> dict[str, Tensor]:
+    """One round of local training on cached features, in place; returns Eq. 18's importance averaged over its batches.
+
+    Local fine-tuning alone (``anchored`` false, nothing dropped) sees the same batches in the same order.
+    """
+    refine = memory.refine
+    features, labels = _features(memory, "train"), data.train.labels
+    names = sorted(dict(header.named_parameters()))
+    parameters = [header.get_parameter(n) for n in names]
+    coarse = take(memory.tensors, "coarse")
+    anchors = [coarse[n] for n in names]
+    pull = refine.anchor if anchored else 0.0
+    sums = {n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True)}
+    steps = refine.epochs * steps_per_epoch(len(labels), refine.batch_size)
+    masked = {n: m for n, m in kept.items() if not bool(m.all())}
+
+    def loss_of(rows: Tensor) -> Tensor:
+        loss = cross_entropy(header(features.rows(rows)), labels[rows])
+        if refine.importance != "gate":
+            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            for name, gradient, parameter in zip(names, gradients, parameters, strict=True):
+                if gradient is not None:
+                    sums[name] += parameter_importance(gradient, parameter.detach()) / steps
+        if pull:
+            loss = loss + pull * sum(((p - a) ** 2).sum() for p, a in zip(parameters, anchors, strict=True))
+        return loss
+
+    def remask(step: int, steps: int, loss: float) -> None:
+        if masked:
+            apply_masks(header, masked)
+
+    fit(
+        loss_of,
+        parameters,
+        len(labels),
+        steps=steps,
+        batch_size=refine.batch_size,
+        learning_rate=refine.learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        generator=named_generator(memory.seed, "device", device_id, "round", number),
+        after_step=remask,
+        name=f"device {device_id}, round {number}",
+    )
+    return sums
+
+
+def _importance(header: Header, memory: DeviceMemory, data: Split, during: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The importance set that is sent: per parameter as printed, or one number per neuron."""
+    layers = prunable_layers(header)
+    if memory.refine.importance == "parameter":
+        return dict(during)
+    if memory.refine.importance == "neuron":
+        return {
+            name: neuron_importance([(during[f"{name}.{p}"], dim) for p, dim in layer.neuron_parameters()])
+            for name, layer in layers.items()
+        }
+    sums = {name: torch.zeros(layer.num_neurons) for name, layer in layers.items()}
+    features, labels = _features(memory, "train"), data.train.labels
+    for rows in torch.arange(len(labels)).split(memory.refine.batch_size):
+        header.zero_grad(set_to_none=True)
+        cross_entropy(header(features.rows(rows)), labels[rows]).backward()  # type: ignore[no-untyped-call]
+        for name, layer in layers.items():
+            triples = []
+            for parameter_name, dim in layer.gate_parameters():
+                parameter = layer.get_parameter(parameter_name)
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                triples.append((gradient, parameter.detach(), dim))
+            sums[name] += gate_importance(triples)
+    header.zero_grad(set_to_none=True)
+    return sums
+
+
+def _with_dropped_as_shipped(
+    header: Header, own: Mapping[str, Tensor], kept: Mapping[str, Tensor], coarse: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Weights for the edge's average, in which a neuron dropped here counts as it was shipped, not as zeros."""
+    sent = dict(own)
+    for name, layer in prunable_layers(header).items():
+        dropped = ~kept[name]
+        for parameter_name, dim in layer.neuron_parameters():
+            full = f"{name}.{parameter_name}"
+            shape = [1] * own[full].ndim
+            shape[dim] = -1
+            sent[full] = torch.where(dropped.view(shape), coarse[full], own[full])
+    return sent
+
+
+def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:
+    """What the edge compares devices by: some [CLS] features, or quantiles of all of them on shared directions."""
+    refine = memory.refine
+    features = _features(memory, "train").output[:, 0]
+    order = torch.randperm(len(features), generator=named_generator(memory.seed, "sketch", state.attributes.device_id))
+    features = features[order]
+    if refine.sketch == "samples":
+        return {"sketch.all": features[: refine.sketch_samples]}
+    directions = random_projections(features.shape[1], SKETCH_PROJECTIONS, named_generator(memory.seed, "projections"))
+    halves = features[: len(features) // 2], features[-(len(features) // 2) :]
+    first, second = halves if len(features) > 1 else (features, features)
+    return {
+        f"sketch.{name}": sketch_quantiles(part, directions, refine.sketch_samples)
+        for name, part in (("all", features), ("first", first), ("second", second))
+    }
+
+
+def _validation(memory: DeviceMemory, header: Header, data: Split, prior: Tensor | None = None) -> ValidationScores:
+    return _sums(memory, header, data.validation, "validation", prior)
+
+
+def _sums(
+    memory: DeviceMemory, header: Header, samples: Samples, split: str, prior: Tensor | None = None
+) -> ValidationScores:
+    if len(samples) == 0:
+        return ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
+    features = _features(memory, split)
+    logits = predict(lambda rows: header(features.rows(rows)), len(samples))
+    logits = logits if prior is None else logits + prior
+    result = score(logits, samples.labels)
+    return ValidationScores(
+        num_samples=len(samples),
+        loss_sum=result.loss * len(samples),
+        num_correct=round(result.accuracy * len(samples)),
+    )
+
+
+def _test_accuracy(memory: DeviceMemory, header: Header, data: Split) -> float | None:
+    if len(data.test) == 0:
+        return None
+    result = _sums(memory, header, data.test, "test")
+    return result.num_correct / result.num_samples
+
+
+def _notes(data: Split, num_classes: int) -> tuple[str, ...]:
+    """What a reader of the report should know about this device's data, in counts only."""
+    notes = []
+    present = int((_counts(data.train, num_classes) > 0).sum())
+    if len(data.train) == 1:
+        notes.append("one training sample")
+    if present == 1:
+        notes.append("one class in its training data")
+    if len(data.test) == 0:
+        notes.append("no test samples: accuracies are not known")
+    if len(data.validation) == 0:
+        notes.append("no validation samples: no voice in what the cluster ships")
+    return tuple(notes)

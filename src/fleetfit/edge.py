@@ -1,0 +1,265 @@
+"""The edge: searches the header on its shared set, weighs how alike devices are, aggregates, guards what is shipped."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from fleetfit.config import Job, RefineConfig
+from fleetfit.data.augmentation import shifted_views
+from fleetfit.data.partition import Split
+from fleetfit.data.sources import Samples
+from fleetfit.header_search import CachedFeatures, FeatureSource, search_header
+from fleetfit.messages import (
+    BackboneAssignment,
+    CoarseModel,
+    CoarseReply,
+    Message,
+    ProposeReply,
+    RoundReply,
+    put,
+    take,
+)
+from fleetfit.method.aggregation import aggregate, alone_weights, average_weights, unit_sum
+from fleetfit.method.similarity import (
+    calibrated_weights,
+    distance_matrix,
+    js_divergence,
+    self_distances,
+    similarity_weights,
+    sliced_wasserstein,
+    wasserstein,
+)
+from fleetfit.method.size import safetensors_size_bytes
+from fleetfit.models.elastic import Backbone
+from fleetfit.models.features import Features
+from fleetfit.models.header import header_from_state
+from fleetfit.randomness import derive_seed, named_generator
+from fleetfit.records import HeaderSpec, HeaderTrial, JsonDict, ValidationScores
+
+ProgressOf = Callable[[int, int, str], None]
+JS_BINS = 8
+
+
+class HeaderResult(Message):
+    """The cluster's coarse model after the search. Tensors: ``backbone.*``, ``header.*``."""
+
+    kind: ClassVar[str] = "header_result"
+    header: HeaderSpec
+    trials: tuple[HeaderTrial, ...]
+    history: tuple[JsonDict, ...] = ()
+
+
+class EdgeState(Message):
+    """What the edge knows between rounds. Tensors: ``<device>/importance.*`` and ``<device>/header.*``, personal."""
+
+    kind: ClassVar[str] = "edge_state"
+    round: int = 0
+    distance: tuple[tuple[float, ...], ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
+    scores: ValidationScores = Field(description="the cluster's pooled validation scores when this state was made")
+
+
+class Decision(Message):
+    """How the cluster ships, and the pooled validation loss (nats a sample) of every way it could."""
+
+    kind: ClassVar[str] = "decision"
+    header: Literal["coarse", "refined"]
+    prior_strength: float | None = None
+    loss_by_way: dict[str, float] = Field(default_factory=dict)
+
+
+class LiveFeatures:
+    """Features computed anew from inputs, so that the backbone can be trained with the header."""
+
+    def __init__(self, backbone: Backbone, samples: Samples) -> None:
+        self.backbone = backbone
+        self.samples = samples
+        self.labels = samples.labels
+
+    def features(self, rows: Tensor) -> Features:
+        """Features of some samples; gradients reach the backbone."""
+        features: Features = self.backbone(self.samples.inputs[rows])
+        return features
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The backbone's."""
+        return list(self.backbone.parameters())
+
+
+def cached_features(backbone: Backbone, samples: Samples) -> CachedFeatures:
+    """Features of a frozen backbone, computed once."""
+    with torch.no_grad():
+        parts = [backbone(inputs) for inputs in samples.inputs.split(256)]
+    features = Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
+    return CachedFeatures(features, samples.labels)
+
+
+def with_views(samples: Samples, views: int, pixels: int, generator: torch.Generator) -> Samples:
+    """The samples and shifted copies of them."""
+    inputs = shifted_views(samples.inputs, views, pixels, generator)
+    return Samples(inputs, samples.labels.repeat(views), samples.label_names, samples.raw_bytes_per_sample)
+
+
+def find_header(
+    job: Job, assignment: BackboneAssignment, data: Split, limit_bytes: int, progress: ProgressOf
+) -> HeaderResult:
+    """Search the header that suits the cluster's backbone (Section III-C).
+
+    Raises:
+        ValueError: no header fits into what the backbone leaves of the storage limit.
+        TrainingDiverged: the loss is not finite.
+    """
+    config = job.header
+    backbone = Backbone(assignment.family, assignment.config)
+    backbone.model.load_state_dict(take(assignment.tensors, "backbone"), strict=True)
+    backbone.eval()
+    shape, num_classes = backbone.feature_shape, len(assignment.labels)
+    distilled = header_from_state(assignment.header, shape, num_classes, take(assignment.tensors, "header"))
+    generator = named_generator(job.seed, "views", assignment.cluster)
+    train = with_views(data.train, config.views, job.model.shift_pixels, generator)
+    validation = data.validation if len(data.validation) else data.train
+    trains_backbone = not config.freeze_backbone and config.search == "enas"
+    sources: tuple[FeatureSource, FeatureSource] = (
+        (LiveFeatures(backbone, train), LiveFeatures(backbone, validation))
+        if trains_backbone
+        else (cached_features(backbone, train), cached_features(backbone, validation))
+    )
+    held = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in backbone.model.state_dict().items()}
+    result = search_header(
+        config.search,
+        *sources,
+        config,
+        shape,
+        num_classes,
+        limit_bytes - safetensors_size_bytes(held, {"format": "pt"}),
+        derive_seed(job.seed, "header", assignment.cluster),
+        given=[distilled] if config.keep_distilled or config.search == "distilled" else [],
+        on_progress=lambda done, total, note: progress(done, total, f"{assignment.cluster}: {note}"),
+    )
+    tensors = put("backbone", dict(backbone.model.state_dict())) | put("header", dict(result.header.state_dict()))
+    return HeaderResult(
+        header=result.header.spec,
+        trials=result.trials,
+        history=tuple(result.history),
+        tensors={n: t.detach().clone() for n, t in tensors.items()},
+    )
+
+
+def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, data: Split, step: int) -> CoarseModel:
+    """What every device of the cluster is sent."""
+    labels = torch.cat([data.train.labels, data.validation.labels])
+    counts = torch.bincount(labels, minlength=len(assignment.labels)).double() + 1.0
+    return CoarseModel(
+        step=step,
+        family=assignment.family,
+        config=assignment.config,
+        labels=assignment.labels,
+        header=found.header,
+        refine=job.refine,
+        seed=job.seed,
+        class_shares=tuple((counts / counts.sum()).tolist()),
+        tensors=found.tensors,
+    )
+
+
+def pooled(scores: Sequence[ValidationScores]) -> ValidationScores:
+    """Several devices' scores as one."""
+    return ValidationScores(
+        num_samples=sum(s.num_samples for s in scores),
+        loss_sum=sum(s.loss_sum for s in scores),
+        num_correct=sum(s.num_correct for s in scores),
+    )
+
+
+def weigh_devices(
+    refine: RefineConfig, sketches: Sequence[Mapping[str, Tensor]]
+) -> tuple[Float[Tensor, "device peer"], Float[Tensor, "device peer"]]:
+    """How alike devices are: (distances, weights of Eq. 21), both [device, peer].
+
+    With one device, or for alone and average, nothing is measured and the distances are 0.
+    """
+    number = len(sketches)
+    if refine.similarity == "alone" or number == 1:
+        return torch.zeros(number, number), alone_weights(number)
+    if refine.similarity == "average":
+        return torch.zeros(number, number), average_weights(number)
+    whole = [sketch["all"] for sketch in sketches]
+    if refine.similarity == "js":
+        distance = distance_matrix(whole, lambda a, b: js_divergence(a, b, JS_BINS))
+        return distance, similarity_weights(distance)
+    measure = sliced_wasserstein if refine.sketch == "sliced" else wasserstein
+    distance = distance_matrix(whole, measure)
+    if refine.similarity == "wasserstein":
+        return distance, similarity_weights(distance)
+    if refine.sketch == "sliced":
+        within = torch.tensor([measure(s["first"], s["second"]) for s in sketches], dtype=torch.float64)
+    else:
+        # A device with one sample cannot show its own noise; it takes the cluster's mean below.
+        within = self_distances([torch.cat([w, w]) if len(w) < 2 else w for w in whole], measure)
+    known = within[within > 0]
+    if len(known) == 0:
+        return distance, average_weights(number)
+    within = torch.where(within > 0, within, known.mean())
+    return distance, calibrated_weights(distance, within, refine.temperature)
+
+
+def first_state(refine: RefineConfig, replies: Mapping[str, CoarseReply]) -> EdgeState:
+    """What the edge knows after the devices have shown their sketches."""
+    distance, weights = weigh_devices(refine, [take(r.tensors, "sketch") for r in replies.values()])
+    return EdgeState(
+        distance=tuple(tuple(row) for row in distance.tolist()),
+        weights=tuple(tuple(row) for row in weights.tolist()),
+        scores=pooled([r.scores for r in replies.values()]),
+    )
+
+
+def next_state(state: EdgeState, replies: Mapping[str, RoundReply]) -> EdgeState:
+    """Aggregate a round's replies for each device (Eq. 21): importance sets scaled to unit sum, weights as they are."""
+    weights = torch.tensor(state.weights, dtype=torch.float64)
+    importance = aggregate(weights, [unit_sum(take(r.tensors, "importance")) for r in replies.values()])
+    headers: list[dict[str, Tensor]] = [{} for _ in replies]
+    sets = [take(r.tensors, "header") for r in replies.values()]
+    if all(sets):
+        headers = aggregate(weights, sets)
+    tensors: dict[str, Tensor] = {}
+    for device, of_importance, of_header in zip(replies, importance, headers, strict=True):
+        tensors |= put(f"{device}/importance", of_importance) | put(f"{device}/header", of_header)
+    return state.model_copy(
+        update={
+            "round": state.round + 1,
+            "tensors": tensors,
+            "scores": pooled([r.scores for r in replies.values()]),
+        }
+    )
+
+
+def personal(state: EdgeState, device: str) -> dict[str, Tensor]:
+    """The tensors addressed to one device."""
+    start = f"{device}/"
+    return {name[len(start) :]: t for name, t in state.tensors.items() if name.startswith(start)}
+
+
+def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decision:
+    """Choose how the whole cluster ships, by validation loss pooled over its devices.
+
+    Choosing per device on a few samples is noise and loses. With the guard, refined headers ship only where they are no
+    worse than those sent; without it, always. Where no device has validation samples nothing speaks for a change.
+    """
+    ways = list(next(iter(replies.values())).scores)
+    total = {way: pooled([r.scores[way] for r in replies.values()]) for way in ways}
+    if total[ways[0]].num_samples == 0:
+        return Decision(header="coarse" if refine.guard else "refined")
+    loss = {way: s.loss_sum / s.num_samples for way, s in total.items()}
+    allowed = ways if refine.guard else [way for way in ways if way.startswith("refined")]
+    # The refined way wins ties: it carries the same accuracy in fewer parameters.
+    best = min(allowed, key=lambda way: (loss[way], way.startswith("coarse")))
+    header, _, strength = best.partition("/")
+    return Decision(
+        header="coarse" if header == "coarse" else "refined",
+        prior_strength=float(strength) if strength else None,
+        loss_by_way=loss,
+    )

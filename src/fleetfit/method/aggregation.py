@@ -1,0 +1,108 @@
+"""Combine devices' importance or weight sets by similarity (Eq. 21), with its comparisons; the class prior (Beyond)."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def aggregate(
+    weights: Float[Tensor, "device peer"], sets: Sequence[Mapping[str, Float[Tensor, "..."]]]
+) -> list[dict[str, Tensor]]:
+    """Personal set of each device, Q'_n = sum_i w_ni Q_i, Eq. 21.
+
+    Sums are taken in float64 and returned in each tensor's dtype. Importance sets are to be scaled by ``unit_sum``
+    first.
+
+    Args:
+        weights: w, [device, peer]; each row sums to 1.
+        sets: One set of named tensors per peer; the same names and shapes in all.
+
+    Returns:
+        One set per row of ``weights``; names in the order of the first set.
+
+    Raises:
+        ValueError: not one set per peer, names or shapes that differ, or a row of weights that does not sum to 1.
+    """
+    if not sets or weights.shape[1] != len(sets):
+        raise ValueError(f"sets must be one per peer ({weights.shape[1]}, at least 1), got {len(sets)}")
+    sums = weights.double().sum(dim=1)
+    if not torch.allclose(sums, torch.ones_like(sums), atol=1e-5):
+        raise ValueError(f"each row of weights must sum to 1, got {sums.tolist()}")
+    shapes = {name: tensor.shape for name, tensor in sets[0].items()}
+    for peer, one in enumerate(sets):
+        if {name: tensor.shape for name, tensor in one.items()} != shapes:
+            got = {name: tuple(tensor.shape) for name, tensor in one.items()}
+            raise ValueError(f"sets.{peer} must have the names and shapes of sets.0, got {got}")
+    mixed = {
+        name: torch.tensordot(weights.double(), torch.stack([one[name].double() for one in sets]), dims=1).to(
+            tensor.dtype
+        )
+        for name, tensor in sets[0].items()
+    }
+    return [{name: tensor[device] for name, tensor in mixed.items()} for device in range(len(weights))]
+
+
+def unit_sum(importance_set: Mapping[str, Float[Tensor, "..."]]) -> dict[str, Tensor]:
+    """Scale an importance set so that all its entries together sum to 1; a set of zeros stays one.
+
+    Reading: of "each Q_i" in Eq. 21. Without it the device with the largest gradients outvotes all others.
+
+    Raises:
+        ValueError: an importance that is negative or NaN.
+    """
+    for name, importance in importance_set.items():
+        if not bool((importance >= 0).all()):
+            raise ValueError(f"importance of {name!r} must be >= 0, got a smallest value of {float(importance.min())}")
+    total = sum(float(importance.double().sum()) for importance in importance_set.values())
+    return {
+        name: (importance.double() / (total or 1.0)).to(importance.dtype) for name, importance in importance_set.items()
+    }
+
+
+def average_weights(num_devices: int) -> Float[Tensor, "device peer"]:
+    """Weights under which every device gets the plain mean."""
+    return torch.full((num_devices, num_devices), 1 / num_devices, dtype=torch.float64)
+
+
+def alone_weights(num_devices: int) -> Float[Tensor, "device peer"]:
+    """Weights under which every device keeps its own."""
+    return torch.eye(num_devices, dtype=torch.float64)
+
+
+def distance_from_uniform(weights: Float[Tensor, "device peer"]) -> float:
+    """Largest absolute difference of a weight from 1 / number of peers; 0 = not personal at all."""
+    return float((weights - 1 / weights.shape[1]).abs().max())
+
+
+def class_prior(
+    counts: Float[Tensor, " class"], class_shares: Float[Tensor, " class"], strength: float, floor: float = 0.01
+) -> Float[Tensor, " class"]:
+    """What to add to the last bias of a header for a device's own class frequencies, empirical Bayes (Beyond).
+
+    log((n_c + k q_c) / (n + k)) - log q_c, n = sum of n_c; nats. A device without samples gets 0 everywhere. A class
+    that the device has not seen gets log(k / (n + k)), whatever q_c: it is ``strength`` that keeps it reachable.
+
+    Args:
+        counts: n_c, the device's training samples of each class.
+        class_shares: q_c, the cluster's shares of the classes; any positive scale.
+        strength: k, how many samples the cluster's shares are worth; as k grows the prior goes to 0.
+        floor: Smallest q_c, in units of 1 / number of classes (shares are normalised again after it). It keeps the
+            prior finite for a class that the cluster has not seen.
+
+    Raises:
+        ValueError: a count or share that is negative or NaN, shares that are all 0, or strength or floor not above 0.
+    """
+    for name, values in (("counts", counts), ("class_shares", class_shares)):
+        if not bool((values >= 0).all()):
+            raise ValueError(f"{name} must be >= 0, got {values.tolist()}")
+    if not strength > 0:
+        raise ValueError(f"strength must be > 0, got {strength}")
+    if not floor > 0:
+        raise ValueError(f"floor must be > 0, got {floor}")
+    if not float(class_shares.sum()) > 0:
+        raise ValueError(f"class_shares must not all be 0, got {class_shares.tolist()}")
+    shares = (class_shares / class_shares.sum()).clamp(min=floor / len(class_shares))
+    shares = shares / shares.sum()
+    return torch.log((counts + strength * shares) / (counts.sum() + strength)) - torch.log(shares)

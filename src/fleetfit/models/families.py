@@ -1,0 +1,64 @@
+"""Where attention heads, MLP neurons and layers live in each Hugging Face family. Adding a family is one entry here."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fleetfit.models.features import FeatureShape
+from fleetfit.records import JsonDict
+
+
+def _vit(config: JsonDict) -> nn.Module:
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(ViTConfig(**config), add_pooling_layer=False)  # type: ignore[no-any-return]
+
+
+def _vit_features(config: Any) -> FeatureShape:
+    side = config.image_size // config.patch_size
+    return FeatureShape(config.hidden_size, (side, side), num_prefix_tokens=1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of modules and configuration keys of one family.
+
+    Attributes:
+        build: Configuration -> a base model without a task head.
+        feature_shape: Configuration object -> the shape of the tokens.
+        layers: Path of the list of layers; the other module paths are inside a layer.
+        query_key_value: Projections whose rows are heads.
+        attention_output: Projection whose columns are heads; its input is O_h of Eq. 8.
+        mlp_in: Linear layer whose rows are neurons.
+        mlp_out: Linear layer whose columns are neurons; its input is the hidden activation.
+        num_layers, num_heads, num_neurons: Configuration keys.
+    """
+
+    build: Callable[[JsonDict], nn.Module]
+    feature_shape: Callable[[Any], FeatureShape]
+    layers: str = "layers"
+    query_key_value: tuple[str, ...] = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+    attention_output: str = "attention.o_proj"
+    mlp_in: str = "mlp.fc1"
+    mlp_out: str = "mlp.fc2"
+    num_layers: str = "num_hidden_layers"
+    num_heads: str = "num_attention_heads"
+    num_neurons: str = "intermediate_size"
+
+
+FAMILIES: dict[str, Family] = {
+    "vit": Family(build=_vit, feature_shape=_vit_features),
+}
+
+
+def family_of(name: str) -> Family:
+    """The family's entry.
+
+    Raises:
+        ValueError: not supported; names those that are.
+    """
+    if name not in FAMILIES:
+        raise ValueError(f"model.family must be one of {', '.join(FAMILIES)}, got {name!r}")
+    return FAMILIES[name]

@@ -1,0 +1,164 @@
+"""Header search: every method keeps its budget, repeats itself, respects the size limit, and finds what is there."""
+
+import pytest
+import torch
+
+from fleetfit.config import HeaderConfig
+from fleetfit.header_search import METHODS, CachedFeatures, clearly_better, header_bytes, search_header
+from fleetfit.models.features import Features, FeatureShape
+from fleetfit.models.header import Header, build_header
+from fleetfit.randomness import named_generator, seeded_init
+from fleetfit.records import HeaderSpec
+
+torch.set_num_threads(1)
+
+SHAPE = FeatureShape(8, (4, 4))
+CONFIG = HeaderConfig(budget_steps=40, batch_size=16, max_blocks=2, channels=8)
+SEARCHES = [m for m in METHODS if m != "distilled"]
+
+
+def make_source(name: str, num_samples: int = 40, in_cls: bool = False) -> CachedFeatures:
+    """Four classes; the class is which quarter of the grid is lit (or a direction of [CLS])."""
+    generator = named_generator(0, "source", name)
+    labels = torch.arange(num_samples) % 4
+    output = 0.5 * torch.randn(num_samples, SHAPE.num_tokens, 8, generator=generator)
+    grid = output[:, 1:].reshape(num_samples, 4, 4, 8)
+    for i, c in enumerate(labels.tolist()):
+        if in_cls:
+            output[i, 0, c] += 3.0
+        else:
+            row, column = 2 * (c // 2), 2 * (c % 2)
+            grid[i, row : row + 2, column : column + 2, 0] += 2.0
+    return CachedFeatures(Features(output, torch.randn(output.shape, generator=generator)), labels)
+
+
+def make_linear(in_cls_scale: float) -> Header:
+    with seeded_init(0, "given"):
+        header = build_header(HeaderSpec(kind="linear"), SHAPE, 4)
+    header.last_linear.weight.data = in_cls_scale * torch.eye(4, 8)
+    header.last_linear.bias.data.zero_()
+    return header
+
+
+def search(method: str, config: HeaderConfig = CONFIG, max_bytes: int = 10**6, seed: int = 0, given=(), in_cls=False):
+    return search_header(
+        method,
+        make_source("train", in_cls=in_cls),
+        make_source("validation", 12, in_cls),
+        config,
+        SHAPE,
+        4,
+        max_bytes,
+        seed,
+        given,
+    )
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_runs_within_the_budget_and_repeats_itself(method: str) -> None:
+    steps: list[int] = []
+    train, validation = make_source("train"), make_source("validation", 12)
+    results = [
+        search_header(
+            method,
+            train,
+            validation,
+            CONFIG,
+            SHAPE,
+            4,
+            10**6,
+            3,
+            on_progress=lambda done, total, note: steps.append(done),
+        )
+        for _ in range(2)
+    ]
+    first, second = results
+    assert 0 < first.steps_used <= CONFIG.budget_steps
+    assert max(steps) == first.steps_used
+    assert first.trials == second.trials
+    assert first.history == second.history
+    for a, b in zip(first.header.state_dict().values(), second.header.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert [t.loss for t in first.trials] == sorted(t.loss for t in first.trials)
+    assert any(t.spec == first.header.spec for t in first.trials)
+
+
+def test_halving_finds_the_grid_where_cls_says_nothing() -> None:
+    config = CONFIG.model_copy(update={"budget_steps": 400})
+    test = make_source("test", 100)
+    accuracies = {}
+    for method in ("halving", "linear"):
+        header = search(method, config).header
+        accuracies[method] = (header(test.cached).argmax(1) == test.labels).double().mean().item()
+    assert accuracies["halving"] > 0.9
+    assert accuracies["linear"] < 0.5
+
+
+@pytest.mark.parametrize("method", ["halving", "random", "enas"])
+def test_no_larger_header_than_allowed(method: str) -> None:
+    limit = 3000
+    result = search(method, max_bytes=limit)
+    assert all(header_bytes(t.spec, SHAPE, 4) <= limit for t in result.trials)
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_nothing_fits(method: str) -> None:
+    with pytest.raises(ValueError, match=r"no header of search .* fits: max_bytes must be larger, got 10"):
+        search(method, max_bytes=10)
+
+
+def test_a_good_given_header_wins_and_a_bad_one_does_not() -> None:
+    good, bad = make_linear(5.0), make_linear(-5.0)
+    won = search("linear", given=[good, bad], in_cls=True)
+    assert torch.equal(won.header.last_linear.weight, good.last_linear.weight)
+    assert won.trials[0].name == "given linear"
+    lost = search("linear", given=[bad], in_cls=True)
+    assert not torch.equal(lost.header.last_linear.weight, bad.last_linear.weight)
+    assert len(lost.trials) == 2
+
+
+def test_clearly_better_by_hand() -> None:
+    # gains 1, 1, 1, -1: mean .5, standard deviation 1, standard error .5: not more than it
+    incumbent = torch.tensor([2.0, 2.0, 2.0, 2.0])
+    assert not clearly_better(torch.tensor([1.0, 1.0, 1.0, 3.0]), incumbent)
+    assert clearly_better(torch.tensor([0.9, 1.0, 1.0, 2.9]), incumbent)
+    assert not clearly_better(incumbent, incumbent)
+    assert clearly_better(torch.tensor([1.0]), torch.tensor([2.0]))
+
+
+def test_distilled_is_the_given_one_as_it_is() -> None:
+    given = make_linear(5.0)
+    result = search("distilled", given=[given])
+    assert result.steps_used == 0
+    assert torch.equal(result.header.last_linear.weight, given.last_linear.weight)
+    with pytest.raises(ValueError, match="needs given headers"):
+        search("distilled")
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"header\.search must be one of halving, .* got 'magic'"):
+        search("magic")
+    with pytest.raises(ValueError, match="validation must have at least 1 sample"):
+        search_header("linear", make_source("train"), make_source("validation", 0), CONFIG, SHAPE, 4, 10**6, 0)
+
+
+class LiveSource:
+    """Features through a backbone of one trainable scale."""
+
+    def __init__(self, source: CachedFeatures, scale: torch.nn.Parameter) -> None:
+        self.source, self.scale, self.labels = source, scale, source.labels
+
+    def features(self, rows: torch.Tensor) -> Features:
+        cached = self.source.features(rows)
+        return Features(cached.output * self.scale, cached.penultimate * self.scale)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return [self.scale]
+
+
+@pytest.mark.parametrize(("method", "trained"), [("enas", True), ("linear", False), ("halving", False)])
+def test_enas_trains_the_backbone_and_the_others_do_not(method: str, trained: bool) -> None:
+    scale = torch.nn.Parameter(torch.ones(8))
+    train, validation = (LiveSource(make_source(n), scale) for n in ("train", "validation"))
+    search_header(method, train, validation, CONFIG, SHAPE, 4, 10**6, 0)
+    assert (scale.detach() != 1).any().item() is trained
