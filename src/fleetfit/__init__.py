@@ -1,1 +1,90 @@
-"""fleetfit."""
+"""fleetfit: fit one pre-trained Transformer to every device of a fleet.
+
+    import fleetfit
+
+    summary = fleetfit.run("recipes/digits.toml", out="runs/digits")
+    model = fleetfit.load("runs/digits/devices/phones-1")  # a torch module: inputs -> logits
+
+Nothing heavy is imported until it is used.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fleetfit.config import Job as Job
+    from fleetfit.config import load_job as load_job
+    from fleetfit.messages import Progress
+
+    __version__: str
+
+__all__ = ["Job", "__version__", "load", "load_job", "run"]
+
+
+def run(
+    job: "str | Path | Mapping[str, Any] | Job", out: str | Path | None = None, progress: "Progress | None" = None
+) -> dict[str, Any]:
+    """Run a job on this machine: every device of its fleet gets a model. A run that was stopped is gone on with.
+
+    Args:
+        job: A job file, its fields as nested mappings, or a resolved job.
+        out: The run folder. Default: ``runs/<name of the job file>``; for a job without a file, ``runs/<its hash>``.
+        progress: Called as (phase, done, total, note), often; raise from it to stop.
+
+    Returns:
+        The summary, as in ``summary.json``; models are in ``<out>/devices/``.
+
+    Raises:
+        ValueError: a bad job or bad data, limits that nothing fits, a damaged run folder, a loss that is not finite.
+        OSError: the job cannot be read, or the folder cannot be written.
+    """
+    from fleetfit.artifacts import content_hash
+    from fleetfit.config import Job, load_job, make_job
+    from fleetfit.engines import local
+    from fleetfit.messages import silent
+
+    if isinstance(job, (str, Path)):
+        name, resolved = Path(job).stem, load_job(job)
+    else:
+        resolved = job if isinstance(job, Job) else make_job(dict(job))
+        name = content_hash(resolved.model_dump(exclude={"run"}))
+    return local.run(resolved, Path("runs", name) if out is None else out, progress or silent)
+
+
+def load(device_folder: str | Path) -> "nn.Module":
+    """One device's model, in evaluation mode: inputs -> logits [sample, class].
+
+    What the inputs are, and the names of the classes, is in ``model.json`` of the same folder.
+
+    Args:
+        device_folder: ``<run>/devices/<device>``.
+
+    Raises:
+        ValueError: no device folder, or a file in it is missing or corrupt.
+    """
+    from fleetfit.artifacts import load_model
+
+    return load_model(device_folder)
+
+
+def __getattr__(name: str) -> Any:
+    """The names that cost an import, on first use (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("fleetfit")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+unknown"
+    if name in ("Job", "load_job"):
+        from fleetfit import config
+
+        return getattr(config, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fleetfit.records import HeaderKind, Operation, Record
 
@@ -46,8 +55,10 @@ def parse_bytes(value: object) -> object:
         unit = value.strip()[len(number) :].strip().upper() or "B"
         try:
             return int(float(number) * UNITS[unit])
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             raise ValueError(f"must be bytes, as 300000 or '300 KB' (units {', '.join(UNITS)})") from None
+    if isinstance(value, bool):
+        raise ValueError("must be bytes, as 300000 or '300 KB'")
     return value
 
 
@@ -62,7 +73,21 @@ Steps = Annotated[int, Field(ge=1)]
 Watts = Annotated[float, Field(gt=0)]
 
 
-class ModelConfig(Record):
+class Section(Record):
+    """Base of the job's tables: a number is a finite number; neither true nor '2' is one."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _numbers(cls, value: object, info: ValidationInfo) -> object:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if kind in (int, float) and isinstance(value, (bool, str)):
+            raise ValueError(f"must be {'an integer' if kind is int else 'a number'}")
+        return value
+
+
+class ModelConfig(Section):
     """The reference Transformer, built from its Hugging Face configuration."""
 
     family: Literal["vit"] = Field("vit", description="which family of models/families.py")
@@ -80,21 +105,21 @@ class ModelConfig(Record):
         description="keys of the family's Hugging Face configuration",
     )
     epochs: Steps = Field(60, description="training epochs of the reference on the public split")
-    batch_size: Steps = 64
-    learning_rate: float = Field(2e-3, gt=0)
+    batch_size: Steps = 32
+    learning_rate: float = Field(1.5e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     shift_pixels: int = Field(1, ge=0, description="augmentation: random shifts of up to this many pixels")
 
 
-class DataConfig(Record):
+class DataConfig(Section):
     """Where samples come from and who gets which; the splits never overlap."""
 
     source: Literal["digits"] = Field("digits", description="digits: scikit-learn's 8x8 handwritten digits")
     public_share: Share = Field(0.40, description="cloud's public set D_c, of all samples")
     test_share: Share = Field(0.10, description="held-out public samples, for reporting only")
     edge_share: Share = Field(0.08, description="edges' shared sets together; the rest is the devices' private data")
-    validation_share: Share = Field(0.2, description="cut from each training side; all choices are made on it")
+    validation_share: float = Field(0.2, gt=0, lt=1, description="cut from each training side, to make all choices on")
     device_test_share: Share = Field(0.3, description="a device's private test split, for reporting only")
     split: Literal["iid", "classes", "dirichlet"] = "classes"
     classes_per_device: int = Field(5, ge=1, description='with split = "classes"')
@@ -108,11 +133,13 @@ class DataConfig(Record):
         return self
 
 
-class DeviceGroup(Record):
+class DeviceGroup(Section):
     """``count`` devices alike; a list is dealt out in turn, so [60, 100] alternates."""
 
     count: Annotated[int, Field(ge=1)] = 1
-    cluster: str | None = Field(None, description="left out: clusters are made from the attributes by k-means")
+    cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = Field(
+        None, description="left out: clusters are made from the attributes by k-means"
+    )
     storage_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
         description="C_n, bytes or '300 KB'"
     )
@@ -121,7 +148,7 @@ class DeviceGroup(Record):
     )
 
 
-class EnergyConfig(Record):
+class EnergyConfig(Section):
     """Constants of Eqs. 1-2, relative to each device's G_n and L."""
 
     power_slope_share: float = Field(0.1, ge=0, description="dG / G_n")
@@ -131,7 +158,7 @@ class EnergyConfig(Record):
     epochs: Steps = Field(10, description="k, epochs whose energy is counted")
 
 
-class FleetConfig(Record):
+class FleetConfig(Section):
     """Who is there. Devices are named <cluster>-<number>."""
 
     devices: tuple[DeviceGroup, ...] = Field(
@@ -158,7 +185,7 @@ class FleetConfig(Record):
         return self
 
 
-class BackboneConfig(Record):
+class BackboneConfig(Section):
     """Phase 1, in the cloud."""
 
     widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.25, 0.5, 0.75, 1.0), min_length=1)
@@ -179,7 +206,7 @@ class BackboneConfig(Record):
     specialise_steps: int = Field(150, ge=0, description="training of the chosen sub-network alone before it is sent")
 
 
-class HeaderConfig(Record):
+class HeaderConfig(Section):
     """Phase 2-1, on each edge."""
 
     search: Literal["halving", "random", "enas", "distilled"] | HeaderKind = Field(
@@ -207,7 +234,7 @@ class HeaderConfig(Record):
     )
 
 
-class RefineConfig(Record):
+class RefineConfig(Section):
     """Phase 2-2, between each edge and its devices."""
 
     rounds: Steps = Field(2, description="T")
@@ -226,7 +253,7 @@ class RefineConfig(Record):
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
 
 
-class RunConfig(Record):
+class RunConfig(Section):
     """How to run, not what."""
 
     threads: Steps = Field(1, description="CPU threads; on small models one is fastest")
@@ -234,7 +261,7 @@ class RunConfig(Record):
     cache: str = Field("~/.cache/fleetfit", description="trained references, by content hash")
 
 
-class Job(Record):
+class Job(Section):
     """The resolved job."""
 
     method: Literal["fleetfit", "paper"] = "fleetfit"
@@ -246,6 +273,14 @@ class Job(Record):
     header: HeaderConfig = HeaderConfig()
     refine: RefineConfig = RefineConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _depths(self) -> "Job":
+        layers = self.model.config.get("num_hidden_layers", 12)
+        if isinstance(layers, int) and max(self.backbone.depths, default=1) > layers:
+            deepest = max(self.backbone.depths)
+            raise ValueError(f"backbone.depths must be <= the reference's {layers} layers, got {deepest}")
+        return self
 
     def to_toml(self) -> str:
         """The resolved job as TOML; reading it gives an equal job."""
@@ -272,29 +307,61 @@ def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
     return model
 
 
+RULES = {
+    "greater_than": "must be > {gt:g}",
+    "greater_than_equal": "must be >= {ge:g}",
+    "less_than": "must be < {lt:g}",
+    "less_than_equal": "must be <= {le:g}",
+    "finite_number": "must be finite",
+    "literal_error": "must be one of {expected}",
+    "too_short": "must have at least {min_length} item",
+    "string_pattern_mismatch": "must be letters, digits, '-', '_' and '.', the first a letter or digit",
+    "string_type": "must be a text",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be an integer",
+    "int_parsing": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a table of keys",
+    "model_type": "must be a table of keys",
+}
+
+
 def _explain(error: ValidationError) -> str:
     """One line per problem: key, rule, what it got, and the nearest key."""
-    lines = []
-    seen = set()
+    rules: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
     for problem in error.errors():
         path = tuple(p for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p.startswith("function-"))))
-        key = ".".join(str(p) for p in path) or "job"
-        got = problem.get("input")
-        if problem["type"] == "extra_forbidden":
+        key, kind, value = ".".join(map(str, path)), problem["type"], problem.get("input")
+        if kind == "too_short" and value:
+            continue  # the list is not short: its items are bad, and that is said
+        if kind == "extra_forbidden":
             model = _model_at(path)
             known = _known_keys(model) if model else []
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys here: {', '.join(known)}"
-            line = f"{key}: unknown key{hint}"
-        elif problem["type"] == "missing":
-            line = f"{key}: must be given"
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
+            rule = f"is an unknown key; {hint}"
+        elif kind == "missing":
+            rule = "must be given"
         else:
-            message = problem["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(got, (dict, Record)) else f", got {got!r}"
-            line = f"{key}: {message[0].lower() + message[1:]}{'' if ', got ' in message else shown}"
-        if line not in seen:
-            lines.append(line)
-            seen.add(line)
+            known_rule = RULES.get(kind, "").format(**problem.get("ctx", {})).replace(" or '", ", '")
+            rule = known_rule or problem["msg"].removeprefix("Value error, ")
+            if ", got " not in rule and not isinstance(value, (dict, Record)):
+                got[key] = f", got {value!r}"
+        earlier = rules.setdefault(key, [])
+        if rule.startswith("must be one of ") and earlier and earlier[-1].startswith("must be one of "):
+            earlier[-1] += f", {rule.removeprefix('must be one of ')}"
+        elif rule not in earlier:
+            earlier.append(rule)
+    lines = []
+    for key, broken in rules.items():
+        for rule in broken:
+            colon = "" if rule.startswith(("must ", "is ")) else ":"
+            lines.append(f"{key}{colon} {rule}{got.get(key, '')}" if key else rule)
     return "\n".join(lines)
 
 
@@ -327,7 +394,7 @@ def parse_override(text: str) -> dict[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        parsed = value
+        parsed = value.strip()
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}
     return dict(parsed)

@@ -90,8 +90,10 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         raise ValueError(
             f"device {state.attributes.device_id}: expected step {state.memory.step + 1}, got {message.step}"
         )
+    memory: DeviceMemory
+    reply: Message
     if isinstance(message, AttributesRequest):
-        memory, reply = state.memory, _attributes(state)
+        memory, reply = state.memory, AttributesReply(attributes=state.attributes)
     elif isinstance(message, CoarseModel):
         memory, reply = _receive(state, message)
     elif isinstance(message, RefineRound):
@@ -118,10 +120,6 @@ def shipped_model(memory: DeviceMemory) -> Classifier:
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
-
-
-def _attributes(state: DeviceState) -> AttributesReply:
-    return AttributesReply(attributes=state.attributes)
 
 
 def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, CoarseReply]:
@@ -193,7 +191,7 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
     if message.prior_strength is not None:
         counts = _counts(data.train, len(memory.labels)) + _counts(data.validation, len(memory.labels))
         with torch.no_grad():
-            header.last_linear.bias += class_prior(counts, torch.tensor(memory.class_shares), message.prior_strength)
+            header.last_linear.bias.add_(class_prior(counts, torch.tensor(memory.class_shares), message.prior_strength))
     local = _header(memory, take(memory.tensors, "coarse"))
     for number in range(1, memory.refine.rounds + 1):
         _train(local, memory, data, state.attributes.device_id, number, {}, anchored=False)
@@ -248,7 +246,7 @@ def _detached(header: Header) -> dict[str, Tensor]:
 
 def _run(backbone: Backbone, samples: Samples) -> Features:
     with torch.no_grad():
-        parts = [backbone(inputs) for inputs in samples.inputs.split(256)]
+        parts = [backbone(inputs) for inputs in torch.split(samples.inputs, 256)]
     return Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
 
 
@@ -350,7 +348,7 @@ def _importance(header: Header, memory: DeviceMemory, data: Split, during: Mappi
         }
     sums = {name: torch.zeros(layer.num_neurons) for name, layer in layers.items()}
     features, labels = _features(memory, "train"), data.train.labels
-    for rows in torch.arange(len(labels)).split(memory.refine.batch_size):
+    for rows in torch.split(torch.arange(len(labels)), memory.refine.batch_size):
         header.zero_grad(set_to_none=True)
         cross_entropy(header(features.rows(rows)), labels[rows]).backward()  # type: ignore[no-untyped-call]
         for name, layer in layers.items():

@@ -93,7 +93,7 @@ class LiveFeatures:
 def cached_features(backbone: Backbone, samples: Samples) -> CachedFeatures:
     """Features of a frozen backbone, computed once."""
     with torch.no_grad():
-        parts = [backbone(inputs) for inputs in samples.inputs.split(256)]
+        parts = [backbone(inputs) for inputs in torch.split(samples.inputs, 256)]
     features = Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
     return CachedFeatures(features, samples.labels)
 

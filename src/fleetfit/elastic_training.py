@@ -39,7 +39,7 @@ def taylor_importance(
     head_sums = [torch.zeros(elastic.num_heads) for _ in range(elastic.num_layers)]
     neuron_sums = [torch.zeros(elastic.num_neurons) for _ in range(elastic.num_layers)]
     with elastic.recorded() as (heads, neurons):
-        for rows in torch.arange(len(samples)).split(batch_size):
+        for rows in torch.split(torch.arange(len(samples)), batch_size):
             logits = header(elastic.backbone(samples.inputs[rows]))
             cross_entropy(logits, samples.labels[rows], reduction="sum").backward()  # type: ignore[no-untyped-call]
             for layer in range(elastic.num_layers):

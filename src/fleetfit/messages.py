@@ -85,7 +85,7 @@ class ClusterReport(Message):
 
 
 class DeviceMessage(Message):
-    """Base of what an edge asks a device; ``step`` counts 0, 1, 2, ...: a repeat is answered from the state before it."""
+    """Base of what an edge asks a device; ``step`` counts 0, 1, 2, ..., so that repeats are known."""
 
     step: int = Field(ge=0)
 
@@ -199,7 +199,8 @@ def encode(message: Message, **extra: str) -> bytes:
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in message.tensors.items()
     }
-    return safetensors.torch.save(tensors, metadata=metadata)
+    blob: bytes = safetensors.torch.save(tensors, metadata=metadata)
+    return blob
 
 
 def read_metadata(blob: bytes, what: str = "message") -> dict[str, str]:

@@ -131,6 +131,20 @@ def run_edge(
         ),
     )
 
+    return refine_cluster(job, assignment, found, data, devices, steps, progress)
+
+
+def refine_cluster(
+    job: Job,
+    assignment: BackboneAssignment,
+    found: HeaderResult,
+    data: Split,
+    devices: Link,
+    steps: Checkpoints,
+    progress: Progress,
+) -> ClusterReport:
+    """Phase 2-2 on one edge (Algorithm 2): send the coarse model, T rounds, decide together what to ship, finish."""
+    cluster = assignment.cluster
     total = job.refine.rounds + 3
     progress("refine", 0, total, f"{cluster}: coarse model")
 

@@ -27,7 +27,7 @@ class Scores:
 def batches(num_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Row numbers of one shuffled epoch; a last batch of one row joins its neighbour."""
     order = torch.randperm(num_samples, generator=generator)
-    rows = list(order.split(batch_size))
+    rows = list(torch.split(order, batch_size))
     if len(rows) > 1 and len(rows[-1]) == 1:
         rows[-2:] = [torch.cat(rows[-2:])]
     yield from rows
@@ -121,7 +121,7 @@ def fit(
 @torch.no_grad()
 def predict(logits_of: Callable[[Tensor], Tensor], num_samples: int, batch_size: int = 256) -> Tensor:
     """Logits of all rows in order, [sample, class]."""
-    return torch.cat([logits_of(rows) for rows in torch.arange(num_samples).split(batch_size)])
+    return torch.cat([logits_of(rows) for rows in torch.split(torch.arange(num_samples), batch_size)])
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:

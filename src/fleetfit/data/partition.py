@@ -100,7 +100,7 @@ def cut_rows(rows: Int[Tensor, " row"], shares: Sequence[float], generator: torc
         sizes.append(size)
         left -= size
     first = len(rows) - sum(sizes)
-    return list(rows.split([first, *sizes]))
+    return list(torch.split(rows, [first, *sizes]))
 
 
 def split_rows(samples: Samples, rows: Tensor, config: DataConfig, test_share: float, *names: str | int) -> Split:

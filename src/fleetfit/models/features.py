@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -51,5 +52,5 @@ def tokens_to_grid(
     tokens: Float[Tensor, "batch token channel"], shape: FeatureShape
 ) -> Float[Tensor, "batch channel row column"]:
     """Lay the tokens without their prefix back on their grid: a transpose, never a bare view."""
-    grid = tokens[:, shape.num_prefix_tokens :]
-    return grid.transpose(1, 2).reshape(len(tokens), tokens.shape[-1], *shape.grid)
+    channels_first = tokens[:, shape.num_prefix_tokens :].transpose(1, 2)
+    return torch.unflatten(channels_first, 2, shape.grid)

@@ -1,0 +1,572 @@
+"""The command line: ``fleetfit run | report | doctor``. The only place that prints; results on stdout, all else stderr.
+
+Exit codes: 0 done, 1 an error that is said in a sentence, 2 wrong usage, 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+import sys
+
+try:
+    import contextlib
+    import errno
+    import json
+    import logging
+    import os
+    import re
+    import signal
+    import threading
+    import time
+    import traceback
+    import warnings
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+    from types import FrameType
+    from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+    import typer
+except KeyboardInterrupt:
+    sys.stderr.write("stopped\n")
+    raise SystemExit(130) from None
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+    from rich.table import Table
+
+    from fleetfit.config import Job
+
+GO_ON = "the same command goes on from the last finished step"
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+QUIET_LIBRARIES = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "FLWR_TELEMETRY_ENABLED": "0",  # nothing leaves this machine unasked
+}
+
+app = typer.Typer(
+    name="fleetfit",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start here: [bold]fleetfit run recipes/digits.toml[/bold]. Trouble? [bold]fleetfit doctor[/bold].",
+)
+
+# Hidden from the panel, not from the usage line: click 8.5 loses the help of typer 0.20's arguments. The text says it.
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", hidden=True)]
+RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", hidden=True)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and log lines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+
+
+# -- errors and signals -----------------------------------------------------------------------------------------------
+
+
+class _Signals:
+    """Ctrl-C and SIGTERM while a command runs: the first one unwinds, the second one ends the process at once.
+
+    A library may swallow the interrupt or turn it into an error of its own; ``received`` remembers it.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the cursor was hidden by the progress bar
+            os._exit(128 + number)
+        self.received = number
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raise an interrupt that was swallowed once more."""
+        if self.received is not None:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _reporting(debug: bool, resumable: bool = False) -> Iterator[_Signals]:
+    """Turn whatever goes wrong in a command into one message and an exit code; a traceback with debug only."""
+    signals = _Signals()
+    try:
+        with signals:
+            _calm_libraries(debug)
+            yield signals
+    except (typer.Exit, BrokenPipeError):
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt) or signals.received is not None:
+            typer.secho(f"stopped; {GO_ON}" if resumable else "stopped", err=True, fg="yellow")
+            raise typer.Exit(128 + (signals.received or signal.SIGINT)) from None
+        typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
+        typer.echo(_message(error, resumable), err=True)
+        raise typer.Exit(1) from None
+
+
+def _message(error: BaseException, resumable: bool) -> str:
+    """What went wrong, for a person: a sentence, and what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        where = ": ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        text = f"{where}: {error.strerror}" if where else error.strerror
+        if resumable and error.errno in WRITE_ERRORS:
+            text += f"\nwhat was finished stays; when this is put right, {GO_ON}"
+        return text
+    if isinstance(error, ImportError):
+        return f"{error}\n`fleetfit doctor` tells what is missing"
+    if isinstance(error, (ValueError, OSError)):
+        lines = [line for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
+        return "\n  ".join(lines) or type(error).__name__
+    return f"unexpected {type(error).__name__}: {error}\nrun again with --debug for the traceback"
+
+
+def _calm_libraries(debug: bool) -> None:
+    """Keep the libraries' own chatter off the terminal; must come before they are imported."""
+    for name, value in QUIET_LIBRARIES.items():
+        os.environ.setdefault(name, value)
+    if debug:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    else:
+        warnings.simplefilter("ignore")
+
+
+# -- progress ---------------------------------------------------------------------------------------------------------
+
+
+class _Phases:
+    """The progress callback: on a terminal a bar for the phase at work, elsewhere a line when a phase starts.
+
+    A finished phase leaves one line, with how long it was since the one before it. A note "who: what" names whose
+    phase it is.
+    """
+
+    def __init__(self, signals: _Signals, opening: str = "", enabled: bool = True) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self.signals = signals
+        self.opening = opening
+        self.enabled = enabled
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.live = enabled and self.console.is_terminal
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description:<26}", markup=False),
+            BarColumn(24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}", style="dim", markup=False),
+            console=self.console,
+            transient=True,
+            disable=not self.live,
+        )
+        self.current: tuple[str, str] | None = None
+        self.finished: tuple[str, str] | None = None
+        self.done = 0
+        self.drawn = 0.0
+        self.since = time.perf_counter()
+
+    def __enter__(self) -> "_Phases":
+        self.task = self.bar.add_task("...", total=None, note="")
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
+        self.signals.check()
+        if not self.enabled:
+            return
+        who, colon, what = note.partition(": ")
+        key, what = (phase, who if colon else ""), what if colon else note
+        if key == self.finished and done >= self.done:
+            return  # some steps more than announced
+        now = time.perf_counter()
+        if key != self.current:
+            self._begin(key, total)
+        if self.live and (now - self.drawn > 0.05 or done <= 1):
+            self.bar.update(self.task, completed=min(done, total), total=total, note=what)
+            self.drawn = now
+        if done >= total:
+            self._finish(key, done, "" if colon else what, now)
+
+    def _begin(self, key: tuple[str, str], total: int) -> None:
+        self.current, self.finished = key, None
+        if self.opening:
+            self.console.print(self.opening, style="dim")
+            self.opening = ""
+        if self.live:
+            self.bar.reset(self.task, description=" ".join(key).strip(), total=total, note="")
+        else:
+            self.console.print(f"{' '.join(key).strip()} ...")
+
+    def _finish(self, key: tuple[str, str], done: int, what: str, now: float) -> None:
+        name = " ".join(key).strip()
+        duration = format_duration(now - self.since)
+        if self.live:
+            self.console.print(f"✓ {name:<26} {duration:>10}   {what}".rstrip())
+            self.bar.reset(self.task, description="...", total=None, note="")
+        else:
+            self.console.print(f"{name}: done in {duration}{', ' if what else ''}{what}")
+        self.current, self.finished, self.done, self.since = None, key, done, now
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def format_bytes(number: float) -> str:
+    """Bytes in the units that a job uses: powers of ten, three digits."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if number >= 0.9995 * size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} B"
+
+
+def _stdout() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+
+
+@app.command(no_args_is_help=True)
+def run(
+    job: JobFile,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="The run folder. Default: runs/<name of JOB>."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the job; repeat for more."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print every key of the resolved job, explained; run nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a job: one Transformer and a fleet in, a model for every device out.
+
+    [bold]JOB[/bold] is a TOML file. The cloud makes a backbone for each cluster of devices,
+    its edge finds a header for it, and the devices refine it on their own data.
+    What comes out is a folder:
+
+      report.html         the figures, to look at
+      summary.json        the figures, to compute with
+      devices/<device>/   a model each, for fleetfit.load(folder) in Python
+      job.toml            the job with every key, to run it again
+
+    [bold]Examples[/bold]
+
+      fleetfit run recipes/digits.toml
+      fleetfit run recipes/digits.toml -s method=paper -s seed=1 -o runs/paper
+      fleetfit run recipes/digits.toml --json > summary.json
+
+    [bold]To go on[/bold] after Ctrl-C, a crash or a full disk, give the same command again:
+    what was finished is read back, not computed again.
+
+    [bold]The keys that matter most[/bold] (all of them, explained: --dry-run)
+
+      method                  fleetfit; paper: every choice as the paper makes it
+      seed                    same job and seed, same models
+      data.split              iid, classes, dirichlet: what a device sees
+      fleet.devices           count, cluster, storage_limit, gpu_capacity of each
+      model.config            the size of the reference Transformer
+      backbone.widths         shares of heads and neurons to choose from
+      backbone.depths         numbers of layers to choose from
+      header.search           halving, random, enas, distilled, a fixed header
+      header.budget_steps     training steps of the header search
+      refine.rounds           rounds of the devices' collaboration
+      refine.epochs           a device's training epochs in a round
+      run.threads             CPU threads
+      run.cache               where trained references are kept
+    """
+    with _reporting(debug, resumable=not dry_run) as signals:
+        from fleetfit.config import load_job
+
+        resolved = load_job(job, tuple(overrides or ()))
+        if dry_run:
+            typer.echo(resolved.model_dump_json(indent=2) if as_json else explained_toml(resolved), nl=as_json)
+            return
+        folder = out if out is not None else Path("runs", job.stem)
+        with _Phases(signals, _opening(folder), enabled=not quiet) as phases:
+            phases("libraries", 0, 1)
+            from fleetfit.engines import local
+
+            phases("libraries", 1, 1)
+            summary = local.run(resolved, folder, phases)
+            problem: Exception | None = None
+            page = folder / "report.html"
+            try:
+                phases("report", 0, 1)
+                page = _build_report(folder)
+                phases("report", 1, 1)
+            except Exception as error:  # the models are there and are shown first
+                problem = error
+        if as_json:
+            typer.echo(json.dumps(summary, indent=2))
+        elif not quiet:
+            _print_summary(summary, folder, None if problem else page)
+        if problem is not None:
+            raise problem
+
+
+def _opening(folder: Path) -> str:
+    finished = len(list((folder / "steps").rglob("*.safetensors")))
+    return f"going on in {folder}: {finished} finished steps are read back" if finished else f"run folder {folder}"
+
+
+def _build_report(folder: Path) -> Path:
+    from fleetfit.report import build_report
+
+    return build_report(folder)
+
+
+def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) -> None:
+    console = _stdout()
+    console.print()
+    console.print(_summary_table(summary))
+    reference = summary["reference"]
+    for line in (
+        "size: the largest of the cluster's models; shape: width × depth of the backbone",
+        "accuracies on the devices' private tests; coarse: as sent; local: each alone",
+        f"reference: {_percent(reference['accuracy'])} on public data, {reference['parameters']:,} parameters",
+    ):
+        console.print(line, style="dim")
+    console.print()
+    if page is not None:
+        console.print(f"look:    {page}", soft_wrap=True)
+    console.print(f"models:  {folder / 'devices'} (one folder each)", soft_wrap=True)
+    first = str(folder / "devices" / summary["devices"][0]["id"])
+    console.print(f"use:     import fleetfit; model = fleetfit.load({first!r})  # inputs -> logits", soft_wrap=True)
+
+
+def _summary_table(summary: Mapping[str, Any]) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_footer=True)
+    devices = summary["devices"]
+    kinds = ("accuracy_coarse", "accuracy_local", "accuracy")
+    means = [_percent(_mean(devices, kind)) for kind in kinds]
+    table.add_column("cluster", footer="all", overflow="fold")
+    table.add_column("devices", footer=str(len(devices)), justify="right", no_wrap=True)
+    table.add_column("limit", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("header", no_wrap=True)
+    table.add_column("coarse", footer=means[0], justify="right", no_wrap=True)
+    table.add_column("local", footer=means[1], justify="right", no_wrap=True)
+    table.add_column("fleetfit", footer=means[2], justify="right", no_wrap=True, style="bold", footer_style="bold")
+    for cluster in summary["clusters"]:
+        own = [d for d in devices if d["cluster"] == cluster["id"]]
+        table.add_row(
+            Text(cluster["id"]),
+            str(len(own)),
+            format_bytes(cluster["limit_bytes"]),
+            format_bytes(max(d["size_bytes"] for d in own)),
+            f"{cluster['width']:g} × {cluster['depth']}",
+            cluster["header"],
+            *(_percent(_mean(own, kind)) for kind in kinds),
+        )
+    return table
+
+
+def _mean(devices: list[Mapping[str, Any]], key: str) -> float | None:
+    values = [d[key] for d in devices if d[key] is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None or share != share else f"{share:.1%}"
+
+
+def explained_toml(job: "Job") -> str:
+    """The resolved job as TOML, each key with what it is; still TOML."""
+    from fleetfit.config import Job
+
+    lines = ["# Every key of the job, as it would run."]
+    section: type[BaseModel] | None = Job
+    for line in job.to_toml().splitlines():
+        if header := re.fullmatch(r"\[+([\w.]+)\]+", line):
+            section = _section_of(header[1].split("."))
+            title = (section.__doc__ or "").strip().splitlines()[0] if section else ""
+            lines.append(f"{line}  # {title}" if title else line)
+            continue
+        key = re.match(r"(\w+) = ", line)
+        hint = _hint(section, key[1]) if section and key else ""
+        lines.append(f"{line}  # {hint}" if hint else line)
+    return "\n".join(lines) + "\n"
+
+
+def _section_of(path: list[str]) -> "type[BaseModel] | None":
+    """The model behind a TOML section; None for free-form ones."""
+    from pydantic import BaseModel
+
+    from fleetfit.config import Job
+
+    model: type[BaseModel] = Job
+    for part in path:
+        annotation = model.model_fields[part].annotation
+        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        if not inner:
+            return None
+        model = inner[0]
+    return model
+
+
+def _hint(section: "type[BaseModel]", key: str) -> str:
+    """A key's description and, where there are only some, its values."""
+    field = section.model_fields[key]
+    values = [v for a in (field.annotation, *get_args(field.annotation)) for v in get_args(a) or (a,)]
+    names = list(dict.fromkeys(v for v in values if isinstance(v, str)))
+    text = field.description or ""
+    if len(names) > 1:
+        text = f"{' | '.join(names)}{'; ' if text else ''}{text}"
+    return text.replace("\n", " ")
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+@app.command(no_args_is_help=True)
+def report(
+    folder: RunFolderArgument,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write the page of a finished run again: report.html.
+
+    [bold]RUN[/bold] is the folder of the run. The page is one file and needs no network to be
+    read; [bold]fleetfit run[/bold] writes it by itself.
+
+    [bold]Example[/bold]
+
+      fleetfit report runs/digits
+    """
+    with _reporting(debug):
+        page = _build_report(folder)
+        typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check this machine: Python, packages, memory, GPU, cache.
+
+    Loads every package that fleetfit needs, and says what to do where one is
+    missing, broken or outside the supported range; the exit code is then 1.
+
+    [bold]Examples[/bold]
+
+      fleetfit doctor
+      fleetfit doctor --json
+    """
+    with _reporting(debug):
+        from rich.console import Console
+
+        from fleetfit.doctor import examine
+
+        with Console(stderr=True).status("looking ...") as status:
+            checks = list(examine(lambda name: status.update(f"looking at {name} ...")))
+        ok = all(c.ok for c in checks)
+        if as_json:
+            typer.echo(json.dumps({"ok": ok, "checks": [c.model_dump() for c in checks]}, indent=2))
+        else:
+            for check in checks:
+                mark = typer.style("ok", fg="green") if check.ok else typer.style("NO", fg="red", bold=True)
+                found = f"{check.found:<14} {check.needs:<14}" if check.needs else check.found
+                typer.echo(f"{mark}  {check.name:<14} {found}{'  ' if check.note else ''}{check.note}".rstrip())
+            wrong = [c.name for c in checks if not c.ok]
+            typer.echo()
+            typer.echo("all is well" if ok else f"to put right: {', '.join(wrong)}")
+        if not ok:
+            raise typer.Exit(1)
+
+
+# -- the program ------------------------------------------------------------------------------------------------------
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import fleetfit
+
+        typer.echo(f"fleetfit {fleetfit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def fleetfit_(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fit one big Transformer to every device of a fleet.
+
+    Each device gets a model of its own: small enough for its storage, frugal with
+    its energy, fitted to its private data, which never leaves it.
+    The method is ACME (arXiv 2507.14802).
+    """
+
+
+def main() -> None:
+    """The program ``fleetfit``."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a sign is no reason to fail
+    code: Any = 1
+    try:
+        app()
+    except SystemExit as stop:
+        code = stop.code
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        code = 130
+    except BrokenPipeError:
+        code = 1
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        code = 1
+    except OSError as error:
+        typer.echo(f"error: stdout: {error.strerror}", err=True)
+        _discard_stdout()
+        code = 1
+    sys.exit(code)
+
+
+def _discard_stdout() -> None:
+    """Nobody reads it any more: let Python's own flush at exit go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,19 @@
+"""A finished run folder -> report.html: one self-contained page: what was built, why, and how well it does."""
+
+from pathlib import Path
+
+from fleetfit.artifacts import write_atomically
+from fleetfit.report.page import render
+from fleetfit.report.run_data import read_run
+
+
+def build_report(run: Path) -> Path:
+    """Write report.html into a finished run's folder, and return its path.
+
+    Raises:
+        ValueError: a file of the run is missing or damaged; names it.
+        OSError: the page cannot be written.
+    """
+    path = run / "report.html"
+    write_atomically(path, render(read_run(run)))
+    return path

@@ -1,0 +1,306 @@
+"""What edges and devices did: headers, similarity, accuracy device by device, refinement, and what was shipped."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fleetfit.messages import ClusterReport
+from fleetfit.records import HeaderSpec, HeaderTrial
+from fleetfit.report.figures import (
+    MAX_ROWS,
+    DeviceDots,
+    Series,
+    accuracy_floor,
+    dot,
+    dot_plot,
+    legend_mark,
+    line_chart,
+    matrix,
+    quantile_plot,
+    ring,
+    tick,
+)
+from fleetfit.report.header_graph import header_graph, header_words
+from fleetfit.report.layout import (
+    figure,
+    grid,
+    header_name,
+    note,
+    panel,
+    paragraph,
+    per_cluster,
+    section,
+    table,
+    table_row,
+    tag,
+)
+from fleetfit.report.markup import Markup, bytes_text, count, decimal, element, join, known, percent, plural
+from fleetfit.report.run_data import Run, mean
+
+Weights = tuple[tuple[float, ...], ...]  # [device peer]
+MAX_MATRIX = 30  # devices of a cluster whose similarity matrix is drawn; above, a summary
+MAX_OPEN = 4  # clusters whose headers stand open
+MAX_TRIALS = 12  # header trials shown per cluster, the best
+
+
+def headers(run: Run) -> Markup:
+    """For each cluster the chosen header as a graph, and what it was compared with."""
+    config = run.job.header
+    kept = (
+        " The header that was distilled with the backbone stays unless another is better by more than the standard "
+        "error of their difference, since it has seen far more data: the lowest loss alone does not win."
+        if config.keep_distilled
+        else ""
+    )
+    parts = []
+    for cluster in run.summary.clusters:
+        report = run.reports[cluster.id]
+        chosen = next((t for t in sorted(report.trials, key=_loss) if t.spec == report.header), None)
+        searched = next((t for t in sorted(report.trials, key=_loss) if t.spec.blocks), None)
+        graphs = [_graph(f"Chosen for {cluster.id}", report.header, chosen)]
+        if searched is not None and report.header.kind != "blocks":
+            graphs.append(_graph("Best searched one, not chosen", searched.spec, searched))
+        body = element("div", *graphs, _trials(report, chosen), class_="beside")
+        title = element("summary", f"{cluster.id}: {header_name(report.header)}")
+        parts.append(element("details", title, body, class_="cluster", open=len(run.summary.clusters) <= MAX_OPEN))
+    return section(
+        "headers",
+        "The headers",
+        paragraph(
+            f"Search: {config.search}, with {plural(config.budget_steps, 'training step')} per cluster. A searched "
+            "header is a cell of blocks. Each block applies an operation to each of two inputs and adds the results; "
+            "lines at the left feed the left operation, lines at the right the right one. Blocks that nothing follows "
+            "are averaged."
+        ),
+        paragraph(
+            "Loss and accuracy are on the edge’s validation split, which is small and on which the choice was made: "
+            f"read them as optimistic.{kept}"
+        ),
+        *parts,
+    )
+
+
+def _loss(trial: HeaderTrial) -> float:
+    return trial.loss if known(trial.loss) else math.inf
+
+
+def _graph(title: str, spec: HeaderSpec, trial: HeaderTrial | None) -> Markup:
+    scores = f": loss {decimal(trial.loss)}, {plural(trial.parameters, 'parameter')}" if trial else None
+    return figure(header_graph(f"{title}: {header_words(spec)}", spec), element("b", title), scores)
+
+
+def _trials(report: ClusterReport, chosen: HeaderTrial | None) -> Markup:
+    numeric = (1, 2, 3)
+    ordered = sorted(report.trials, key=_loss)
+    shown = [t for i, t in enumerate(ordered) if i < MAX_TRIALS or t is chosen]
+    rows = []
+    for trial in shown:
+        given = trial.name.startswith("given ")
+        name = trial.name.removeprefix("given ") + (", as distilled" if given else "")
+        cells = (decimal(trial.loss), percent(trial.accuracy, 0), count(trial.parameters))
+        title = join(name, " ", tag("chosen")) if trial is chosen else name
+        rows.append(table_row(title, *cells, numeric=numeric, class_="chosen" if trial is chosen else None))
+    more = f"; {len(ordered) - len(shown)} more not shown" if len(ordered) > len(shown) else ""
+    caption = f"{plural(len(ordered), 'header')} trained and compared{more}"
+    return table(caption, ["Header", "Val. loss", "Val. acc.", "Parameters"], rows, numeric)
+
+
+def similarity(run: Run) -> Markup:
+    """For each cluster the weights of Eq. 21, and how far they are from a plain average."""
+    of = {c.id: run.reports[c.id].similarity for c in run.summary.clusters}
+    drawn = {cluster: weights for cluster, weights in of.items() if len(weights) <= MAX_MATRIX}
+    return section(
+        "similarity",
+        "Who listens to whom",
+        paragraph(
+            "What a device gets back is an average over all devices of its cluster, weighted by how alike their "
+            f"features are (measure: {run.job.refine.similarity}). Numbers are percent, a row adds up to 100. Devices "
+            "are numbered within their cluster, as in the table of devices."
+        ),
+        grid(*(panel(cluster, _matrix(cluster, weights)) for cluster, weights in drawn.items())) if drawn else None,
+        _similarity_table({c: w for c, w in of.items() if c not in drawn}) if len(drawn) < len(of) else None,
+    )
+
+
+def _own_and_moved(weights: Weights) -> tuple[float | None, float | None]:
+    """Mean weight of a device for itself, and the share of weight that lies elsewhere than in a plain average."""
+    even = 1 / len(weights)
+    own = mean(row[i] for i, row in enumerate(weights) if i < len(row))
+    return own, mean(sum(abs(v - even) for v in row) / 2 for row in weights)
+
+
+def _matrix(cluster: str, weights: Weights) -> Markup:
+    n = len(weights)
+    if n < 2:
+        return note("One device: there is nobody to listen to.")
+    own, moved = _own_and_moved(weights)
+    return figure(
+        matrix(f"{cluster}: weight in percent that each of {n} devices gives each other", weights),
+        f"A device’s own weight is {percent(own)} on average; it would be {percent(1 / n)} if all counted alike. "
+        f"{percent(moved)} of all weight lies elsewhere than in a plain average.",
+    )
+
+
+def _similarity_table(large: Mapping[str, Weights]) -> Markup:
+    """Numbers instead of a drawing, for clusters with too many devices."""
+    numeric = range(1, 8)
+    rows = []
+    for cluster, weights in large.items():
+        own, moved = _own_and_moved(weights)
+        others = sorted(v for i, row in enumerate(weights) for j, v in enumerate(row) if i != j and known(v))
+        least, half, most = (others[0], others[len(others) // 2], others[-1]) if others else (None, None, None)
+        shares = (percent(v, 2) for v in (1 / len(weights), own, least, half, most))
+        rows.append(table_row(cluster, count(len(weights)), *shares, percent(moved), numeric=numeric))
+    columns = ["Cluster", "Devices", "If all alike", "Own weight, mean", "Others, least", "Others, median"]
+    whole = table(
+        f"Clusters of more than {MAX_MATRIX} devices; moved: weight that lies elsewhere than in a plain average",
+        [*columns, "Others, most", "Moved"],
+        rows,
+        numeric,
+    )
+    return panel(None, whole)
+
+
+def devices(run: Run) -> Markup:
+    """Accuracy of every device: as sent, fine-tuned alone, as shipped."""
+    dots = {
+        cluster: [
+            DeviceDots(d.device_id, d.accuracy_coarse, d.accuracy_local, d.accuracy, d.num_test) for d in r.devices
+        ]
+        for cluster, r in run.reports.items()
+    }
+    floor = accuracy_floor([d for own in dots.values() for d in own])
+    contents = {}
+    for cluster, own in dots.items():
+        drawing = (dot_plot if len(own) <= MAX_ROWS else quantile_plot)(cluster, own, floor)
+        sent, alone, ships = (mean(getattr(d, f) for d in own) for f in ("coarse", "alone", "fleetfit"))
+        means = f"Mean: as sent {percent(sent)}, alone {percent(alone)}, fleetfit {percent(ships)}."
+        contents[cluster] = figure(drawing, means)
+    legend = [
+        element("li", legend_mark(ring), "as sent by the edge"),
+        element("li", legend_mark(tick), "fine-tuned alone: same header, same epochs, no collaboration"),
+        element("li", legend_mark(dot), "fleetfit, as shipped"),
+    ]
+    sizes = [d.num_test for d in run.devices if d.num_test > 0]
+    if not sizes:
+        steps = "No device has test samples."
+    elif min(sizes) == max(sizes):
+        steps = f"One test sample is {100 / max(sizes):.1f} points of a device’s accuracy."
+    else:
+        steps = f"One test sample is {100 / max(sizes):.1f} to {100 / min(sizes):.1f} points of a device’s accuracy."
+    return section(
+        "devices",
+        "Device by device",
+        paragraph(f"Accuracy on each device’s private test split, on which nothing was chosen. {steps}"),
+        element("ul", *legend, class_="legend"),
+        per_cluster(run, contents),
+        _device_table(run),
+    )
+
+
+def _device_table(run: Run) -> Markup:
+    numeric = range(2, 9)
+    rows = []
+    for cluster, report in run.reports.items():
+        for number, d in enumerate(report.devices, start=1):
+            over = "" if d.size_bytes <= d.limit_bytes else ", over the limit"
+            cells = (
+                f"{cluster}, {number}",
+                percent(d.accuracy_coarse),
+                percent(d.accuracy_local),
+                percent(d.accuracy),
+                count(d.num_test),
+                count(d.num_train),
+                bytes_text(d.size_bytes) + over,
+                f"{d.kept_neurons} of {d.neurons}",
+                "; ".join(d.notes),
+            )
+            rows.append(table_row(d.device_id, *cells, numeric=numeric))
+    columns = ["Device", "Cluster, no.", "As sent", "Alone", "fleetfit", "n test", "n train", "Size"]
+    whole = table(
+        "Every device; accuracies on its private test split",
+        [*columns, "Neurons kept", "Notes"],
+        rows,
+        numeric,
+    )
+    noted = sum(bool(d.notes) for d in run.devices)
+    hint = f"{plural(noted, 'device')} with notes" if noted else "no notes"
+    return element("details", element("summary", f"Table of all {plural(len(rows), 'device')} ({hint})"), whole)
+
+
+def rounds(run: Run) -> Markup:
+    """Validation loss round by round, and what was shipped and why."""
+    contents = {}
+    for cluster in run.summary.clusters:
+        report = run.reports[cluster.id]
+        scores = [(r.get("round"), r.get("num_samples", 0), r.get("loss_sum", math.nan)) for r in report.rounds]
+        losses = [total / n if n else None for _, n, total in scores]
+        chart = line_chart(
+            f"{cluster.id}: pooled validation loss by round",
+            [Series("pooled validation loss", losses, "accent")],
+            ["as sent" if number == 0 else str(number) for number, _, _ in scores],
+            "round, right after local training",
+            "validation loss, nats per sample",
+        )
+        samples = max((n for _, n, _ in scores), default=0)
+        caption = f"The whole cluster, on {plural(samples, 'pooled validation sample')}."
+        contents[cluster.id] = join(
+            figure(chart, caption), *_decision(cluster.id, report.decision, run.job.refine.guard)
+        )
+    refine = run.job.refine
+    guard = (
+        "The guard is on: refined headers ship only where they are no worse than those that were sent."
+        if refine.guard
+        else "The guard is off: refined headers ship in any case."
+    )
+    prior = (
+        " A class prior, which tilts a header towards the classes that its device has seen, is tried at several "
+        "strengths; the larger k, the weaker the tilt."
+        if refine.class_prior
+        else ""
+    )
+    return section(
+        "rounds",
+        "Refining, and what was shipped",
+        paragraph(
+            f"Devices train and the edge averages, {plural(refine.rounds, 'round')} of both. What ships is decided "
+            "once for the whole cluster, after the last averaging and pruning, on validation samples pooled over its "
+            f"devices. {guard}{prior}"
+        ),
+        per_cluster(run, contents),
+    )
+
+
+def _decision(cluster: str, decision: Mapping[str, Any], guard: bool) -> list[Markup]:
+    ways = {str(way): float(loss) for way, loss in dict(decision.get("loss_by_way") or {}).items()}
+    header, strength = str(decision.get("header", "")), decision.get("prior_strength")
+    prior = f"{float(strength):g}" if strength is not None and known(float(strength)) else ""
+    kind = {"coarse": "the headers as sent", "refined": "the refined headers"}.get(header, header)
+    shipped = kind + (f" with class prior k = {prior}" if prior else "")
+    if not ways:
+        return [note(f"Shipped: {shipped}. No device has validation samples, so nothing spoke for a change.")]
+    kinds = list(dict.fromkeys(way.partition("/")[0] for way in ways))
+    strengths = list(dict.fromkeys(way.partition("/")[2] for way in ways))
+    colours = {"coarse": "muted", "refined": "accent"}
+    names = {"coarse": "as sent", "refined": "refined"}
+    series = [
+        Series(
+            names.get(kind, kind),
+            [ways.get(f"{kind}/{k}" if k else kind) for k in strengths],
+            colours.get(kind, "second"),
+            strengths.index(prior) if kind == header and prior in strengths else None,
+        )
+        for kind in kinds
+    ]
+    drawing = line_chart(
+        f"{cluster}: validation loss of every way to ship",
+        series,
+        [k or "none" for k in strengths],
+        "class prior, k",
+        "validation loss of every way to ship, nats per sample",
+    )
+    at = decimal(ways.get(f"{header}/{prior}" if prior else header))
+    allowed = sum(guard or way.startswith("refined") for way in ways)
+    among = f" The lowest of the {allowed} allowed, so a little optimistic." if allowed > 1 else ""
+    caption = f"Shipped: {shipped}, at {at} against {decimal(ways[next(iter(ways))])} as sent.{among}"
+    return [element("div", figure(drawing, caption), class_="below")]

@@ -1,0 +1,278 @@
+"""The page: headline, the sections of the story in their order, what it cost, and the job it was."""
+
+import math
+from collections.abc import Mapping
+from importlib import metadata
+
+from fleetfit.report import cloud_story, edge_story
+from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
+from fleetfit.report.markup import (
+    NOT_KNOWN,
+    Child,
+    Markup,
+    bytes_text,
+    count,
+    element,
+    join,
+    known,
+    percent,
+    plural,
+    points,
+    seconds_text,
+)
+from fleetfit.report.run_data import Run, mean, paired_gain
+from fleetfit.report.style import STYLE
+
+PHASES = {
+    "attributes": "Devices tell their attributes",
+    "reference": "Train the reference",
+    "elastic": "Train the elastic backbone",
+    "candidates": "Evaluate every width and depth",
+    "specialise": "Specialise the chosen backbones",
+    "header_search": "Search headers",
+    "refine": "Refine with the devices",
+    "propose": "Decide what to ship",
+    "finish": "Build and test what ships",
+}
+LINKS = {
+    "cloud_to_edge_bytes": ("Cloud → edges", "backbones"),
+    "edge_to_cloud_bytes": ("Edges → cloud", "statistics and reports"),
+    "edge_to_device_bytes": ("Edges → devices", "models and personal averages"),
+    "device_to_edge_bytes": ("Devices → edges", "sketches, importance, headers"),
+}
+NAVIGATION = {
+    "how": "How",
+    "clusters": "Clusters",
+    "front": "Choice",
+    "map": "Widths and depths",
+    "headers": "Headers",
+    "similarity": "Similarity",
+    "devices": "Devices",
+    "rounds": "Refinement",
+    "cost": "Traffic and time",
+    "training": "Cloud training",
+    "job": "Job",
+}
+CACHED_SECONDS = 0.1  # a reference that took less was not trained but read
+
+
+def render(run: Run) -> str:
+    """The whole page."""
+    links = [element("li", element("a", title, href=f"#{id_}")) for id_, title in NAVIGATION.items()]
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
+        element("title", f"fleetfit: {run.name}"),
+        element("style", STYLE),
+    )
+    story = (
+        _how,
+        cloud_story.clusters,
+        cloud_story.front,
+        cloud_story.accuracy_map,
+        edge_story.headers,
+        edge_story.similarity,
+        edge_story.devices,
+        edge_story.rounds,
+        _cost,
+        cloud_story.training,
+    )
+    navigation = element("nav", element("ul", *links), aria_label="Sections")
+    body = element(
+        "body",
+        element("header", _masthead(run), _headline(run), navigation),
+        element("main", *(tell(run) for tell in story)),
+        _footer(run),
+    )
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _masthead(run: Run) -> Markup:
+    within, number = run.num_within_limit, len(run.devices)
+    fit = (
+        "Every shipped model is within its device’s storage limit."
+        if within == number
+        else f"Only {within} of {number} shipped models are within their device’s storage limit."
+    )
+    summary = run.summary
+    return join(
+        element(
+            "p",
+            f"fleetfit report · run {run.name} · method {summary.method} · seed {summary.seed}",
+            class_="kicker",
+        ),
+        element("h1", f"One model, {plural(number, 'device')}, {plural(len(summary.clusters), 'cluster')}"),
+        element(
+            "p",
+            f"A reference Transformer with {count(summary.reference.parameters)} parameters was cut to one backbone "
+            "per cluster of devices, given a header (the part that turns features into classes), and fitted to every "
+            f"device’s private data, which stayed where it was. {fit}",
+            class_="lede",
+        ),
+    )
+
+
+def _headline(run: Run) -> Markup:
+    devices, summary = run.devices, run.summary
+    bars = [
+        bar_row(name, value if value is not None else 0.0, percent(value), kind)
+        for field, name, kind in (
+            ("accuracy_coarse", "As sent by the edge", "grey"),
+            ("accuracy_local", "Fine-tuned alone", "second"),
+            ("accuracy", "fleetfit", None),
+        )
+        for value in [mean(getattr(d, field) for d in devices)]
+    ]
+    tested = [d for d in devices if d.accuracy is not None and known(d.accuracy)]
+    caption = (
+        f"Mean accuracy of {plural(len(tested), 'device')}, each counted alike, on their private test splits "
+        f"({plural(sum(d.num_test for d in tested), 'sample')} in all)"
+    )
+    within = run.num_within_limit
+    upload = summary.traffic.get("device_to_edge_bytes", math.nan)
+    smallest, largest = (f(d.parameters for d in devices) if devices else 0 for f in (min, max))
+    tiles: list[tuple[Child, str]] = [
+        (count(len(devices)), f"devices in {plural(len(summary.clusters), 'cluster')}"),
+        (
+            element("span", f"{within} of {len(devices)}", class_="good" if within == len(devices) else "bad"),
+            "within their storage limit",
+        ),
+        (percent(run.reference.accuracy), f"reference, {count(summary.reference.parameters)} parameters, public test"),
+        (f"{count(smallest)} – {count(largest)}", "parameters of what ships"),
+        (bytes_text(upload) if known(upload) else NOT_KNOWN, "sent by all devices together"),
+        (seconds_text(sum(summary.seconds.values())), "of computing, all steps added up"),
+    ]
+    accuracy = element("table", element("caption", caption), element("tbody", *bars))
+    return element(
+        "div",
+        panel(None, accuracy, note(_gains(run))),
+        element("div", *(_tile(value, says) for value, says in tiles), class_="tiles"),
+        class_="hero",
+    )
+
+
+def _tile(value: Child, says: str) -> Markup:
+    return element("div", element("b", value), element("p", says), class_="tile")
+
+
+def _gains(run: Run) -> str:
+    parts = []
+    for field, name in (("accuracy_coarse", "the model as sent"), ("accuracy_local", "fine-tuning alone")):
+        gain = paired_gain(run.devices, field)
+        if gain is not None:
+            error = f" (standard error {100 * gain.error:.1f})" if gain.num_devices > 1 else ""
+            parts.append(f"{points(gain.mean)} over {name}{error}")
+    if not parts:
+        return "No device has test samples, so accuracies are not known."
+    return (
+        f"fleetfit, compared device by device: {', '.join(parts)}. One run with one seed: a difference below about two "
+        "standard errors may be chance. Nothing was chosen on test samples."
+    )
+
+
+def _how(run: Run) -> Markup:
+    job = run.job
+    steps = (
+        (
+            "Cloud.",
+            "Trains the reference on public data, sorts attention heads and neurons by importance, and trains on until "
+            "every width and depth of the model works. For each cluster it picks the one that suits storage limit, "
+            "energy and loss, and sends that backbone down.",
+        ),
+        (
+            "Edge.",
+            "One for each cluster. On a small shared data set it looks for a header that suits the backbone "
+            f"(search: {job.header.search}), and sends both to its devices.",
+        ),
+        (
+            "Device.",
+            "Keeps the backbone frozen and trains the header on its private data, "
+            f"{plural(job.refine.rounds, 'round')}. Up "
+            "go sketches of features, the importance of the header’s parts and, if the job says so, the header’s "
+            "weights; down comes an average in which similar devices count more. Samples and labels never leave.",
+        ),
+    )
+    items = [element("li", element("b", who), " ", what) for who, what in steps]
+    return section("how", "How the models came about", element("ol", *items, class_="how"))
+
+
+def _cost(run: Run) -> Markup:
+    traffic, seconds = run.summary.traffic, run.summary.seconds
+    most = max((traffic.get(link, 0.0) for link in LINKS), default=0.0) or 1.0
+    links = [
+        bar_row(join(title, element("div", what, class_="note")), number / most, bytes_text(number))
+        for link, (title, what) in LINKS.items()
+        for number in [traffic.get(link, 0.0)]
+    ]
+    numeric = (1, 2)
+    phases = [
+        table_row(PHASES.get(phase, phase), bytes_text(up), bytes_text(down), numeric=numeric)
+        for phase, own in run.bytes_by_phase.items()
+        for up, down in [(own.get("device_to_edge", 0), own.get("edge_to_device", 0))]
+        if up or down
+    ]
+    longest = max(seconds.values(), default=0.0) or 1.0
+    times = [bar_row(PHASES.get(p, p), s / longest, seconds_text(s)) for p, s in seconds.items()]
+    notes = []
+    if seconds.get("reference", CACHED_SECONDS) < CACHED_SECONDS:
+        notes.append("Next to no time for the reference means that it was read from the cache of trained references.")
+    if run.summary.peak_memory_bytes:
+        notes.append(f"Peak memory of the process: {bytes_text(run.summary.peak_memory_bytes)}.")
+    total = seconds_text(sum(seconds.values()))
+    return section(
+        "cost",
+        "Traffic and time",
+        _upload(traffic),
+        grid(
+            panel("By link", table("Bytes of encoded messages", ["Link", "", "Bytes"], links, (2,))),
+            panel(
+                "Between edges and devices",
+                table("Bytes of encoded messages by step", ["Step", "Up", "Down"], phases, numeric),
+            ),
+            panel(
+                "Time",
+                table(f"{total} in all, clusters added up", ["Step", "", "Time"], times, (2,)),
+                note(" ".join(notes)) if notes else None,
+            ),
+        ),
+    )
+
+
+def _upload(traffic: Mapping[str, float]) -> Markup:
+    sent, raw, ratio = (
+        traffic.get(key, math.nan) for key in ("device_to_edge_bytes", "raw_data_bytes", "upload_ratio")
+    )
+    if not (known(sent) and known(raw) and known(ratio)):
+        return paragraph("The upload ratio is not known.")
+    shown = f"{ratio:.3g} times the raw bytes" if ratio >= 1 else f"{percent(ratio)} of the raw bytes"
+    says = (
+        "That is more than sending the data itself: the samples are so small that features and headers outweigh them. "
+        "What speaks for keeping the data where it is here is privacy, not traffic."
+        if ratio >= 1
+        else "The rest is what this link saves against collecting the data."
+    )
+    return paragraph(
+        f"Devices sent {bytes_text(sent)} in all; their data has {bytes_text(raw)} as it is. Upload ratio: ",
+        element("b", shown),
+        f". {says} The edges’ own shared data sets are not counted in either number.",
+    )
+
+
+def _footer(run: Run) -> Markup:
+    try:
+        version = metadata.version("fleetfit")
+    except metadata.PackageNotFoundError:
+        version = "(not installed)"
+    toml = element("pre", element("code", run.job.to_toml()), tabindex=0)
+    return element(
+        "footer",
+        element("details", element("summary", "The resolved job"), toml),
+        paragraph(
+            f"Written by fleetfit {version} from job.toml, summary.json, metrics.jsonl and cloud/front.csv of run "
+            f"{run.name}. The page loads nothing from elsewhere. 1 KB = 1000 bytes. Losses are cross-entropy in nats. "
+            "The method is that of ACME, arXiv 2507.14802."
+        ),
+        id="job",
+    )

@@ -1,0 +1,469 @@
+"""The command line as a user meets it: help, output streams, exit codes, signals, speed. The engine is a stand-in."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import fleetfit
+from fleetfit import cli
+from fleetfit.config import Job, load_job, make_job
+from fleetfit.engines import local
+from fleetfit.messages import Progress
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPE = REPOSITORY / "recipes" / "digits.toml"
+PROGRAM = [sys.executable, "-m", "fleetfit"]
+
+SUMMARY: dict[str, Any] = {
+    "method": "fleetfit",
+    "seed": 0,
+    "reference": {"accuracy": 0.9511, "parameters": 123456},
+    "clusters": [
+        {"id": "phones", "limit_bytes": 120_000, "width": 0.5, "depth": 2, "header": "blocks"},
+        {"id": "servers", "limit_bytes": 1_000_000, "width": 1.0, "depth": 6, "header": "linear"},
+    ],
+    "devices": [
+        {"id": "phones-1", "cluster": "phones", "size_bytes": 99_900},
+        {"id": "phones-2", "cluster": "phones", "size_bytes": 80_000},
+        {"id": "servers-1", "cluster": "servers", "size_bytes": 812_345},
+    ],
+}
+ACCURACIES = [(0.5, 0.6, 0.7), (0.7, 0.8, 0.9), (None, None, None)]
+for _device, _values in zip(SUMMARY["devices"], ACCURACIES, strict=True):
+    _device.update(zip(("accuracy_coarse", "accuracy_local", "accuracy"), _values, strict=True))
+
+
+def fake_run(job: Job, out: str | Path, progress: Progress) -> dict[str, Any]:
+    """The engine's calls of the callback, thousands of them, and nothing else."""
+    progress("data", 0, 1, "digits")
+    progress("data", 1, 1, "1797 samples")
+    for i in range(1, 2001):
+        progress("reference", i, 2000, f"loss {1 / i:.3f}")
+    for cluster in ("phones", "servers"):
+        for i in range(1, 23):  # some steps more than announced
+            progress("header search", i, 20, f"{cluster}: rung {i}")
+        progress("refine", 0, 2, f"{cluster}: coarse model")
+        progress("refine", 2, 2, f"{cluster}: done")
+    return SUMMARY
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "run", fake_run)
+    monkeypatch.setattr(cli, "_build_report", lambda folder: folder / "report.html")
+
+    def invoke(*arguments: object) -> Any:
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments])
+
+    return invoke
+
+
+# -- run --------------------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_the_summary_on_stdout_and_progress_on_stderr(shell: Any) -> None:
+    result = shell("run", RECIPE)
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert ["phones", "2", "120", "KB", "99.9", "KB", "0.5", "×", "2", "blocks", "60.0%", "70.0%", "80.0%"] in rows
+    assert ["servers", "1", "1", "MB", "812", "KB", "1", "×", "6", "linear", "–", "–", "–"] in rows
+    assert ["all", "3", "60.0%", "70.0%", "80.0%"] in rows
+    assert "95.1%" in result.stdout
+    assert "look:    runs/digits/report.html" in result.stdout
+    assert "fleetfit.load('runs/digits/devices/phones-1')" in result.stdout
+    assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("use:"))
+    assert "reference ..." in result.stderr
+    assert "summary" not in result.stderr
+
+
+def test_progress_without_a_terminal_is_two_lines_a_phase(shell: Any) -> None:
+    lines = shell("run", RECIPE).stderr.splitlines()
+    assert lines[0] == "run folder runs/digits"
+    names = ["libraries", "data", "reference", "header search phones", "refine phones"]
+    names += ["header search servers", "refine servers", "report"]
+    assert [line for line in lines if line.endswith(" ...")] == [f"{name} ..." for name in names]
+    done = [line.partition(":")[0] for line in lines if ": done in " in line]
+    assert done == names
+    assert len(lines) == 1 + 2 * len(names)
+    assert re.search(r"^reference: done in \d+\.\d s, loss 0\.001$", "\n".join(lines), re.MULTILINE)
+
+
+def test_progress_on_a_terminal_keeps_a_line_for_each_phase(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with cli._Phases(cli._Signals(), "run folder x") as phases:
+        assert phases.live
+        fake_run(Job(), "x", phases)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", capfd.readouterr().err)
+    finished = re.findall(r"✓ (.*?)  +\d+\.\d s", shown)
+    assert finished == [
+        "data",
+        "reference",
+        "header search phones",
+        "refine phones",
+        "header search servers",
+        "refine servers",
+    ]
+
+
+def test_progress_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with cli._Phases(cli._Signals()) as phases:
+        start = time.perf_counter()
+        for i in range(5000):
+            phases("reference", i + 1, 10000, "loss 0.1")
+        each = (time.perf_counter() - start) / 5000
+    assert each < 200e-6, f"{each * 1e6:.0f} microseconds a call"
+
+
+def test_quiet_prints_nothing(shell: Any) -> None:
+    result = shell("run", RECIPE, "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_json_is_the_summary_alone(shell: Any) -> None:
+    assert json.loads(shell("run", RECIPE, "--json").stdout) == SUMMARY
+
+
+def test_out_and_set(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Job, Path]] = []
+
+    def run(job: Job, out: Path, progress: Progress) -> dict[str, Any]:
+        seen.append((job, out))
+        return SUMMARY
+
+    monkeypatch.setattr(local, "run", run)
+    assert shell("run", RECIPE, "-o", "here", "--set", "seed=7", "-s", "method=paper", "-q").exit_code == 0
+    ((job, out),) = seen
+    assert (job.seed, job.header.search, out) == (7, "enas", Path("here"))
+
+
+def test_going_on_is_said(shell: Any) -> None:
+    steps = Path("runs/digits/steps/reference")
+    steps.mkdir(parents=True)
+    (steps / "cloud.safetensors").touch()
+    assert "going on in runs/digits: 1 finished steps are read back" in shell("run", RECIPE).stderr
+
+
+def test_a_report_that_fails_still_shows_the_models(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> Path:
+        raise ValueError("no page today")
+
+    monkeypatch.setattr(cli, "_build_report", broken)
+    result = shell("run", RECIPE)
+    assert result.exit_code == 1
+    assert "phones" in result.stdout
+    assert "look:" not in result.stdout
+    assert result.stderr.endswith("error: no page today\n")
+
+
+def test_dry_run_prints_the_job_explained_and_runs_nothing(shell: Any) -> None:
+    result = shell("run", RECIPE, "--dry-run", "--set", "refine.rounds=5")
+    assert result.exit_code == 0
+    assert make_job(tomllib.loads(result.stdout)) == load_job(RECIPE, ("refine.rounds=5",))
+    assert 'split = "classes"  # iid | classes | dirichlet' in result.stdout
+    assert "rounds = 5  # T" in result.stdout
+    assert not Path("runs").exists()
+
+
+def test_dry_run_as_json(shell: Any) -> None:
+    assert make_job(json.loads(shell("run", RECIPE, "--dry-run", "--json").stdout)) == load_job(RECIPE)
+
+
+@pytest.mark.parametrize("fields", [{}, {"method": "paper"}, {"model": {"config": {"hidden_act": "# no"}}}])
+def test_the_explained_job_is_the_job(fields: dict[str, Any]) -> None:
+    job = make_job(fields)
+    assert make_job(tomllib.loads(cli.explained_toml(job))) == job
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("sed = 1", "job.toml:\n  sed is an unknown key; did you mean 'seed'?\n"),
+        (
+            "seed = -1\n[refine]\nrounds = 0",
+            "job.toml:\n  seed must be >= 0, got -1\n  refine.rounds must be >= 1, got",
+        ),
+        ("seed = = 1", "job.toml is not TOML: "),
+    ],
+)
+def test_a_bad_job(shell: Any, content: str, message: str) -> None:
+    Path("job.toml").write_text(content)
+    result = shell("run", "job.toml")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {message}")
+
+
+def test_a_missing_job_and_a_folder(shell: Any) -> None:
+    assert shell("run", "job.toml").stderr == "error: job.toml: No such file or directory\n"
+    assert shell("run", ".").stderr == "error: .: Is a directory\n"
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["run", "a", "b"], ["run", "a", "--sett", "x"], ["rum"], ["report"]])
+def test_wrong_usage_is_exit_code_2(shell: Any, arguments: list[str]) -> None:
+    assert shell(*arguments).exit_code == 2
+
+
+def test_a_missing_package_points_to_the_doctor(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Job, out: Path, progress: Progress) -> dict[str, Any]:
+        raise ModuleNotFoundError("No module named 'torch'")
+
+    monkeypatch.setattr(local, "run", run)
+    result = shell("run", RECIPE, "-q")
+    assert result.exit_code == 1
+    assert result.stderr == "error: No module named 'torch'\n`fleetfit doctor` tells what is missing\n"
+
+
+def test_an_interrupt_that_a_library_swallowed_still_stops(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Job, out: Path, progress: Progress) -> dict[str, Any]:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            pass
+        progress("data", 0, 1)
+        return SUMMARY
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(local, "run", run)
+    result = shell("run", RECIPE, "-q")
+    assert result.exit_code == 143
+    assert result.stderr.startswith("stopped; the same command goes on")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_that_became_another_error_still_stops(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: Job, out: Path, progress: Progress) -> dict[str, Any]:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("half imported") from None
+        return SUMMARY
+
+    monkeypatch.setattr(local, "run", run)
+    assert shell("run", RECIPE, "-q").exit_code == 130
+
+
+# -- report, doctor, help ---------------------------------------------------------------------------------------------
+
+
+def test_report(shell: Any) -> None:
+    assert shell("report", "runs/x").stdout == "runs/x/report.html\n"
+    assert json.loads(shell("report", "runs/x", "--json").stdout) == {"report": "runs/x/report.html"}
+
+
+def test_report_of_no_run(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["report", str(tmp_path)])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    assert "unexpected" not in result.stderr
+
+
+def test_doctor_is_well_here(shell: Any) -> None:
+    result = shell("doctor")
+    assert result.exit_code == 0, result.stdout
+    assert re.search(r"^ok  torch +\d", result.stdout, re.MULTILINE)
+    assert result.stdout.endswith("all is well\n")
+    told = json.loads(shell("doctor", "--json").stdout)
+    assert told["ok"]
+    names = {check["name"] for check in told["checks"]}
+    assert names >= {"fleetfit", "python", "torch", "transformers", "datasets", "flwr-datasets", "safetensors"}
+    assert names >= {"cpu", "memory", "gpu", "cache"}
+
+
+@pytest.mark.parametrize(
+    ("requires", "line"),
+    [
+        ("no-such-package>=3", r"NO  no-such-package missing +>=3 +pip install 'no-such-package>=3'"),
+        ("typer>=99", r"NO  typer +[\d.]+ +>=99 +pip install 'typer>=99'"),
+    ],
+)
+def test_doctor_names_what_is_wrong(shell: Any, monkeypatch: pytest.MonkeyPatch, requires: str, line: str) -> None:
+    from fleetfit import doctor
+
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: [requires, "pytest; extra == 'dev'"])
+    result = shell("doctor")
+    assert result.exit_code == 1
+    assert re.search(line, result.stdout)
+    assert "to put right: " in result.stdout
+    assert "pytest" not in result.stdout
+    assert json.loads(shell("doctor", "--json").stdout)["ok"] is False
+
+
+def test_doctor_says_why_a_package_does_not_load(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fleetfit import doctor
+
+    def broken(module: str) -> None:
+        raise OSError("libgomp.so.1: cannot open shared object file\nmore")
+
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: ["rich"])
+    monkeypatch.setattr(doctor.importlib, "import_module", broken)
+    result = shell("doctor")
+    assert result.exit_code == 1
+    assert "does not load: OSError: libgomp.so.1: cannot open shared object file\n" in result.stdout
+
+
+def test_doctor_wants_a_cache_that_can_be_written(shell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fleetfit import doctor
+
+    (tmp_path / "home").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: [])
+    result = shell("doctor")
+    assert result.exit_code == 1
+    assert "not writable" in result.stdout
+    assert "set run.cache to a folder of yours" in result.stdout
+
+
+def test_help_teaches(shell: Any) -> None:
+    top = shell("--help").stdout
+    assert all(word in top for word in ("run", "report", "doctor", "fleetfit run recipes/digits.toml"))
+    text = shell("run", "--help").stdout
+    for word in ("report.html", "devices/<device>/", "--dry-run", "To go on", "fleetfit run recipes/digits.toml"):
+        assert word in text
+    keys = re.findall(r"^ +([a-z]+(?:\.[a-z_]+)?)   ", text.partition("keys that matter")[2], re.MULTILINE)
+    assert len(keys) >= 10
+    for key in keys:
+        node: Any = Job()
+        for part in key.split("."):
+            node = getattr(node, part)
+
+
+def test_version(shell: Any) -> None:
+    assert shell("--version").stdout == f"fleetfit {fleetfit.__version__}\n"
+
+
+@pytest.mark.parametrize("number", [0, 9.94, 9.96, 59.4, 59.6, 3599, 3600, 90000])
+def test_durations(number: float) -> None:
+    expected = {0: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 59.4: "59 s", 59.6: "1 min 00 s"}
+    expected |= {3599: "59 min 59 s", 3600: "1 h 00 min", 90000: "25 h 00 min"}
+    assert cli.format_duration(number) == expected[number]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 B"), (999, "999 B"), (77176, "77.2 KB"), (120_000, "120 KB"), (999_900, "1 MB")]
+)
+def test_sizes(number: int, text: str) -> None:
+    assert cli.format_bytes(number) == text
+
+
+# -- the process ------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: str, **more: Any) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*PROGRAM, *arguments], text=True, **({"stdout": pipe, "stderr": pipe} | more))
+
+
+@pytest.mark.parametrize(
+    ("when", "number", "code"),
+    [
+        ("libraries ...", signal.SIGINT, 130),
+        ("libraries ...", signal.SIGTERM, 143),
+        ("reference ...", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_while_importing_or_training(tmp_path: Path, when: str, number: int, code: int) -> None:
+    sets = ("model.epochs=100000", f"run.cache='{tmp_path / 'cache'}'")
+    arguments = ["run", str(RECIPE), "-o", str(tmp_path / "run"), *(a for s in sets for a in ("--set", s))]
+    with start(*arguments) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.strip() == when:
+                break
+        time.sleep(0.3)
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait(timeout=30) == code
+    assert said.endswith("stopped; the same command goes on from the last finished step\n")
+    assert "Traceback" not in said
+    assert "Exception" not in said
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", str(RECIPE), "--dry-run"]])
+def test_a_reader_that_leaves_is_no_reason_for_a_traceback(arguments: list[str]) -> None:
+    with start(*arguments) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=30) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout() -> None:
+    with open("/dev/full", "w") as full, start("run", str(RECIPE), "--dry-run", stdout=full) as process:
+        assert process.stderr is not None
+        assert process.stderr.read() == "error: No space left on device\n"
+        assert process.wait(timeout=30) == 1
+
+
+def fastest(*command: str) -> float:
+    """Seconds of the fastest of a few processes: other work on the machine only adds."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_help_and_import_are_fast() -> None:
+    assert fastest(*PROGRAM, "--help") <= 0.5
+    assert fastest(sys.executable, "-c", "import fleetfit") <= 0.3
+
+
+def test_nothing_heavy_is_imported_until_it_is_used() -> None:
+    heavy = ("torch", "transformers", "datasets", "pydantic", "rich", "numpy", "sklearn", "matplotlib")
+    code = f"import sys, fleetfit; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"
+    code = code.replace("sys, fleetfit", "sys, fleetfit.cli")
+    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"
+
+
+# -- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_public_names() -> None:
+    assert {"Job", "__version__", "load", "load_job", "run"} <= set(dir(fleetfit))
+    assert fleetfit.Job is Job
+    assert fleetfit.load_job is load_job
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"):
+        fleetfit.nope  # noqa: B018
+
+
+def test_run_takes_a_path_fields_or_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Job, Path]] = []
+
+    def run(job: Job, out: Path, progress: Progress) -> dict[str, Any]:
+        progress("data", 0, 1)
+        seen.append((job, out))
+        return SUMMARY
+
+    monkeypatch.setattr(local, "run", run)
+    job = load_job(RECIPE)
+    assert fleetfit.run(RECIPE) == SUMMARY
+    fleetfit.run(job)
+    fleetfit.run(job.model_dump(exclude_none=True))
+    fleetfit.run({"seed": 2}, out="here", progress=lambda phase, done, total, note="": None)
+    assert [j for j, _ in seen[:3]] == [job] * 3
+    assert seen[0][1] == Path("runs/digits")
+    assert seen[1][1] == seen[2][1]
+    assert seen[1][1].parent == Path("runs")
+    assert (seen[3][0].seed, Path(seen[3][1])) == (2, Path("here"))

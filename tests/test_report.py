@@ -1,0 +1,356 @@
+"""The report: complete, self-contained, escaped; it bears what is missing and names what is damaged."""
+
+import csv
+import json
+import math
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fleetfit.config import make_job
+from fleetfit.records import Block, HeaderSpec
+from fleetfit.report import build_report
+from fleetfit.report.figures import log_ticks, matrix, nice_ticks
+from fleetfit.report.header_graph import header_graph, header_words
+from fleetfit.report.markup import bytes_text, element, percent, seconds_text
+
+VOID = {"meta", "br"}
+LINEAR = {"kind": "linear", "blocks": [], "repeats": 1, "channels": 16, "pooling": 1, "hidden": 0}
+CELL = [
+    {"input_1": 0, "input_2": 1, "operation_1": "conv3", "operation_2": "identity"},
+    {"input_1": 1, "input_2": 0, "operation_1": "downsample", "operation_2": "max_pool"},
+]
+SEARCHED = {"kind": "blocks", "blocks": CELL, "repeats": 1, "channels": 16, "pooling": 2, "hidden": 32}
+SHAPES = [(0.5, 1, 40_000), (0.5, 2, 70_000), (1.0, 1, 90_000), (1.0, 2, 160_000)]
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a browser would see: tags in balance, their attributes, all text."""
+
+    open_tags: list[str] = field(default_factory=list)
+    attributes: list[tuple[str, str, str | None]] = field(default_factory=list)
+    tags: set[str] = field(default_factory=set)
+    text: str = ""
+
+    def __post_init__(self):
+        super().__init__()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def write_run(folder: Path, clusters: dict[str, int], header: dict = LINEAR, **device_fields) -> Path:
+    """A finished run in the real format: clusters by name, with their number of devices."""
+    job = make_job({"fleet": {"devices": [{"count": n, "storage_limit": 100_000} for n in clusters.values()]}})
+    (folder / "cloud").mkdir(parents=True)
+    (folder / "job.toml").write_text(job.to_toml())
+    trials = [
+        {"name": "2 blocks, pooling 2", "spec": SEARCHED, "loss": 0.2, "accuracy": 1.0, "parameters": 3000},
+        {"name": "given linear", "spec": LINEAR, "loss": 0.3, "accuracy": 0.9, "parameters": 650},
+    ]
+    lines: list[dict] = [
+        {
+            "step": "reference/cloud",
+            "config": {},
+            "parameters": 200_000,
+            "validation_loss": 0.2,
+            "validation_accuracy": 0.95,
+            "accuracy": 0.94,
+            "curve": [2.0, 1.0, 0.5],
+        },
+        {
+            "step": "elastic/cloud",
+            "config": {},
+            "depth_order": "first",
+            "head_importance": [[0.06, 0.05], [0.03, 0.02]],
+            "neuron_importance_mean": [0.01, 0.02],
+            "curve": [3.0, 2.0],
+        },
+    ]
+    rows, summaries = [], []
+    for cluster, number in clusters.items():
+        devices = [
+            {
+                "device_id": f"{cluster}-{i + 1}",
+                "accuracy_coarse": 0.8,
+                "accuracy_local": 0.85,
+                "accuracy": 0.9,
+                "num_train": 30,
+                "num_test": 10,
+                "parameters": 17_000,
+                "size_bytes": 70_000,
+                "limit_bytes": 100_000,
+                "kept_neurons": 8,
+                "neurons": 10,
+                "notes": ["one class in its training data"] if i == 0 else [],
+                **device_fields,
+            }
+            for i in range(number)
+        ]
+        report = {
+            "step": f"finish/{cluster}",
+            "seconds": 0.1,
+            "bytes": {"device_to_edge": 1234, "edge_to_device": 5678},
+            "cluster": cluster,
+            "header": header,
+            "trials": trials,
+            "similarity": [[1 / number] * number] * number,
+            "distance": [[0.5] * number] * number,
+            "rounds": [{"round": r, "num_samples": 12, "loss_sum": 12 / (r + 1), "num_correct": 6} for r in range(3)],
+            "decision": {
+                "header": "refined",
+                "prior_strength": 3.0,
+                "loss_by_way": {"coarse": 1.0, "coarse/3": 0.8, "refined": 0.6, "refined/3": 0.4321},
+            },
+            "devices": devices,
+        }
+        lines.append(report)
+        for i, (width, depth, size) in enumerate(SHAPES):
+            rows.append(
+                {
+                    "cluster": cluster,
+                    "width": width,
+                    "depth": depth,
+                    "loss": 1.0 / (i + 1),
+                    "accuracy": 0.6 + 0.1 * i,
+                    "energy_joules": 1000.0 * (i + 1),
+                    "parameters": size // 4,
+                    "size_bytes": size,
+                    "zeta": 100.0,
+                    "fits": size <= 90_000,
+                    "grid_loss": 1 if size <= 90_000 else "",
+                    "grid_energy": 1 if size <= 90_000 else "",
+                    "grid_size": 1 if size <= 90_000 else "",
+                    "on_front": i in (0, 1),
+                    "trade_off": 1.0,
+                    "trade_off_accuracy": -0.25,
+                    "chosen_by": "pareto_grid random optimum" if i == 1 else "smallest" if i == 0 else "",
+                    "chosen": i == 1,
+                }
+            )
+        summaries.append(
+            {
+                "id": cluster,
+                "limit_bytes": 100_000,
+                "width": 0.5,
+                "depth": 2,
+                "parameters": 17_500,
+                "size_bytes": 70_000,
+                "energy_joules": 2000.0,
+                "loss": 0.5,
+                "accuracy": 0.7,
+                "header": header["kind"],
+            }
+        )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with (folder / "cloud" / "front.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = {
+        "method": "fleetfit",
+        "seed": 0,
+        "reference": {"accuracy": 0.94, "parameters": 200_000},
+        "clusters": summaries,
+        "devices": [],
+        "traffic": {
+            "device_to_edge_bytes": 4_000,
+            "edge_to_device_bytes": 90_000,
+            "edge_to_cloud_bytes": 3_000,
+            "cloud_to_edge_bytes": 80_000,
+            "raw_data_bytes": 16_000,
+            "upload_ratio": 0.25,
+        },
+        "seconds": {"elastic": 90.0, "reference": 30.0},
+        "peak_memory_bytes": 600_000_000,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def read_page(run: Path) -> Page:
+    page = Page()
+    page.feed(build_report(run).read_text(encoding="utf-8"))
+    page.close()
+    assert page.open_tags == []
+    return page
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run", {"phones": 3, "boxes": 2})
+
+
+def test_one_page_that_tells_everything(run: Path):
+    assert build_report(run) == run / "report.html"
+    page = read_page(run)
+    for device in ("phones-1", "phones-2", "phones-3", "boxes-1", "boxes-2"):
+        assert device in page.text
+    words = page.text.replace("\u00a0", " ")
+    for fact in (
+        "5 of 5",  # within the limit
+        "94.0 %",  # reference
+        "+10.0 points over the model as sent",
+        "+5.0 points over fine-tuning alone",
+        "70 KB of 100 KB",
+        "one class in its training data",
+        "0.432 against 1.000 as sent",  # decision
+        "25.0 % of the raw bytes",
+        "2 min 0 s",
+        "linear, as distilled",
+        "Best searched one, not chosen",
+        "max pool",
+        "seed = 0",  # the job
+    ):
+        assert fact in words, fact
+
+
+def test_nothing_is_loaded_from_elsewhere(run: Path):
+    page = read_page(run)
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "image", "use"})
+    loading = {"src", "href", "xlink:href", "srcset", "action", "data", "poster", "background"}
+    links = [value or "" for _, name, value in page.attributes if name in loading]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    ids = {value for _, name, value in page.attributes if name == "id"}
+    assert {link[1:] for link in links} <= ids
+    text = (run / "report.html").read_text()
+    assert "@import" not in text
+    assert "url(" not in text
+    assert not any(name.startswith("on") for _, name, _ in page.attributes)
+
+
+def test_figures_say_what_they_show(run: Path):
+    page = read_page(run)
+    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    hidden = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-hidden"]
+    assert len(labels) + len(hidden) == sum(tag == "svg" and name == "viewbox" for tag, name, _ in page.attributes)
+    assert all(labels)
+
+
+def test_hostile_names_are_escaped(tmp_path: Path):
+    name = "<script>alert(1)</script>\"'&<img src=x>"
+    page = read_page(write_run(tmp_path / "<b>run", {name: 2}))
+    assert page.tags.isdisjoint({"script", "img", "b>run"})
+    assert name in page.text
+    assert f"{name}-2" in page.text
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_unknown_accuracies_are_dashes(tmp_path: Path, missing: float | None):
+    run = write_run(
+        tmp_path / "run", {"phones": 2}, accuracy_coarse=missing, accuracy_local=missing, accuracy=missing, num_test=0
+    )
+    page = read_page(run)
+    assert "No device has test samples, so accuracies are not known." in page.text
+    assert "nan" not in page.text.lower().replace("nano", "")
+
+
+def test_unknown_scores_do_not_break_it(run: Path):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    report = lines[2]
+    report["decision"] = {"header": "coarse", "prior_strength": None, "loss_by_way": {}}
+    report["trials"][0]["loss"] = None  # as pydantic writes NaN
+    report["rounds"] = [{"round": 0, "num_samples": 0, "loss_sum": 0.0, "num_correct": 0}]
+    report["similarity"] = [[1.0]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "No device has validation samples" in read_page(run).text
+
+
+def test_a_model_over_its_limit_is_said_so(tmp_path: Path):
+    page = read_page(write_run(tmp_path / "run", {"phones": 2}, size_bytes=120_000))
+    assert "Only 0 of 2" in page.text
+    assert "over the limit" in page.text
+
+
+@pytest.mark.parametrize("header", [{**LINEAR, "kind": k} for k in ("mlp", "cnn_add", "resmlp")] + [SEARCHED])
+def test_every_kind_of_header_is_drawn(tmp_path: Path, header: dict):
+    page = read_page(write_run(tmp_path / "run", {"phones": 2}, header=header))
+    assert "Chosen for phones" in page.text
+    assert ("Best searched one, not chosen" in page.text) == (header["kind"] != "blocks")
+
+
+def test_a_thousand_devices(tmp_path: Path):
+    run = write_run(tmp_path / "run", {f"site{i}": 50 for i in range(20)})
+    page = read_page(run)
+    assert "site19-50" in page.text
+    assert (run / "report.html").stat().st_size < 1_500_000
+
+
+@pytest.mark.parametrize("name", ["job.toml", "summary.json", "metrics.jsonl", "cloud/front.csv"])
+def test_missing_files_are_named(run: Path, name: str):
+    (run / name).unlink()
+    with pytest.raises(ValueError, match=Path(name).name):
+        build_report(run)
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["job.toml", "summary.json", "metrics.jsonl", "cloud/front.csv"])
+@pytest.mark.parametrize("content", [b"{nonsense", b"\xff\xfe", b"[1, 2]", b""])
+def test_damaged_files_are_named(run: Path, name: str, content: bytes):
+    if name == "job.toml" and content == b"":
+        pytest.skip("an empty job is a valid one")
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=Path(name).name):
+        build_report(run)
+
+
+def test_an_unfinished_run_is_refused(run: Path):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has no step 'finish/boxes'"):
+        build_report(run)
+
+
+def test_blocks_that_cannot_be_are_refused(tmp_path: Path):
+    broken = {**SEARCHED, "blocks": [{**CELL[0], "input_1": 7}]}
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is corrupt"):
+        build_report(write_run(tmp_path / "run", {"phones": 2}, header=broken))
+
+
+def test_header_graph_wires():
+    spec = HeaderSpec(kind="blocks", blocks=tuple(Block.model_validate(b) for b in CELL), pooling=2)
+    drawing = header_graph("a header", spec)
+    # Two chips a block; an arrow into each, two into the mean of both loose ends, pooling, and two into the classifier.
+    assert drawing.count('class="chip"') == 4
+    assert drawing.count('class="arrow"') == 4 + 2 + 1 + 2
+    assert "mean of 1, 2" in drawing
+    assert "block 2 adds halve grid of the penultimate layer and max pool of the backbone output" in header_words(spec)
+    again = header_graph("a header", spec.model_copy(update={"repeats": 2}))
+    assert "cell, 2 times in a row" in again
+
+
+def test_matrix_shades_by_its_largest_entry():
+    drawing = matrix("weights", [[1.0, 0.0], [0.5, 0.5]])
+    assert drawing.count("<path") == 3
+    assert 'stroke-opacity="1.00"' in drawing
+    assert ">100<" in drawing
+
+
+def test_ticks_hold_the_data():
+    for low, high in ((0.0, 1.0), (0.3, 0.3), (-1.0, 7.0), (1e-6, 2e-6)):
+        ticks = nice_ticks(low, high)
+        assert len(ticks) >= 2
+        assert ticks[0] <= low
+        assert ticks[-1] >= high
+    assert log_ticks(40_000, 210_000) == [50_000, 100_000, 200_000]
+
+
+def test_elements_escape_and_numbers_are_short():
+    assert element("p", "<b>", element("i", "&"), title='"') == '<p title="&quot;">&lt;b&gt;<i>&amp;</i></p>'
+    assert element("meta", charset="utf-8") == '<meta charset="utf-8">'
+    shown = [bytes_text(999), bytes_text(79_248), percent(None), percent(0.125), seconds_text(125), seconds_text(0.5)]
+    expected = ["999 bytes", "79.2 KB", "–", "12.5 %", "2 min 5 s", "0.50 s"]
+    assert [s.replace("\u00a0", " ") for s in shown] == expected
