@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fleetfit.config import HeaderConfig
-from fleetfit.header_search import METHODS, CachedFeatures, clearly_better, header_bytes, search_header
+from fleetfit.header_search import METHODS, clearly_better, search_header
+from fleetfit.header_trials import CachedFeatures, header_bytes
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import Header, build_header
 from fleetfit.randomness import named_generator, seeded_init

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 
 from fleetfit.config import Job, load_job
-from fleetfit.messages import Message, decode, encode, read_metadata, take
+from fleetfit.messages import Message, decode, encode, first_problem, read_metadata, take
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
@@ -233,8 +233,12 @@ class RunFolder:
         write_atomically(self.path / name, text.getvalue())
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file."""
-        write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+        """Write a JSON file.
+
+        Raises:
+            ValueError: a number is not finite, which JSON cannot say.
+        """
+        write_atomically(self.path / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def load_model(folder: str | Path) -> Classifier:
@@ -272,7 +276,9 @@ def read_card(folder: Path) -> ModelCard:
         card = ModelCard.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no device folder: {path} is missing") from None
-    except (ValidationError, UnicodeDecodeError) as error:
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a model card: {first_problem(error)}") from None
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a model card: {error}") from None
     if card.format != MODEL_FORMAT:
         raise ValueError(f"{path} has format {card.format}, this fleetfit reads {MODEL_FORMAT}")

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from fleetfit.records import HeaderKind, Operation, Record
+from fleetfit.records import OPERATIONS, FixedHeaderKind, Operation, Record
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -35,7 +35,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "grid_distance": "l1",
         "specialise_steps": 0,
     },
-    "header": {"search": "enas", "freeze_backbone": False, "keep_distilled": False, "views": 1},
+    "header": {"search": "enas", "freeze_backbone": False, "keep_distilled": False, "warm_start": False, "views": 1},
     "refine": {
         "exchange": "importance",
         "similarity": "wasserstein",
@@ -87,22 +87,29 @@ class Section(Record):
         return value
 
 
+SMALL_VIT: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 1,
+    "initializer_range": 0.1,
+}
+
+
+def over_small_vit(value: object) -> object:
+    """Keys that a job gives, over the small ViT's."""
+    return {**SMALL_VIT, **value} if isinstance(value, dict) else value
+
+
 class ModelConfig(Section):
     """The reference Transformer, built from its Hugging Face configuration."""
 
     family: Literal["vit"] = Field("vit", description="which family of models/families.py")
-    config: dict[str, Any] = Field(
-        default_factory=lambda: {
-            "hidden_size": 64,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "image_size": 8,
-            "patch_size": 2,
-            "num_channels": 1,
-            "initializer_range": 0.1,
-        },
-        description="keys of the family's Hugging Face configuration",
+    config: Annotated[dict[str, Any], BeforeValidator(over_small_vit)] = Field(
+        SMALL_VIT, description="keys of the family's Hugging Face configuration; those left out stay as here"
     )
     epochs: Steps = Field(60, description="training epochs of the reference on the public split")
     batch_size: Steps = 32
@@ -194,9 +201,9 @@ class BackboneConfig(Section):
     importance_samples: Steps = 512
     depth_order: Literal["auto", "spread", "first"] = Field("auto", description="which layers a shallower model keeps")
     distillation: Literal["joint", "paper"] = Field("joint", description="joint: one stage; paper: Eq. 9's two stages")
-    steps: Steps = Field(450, description="optimiser steps of elastic training; paper: divided between its two stages")
+    steps: Steps = Field(600, description="optimiser steps of elastic training; paper: divided between its two stages")
     batch_size: Steps = 64
-    learning_rate: float = Field(3e-3, gt=0)
+    learning_rate: float = Field(5e-3, gt=0)
     weight_logits: float = Field(1.0, ge=0, description="lambda_1 of Eq. 9")
     weight_embeddings: float = Field(1.0, ge=0, description="lambda_2 of Eq. 9")
     choice: Literal["pareto_grid", "greedy_accuracy", "greedy_size", "random"] = "pareto_grid"
@@ -209,7 +216,7 @@ class BackboneConfig(Section):
 class HeaderConfig(Section):
     """Phase 2-1, on each edge."""
 
-    search: Literal["halving", "random", "enas", "distilled"] | HeaderKind = Field(
+    search: Literal["halving", "random", "enas", "distilled"] | FixedHeaderKind = Field(
         "halving", description="distilled: keep the header that came with the backbone; or a fixed header's name"
     )
     budget_steps: Steps = Field(1500, description="training steps of headers in all; the same for every search")
@@ -220,10 +227,11 @@ class HeaderConfig(Section):
     max_blocks: Annotated[int, Field(ge=1, le=8)] = Field(3, description="B")
     repeats: Annotated[int, Field(ge=1, le=4)] = Field(1, description="U")
     channels: Steps = 16
-    operations: tuple[Operation, ...] = Field(get_args(Operation), min_length=1)
+    operations: tuple[Operation, ...] = Field(OPERATIONS, min_length=1)
     room: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of the storage limit that the backbone leaves free for a header"
     )
+    warm_start: bool = Field(True, description="halving: headers start as the distilled header computes")
     keep_distilled: bool = Field(True, description="the header distilled with the backbone is always a candidate")
     freeze_backbone: bool = Field(True, description="false: the search trains the backbone too, as the paper does")
     controller_learning_rate: float = Field(3.5e-3, gt=0)
@@ -257,7 +265,6 @@ class RunConfig(Section):
     """How to run, not what."""
 
     threads: Steps = Field(1, description="CPU threads; on small models one is fastest")
-    torch_device: Literal["auto", "cpu", "cuda"] = "cpu"
     cache: str = Field("~/.cache/fleetfit", description="trained references, by content hash")
 
 

@@ -12,7 +12,8 @@ from fleetfit.config import Job, RefineConfig
 from fleetfit.data.augmentation import shifted_views
 from fleetfit.data.partition import Split
 from fleetfit.data.sources import Samples
-from fleetfit.header_search import CachedFeatures, FeatureSource, search_header
+from fleetfit.header_search import search_header
+from fleetfit.header_trials import CachedFeatures, FeatureSource
 from fleetfit.messages import (
     BackboneAssignment,
     CoarseModel,

@@ -237,9 +237,17 @@ def decode(blob: bytes, expected: type[M], what: str = "message") -> M:
     try:
         message = expected.model_validate_json(metadata["fields"])
         tensors = safetensors.torch.load(blob)
-    except (ValidationError, SafetensorError) as error:
+    except ValidationError as error:
+        raise ValueError(f"{what} is corrupt: {first_problem(error)}") from error
+    except SafetensorError as error:
         raise ValueError(f"{what} is corrupt: {error}") from error
     return message.model_copy(update={"tensors": tensors})
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line of a validation error."""
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 def decode_any(blob: bytes, what: str = "message") -> Message:

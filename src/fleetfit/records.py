@@ -1,22 +1,20 @@
 """Plain values that the tiers speak of; immutable, validated, JSON in and out."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-OPERATIONS = ("conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool")
-FIXED_HEADERS = ("linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp")
-
 Operation = Literal["conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool"]
-HeaderKind = Literal[
-    "blocks", "linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp"
-]
+FixedHeaderKind = Literal["linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp"]
+HeaderKind = Literal["blocks"] | FixedHeaderKind
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
+FIXED_HEADERS: tuple[FixedHeaderKind, ...] = get_args(FixedHeaderKind)
 
 
 class Record(BaseModel):
     """Base of all plain values: frozen, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, ser_json_inf_nan="strings")
 
 
 class EnergyModel(Record):

@@ -1,5 +1,6 @@
 """The local engine: all tiers in one process, every message encoded, counted and decoded as on a wire."""
 
+import math
 import resource
 import sys
 from collections.abc import Callable, Mapping
@@ -241,6 +242,11 @@ class ClusterSummary(Record):
     header: str
 
 
+def _known(value: float) -> float | None:
+    """A measured share, or None where there was nothing to measure it on."""
+    return None if math.isnan(value) else value
+
+
 def _summary(
     job: Job,
     folder: RunFolder,
@@ -288,7 +294,7 @@ def _summary(
     return {
         "method": job.method,
         "seed": job.seed,
-        "reference": {"accuracy": result.reference.accuracy, "parameters": result.reference.parameters},
+        "reference": {"accuracy": _known(result.reference.accuracy), "parameters": result.reference.parameters},
         "clusters": [c.model_dump() for c in clusters],
         "devices": devices,
         "traffic": {

@@ -88,7 +88,10 @@ class Backbone(nn.Module):
         return int(self.config[family_of(self.family).num_layers])
 
     def run(self, inputs: Tensor) -> BackboneOutput:
-        """All hidden states."""
+        """All hidden states; of no sample at all too, which the attention of Transformers does not take."""
+        if len(inputs) == 0:
+            one = self.run(inputs.new_zeros(1, *inputs.shape[1:]))
+            return BackboneOutput(tuple(h[:0] for h in one.hidden), one.output[:0])
         return _as_output(self.model(inputs, output_hidden_states=True))
 
     def forward(self, inputs: Tensor) -> Features:

@@ -1,5 +1,6 @@
 """Where attention heads, MLP neurons and layers live in each Hugging Face family. Adding a family is one entry here."""
 
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,28 @@ from fleetfit.models.features import FeatureShape
 from fleetfit.records import JsonDict
 
 
+def _checked(config_class: Any, config: JsonDict) -> Any:
+    """A configuration object; Transformers itself would swallow a misspelt key.
+
+    Raises:
+        ValueError: an unknown key; names the nearest.
+    """
+    known = {*vars(config_class()), "head_dim", "model_type"}
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"model.config.{key} is an unknown key of {config_class.__name__}{hint}")
+    try:
+        return config_class(**config)
+    except Exception as error:  # Transformers raises classes of its own
+        raise ValueError(f"model.config is not a valid {config_class.__name__}: {error}") from error
+
+
 def _vit(config: JsonDict) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    return ViTModel(ViTConfig(**config), add_pooling_layer=False)  # type: ignore[no-any-return]
+    return ViTModel(_checked(ViTConfig, config), add_pooling_layer=False)  # type: ignore[no-any-return]
 
 
 def _vit_features(config: Any) -> FeatureShape:

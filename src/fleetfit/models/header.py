@@ -202,6 +202,25 @@ class Header(nn.Module):
         logits: Tensor = self.classifier(vector)
         return logits
 
+    @torch.no_grad()
+    def start_as(self, linear: "Header") -> None:
+        """Compute what a linear header computes, to be trained on from there (Beyond).
+
+        The classifier reads [CLS] with that header's weights, and everything else with weights of zero.
+
+        Raises:
+            ValueError: this header has a hidden layer or no blocks' body, or the other is not linear.
+        """
+        if not isinstance(self.body, BlocksBody) or self.classifier.first is not None or linear.spec.kind != "linear":
+            raise ValueError(
+                "only a header of blocks without a hidden layer starts as a linear one, "
+                f"got {self.spec.kind!r} with {self.spec.hidden} hidden units and {linear.spec.kind!r}"
+            )
+        channels = self.shape.channels
+        self.last_linear.weight.zero_()
+        self.last_linear.weight[:, -channels:] = linear.last_linear.weight / self.body.cls_gate
+        self.last_linear.bias.copy_(linear.last_linear.bias)
+
     @property
     def last_linear(self) -> nn.Linear:
         """The final layer; a class prior goes into its bias."""

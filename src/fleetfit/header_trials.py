@@ -1,0 +1,209 @@
+"""The workbench of every header search: sources of features, a budget of steps, headers built, trained and scored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fleetfit.config import HeaderConfig
+from fleetfit.method.search_space import sample_blocks
+from fleetfit.models.features import Features, FeatureShape
+from fleetfit.models.header import Header, build_header
+from fleetfit.randomness import named_generator, seeded_init
+from fleetfit.records import Block, HeaderSpec
+from fleetfit.training import Scores, evaluate, fit, predict, score
+
+ProgressCallback = Callable[[int, int, str], None]
+
+LABEL_SMOOTHING = 0.1
+CELL_POOLING = 2  # random, enas: final pooling of their space
+BYTES_PER_PARAMETER = 4
+BYTES_PER_TENSOR = 100  # a name and a shape in a safetensors file
+SAMPLING_TRIES = 200
+
+
+class FeatureSource(Protocol):
+    """Labelled samples as the backbone sees them."""
+
+    @property
+    def labels(self) -> Int[Tensor, " sample"]:
+        """Class numbers."""
+        ...
+
+    def features(self, rows: Int[Tensor, " row"]) -> Features:
+        """Features of some samples; differentiable where the backbone trains."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The backbone's trainable parameters; none when it is frozen."""
+        ...
+
+
+@dataclass(frozen=True)
+class CachedFeatures:
+    """Features of a frozen backbone, computed once."""
+
+    cached: Features
+    labels: Int[Tensor, " sample"]
+
+    def features(self, rows: Int[Tensor, " row"]) -> Features:
+        """Look them up."""
+        return self.cached.rows(rows)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """None: the backbone is frozen."""
+        return []
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A trained header with its scores on the validation source, and its loss on each sample there."""
+
+    name: str
+    header: Header
+    scores: Scores
+    losses: Float[Tensor, " sample"]
+
+
+@dataclass
+class Search:
+    """What all methods share, and what has been spent so far; lives for one search."""
+
+    train: FeatureSource
+    validation: FeatureSource
+    config: HeaderConfig
+    shape: FeatureShape
+    num_classes: int
+    max_bytes: int
+    seed: int
+    method: str
+    on_progress: ProgressCallback
+    start: Header | None = None
+    steps_used: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def fits(self, spec: HeaderSpec) -> bool:
+        """Whether a header is within ``max_bytes``."""
+        return header_bytes(spec, self.shape, self.num_classes) <= self.max_bytes
+
+    def build(self, spec: HeaderSpec, *names: str | int) -> Header:
+        """A header with fresh weights, or one that starts as ``start`` where it can."""
+        with seeded_init(self.seed, "header_search", self.method, "init", *names):
+            header = build_header(spec, self.shape, self.num_classes)
+        if self.start is not None and can_start(spec):
+            header.start_as(self.start)
+        return header
+
+    def fit(
+        self,
+        loss_of: Callable[[Tensor], Tensor],
+        parameters: list[nn.Parameter],
+        steps: int,
+        *names: str | int,
+        cost: int = 1,
+    ) -> None:
+        """Train something; each step takes ``cost`` of the budget."""
+        note = " ".join(map(str, names))
+        start = self.steps_used
+
+        def after_step(step: int, steps: int, loss: float) -> None:
+            self.steps_used = start + step * cost
+            self.on_progress(self.steps_used, self.config.budget_steps, note)
+
+        fit(
+            loss_of,
+            parameters,
+            len(self.train.labels),
+            steps=steps,
+            batch_size=self.config.batch_size,
+            learning_rate=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            generator=named_generator(self.seed, "header_search", self.method, "batches", *names),
+            after_step=after_step,
+            name=f"header search ({self.method}): {note}",
+        )
+
+    def train_alone(self, header: Header, steps: int, *names: str | int) -> None:
+        """Train one header; the backbone stays as it is."""
+
+        def loss_of(rows: Tensor) -> Tensor:
+            logits = header(self.train.features(rows).detached())
+            return cross_entropy(logits, self.train.labels[rows], label_smoothing=LABEL_SMOOTHING)
+
+        header.train()
+        self.fit(loss_of, list(header.parameters()), steps, *names)
+        header.eval()
+
+    def scores(self, header: Callable[[Features], Tensor]) -> Scores:
+        """Scores on the validation source."""
+        return evaluate(lambda rows: header(self.validation.features(rows)), self.validation.labels)
+
+    def finalist(self, name: str, header: Header) -> Finalist:
+        """Score a trained header and note it."""
+        labels = self.validation.labels
+        logits = predict(lambda rows: header(self.validation.features(rows)), len(labels))
+        scores = score(logits, labels)
+        point = {"step": self.steps_used, "name": name, "loss": scores.loss, "accuracy": scores.accuracy}
+        self.history.append(point)
+        return Finalist(name, header, scores, cross_entropy(logits, labels, reduction="none"))
+
+
+def can_start(spec: HeaderSpec) -> bool:
+    """Whether such a header can start as a linear one."""
+    return spec.kind == "blocks" and spec.hidden == 0
+
+
+def header_bytes(spec: HeaderSpec, shape: FeatureShape, num_classes: int) -> int:
+    """About the size of a stored header: 4 bytes a parameter and a name a tensor; nothing is allocated."""
+    with torch.device("meta"):
+        parameters = list(build_header(spec, shape, num_classes).parameters())
+    return BYTES_PER_PARAMETER * sum(p.numel() for p in parameters) + BYTES_PER_TENSOR * len(parameters)
+
+
+def spec_name(spec: HeaderSpec) -> str:
+    """A short name for tables: kind, number of blocks and channels, pooling, hidden units."""
+    if spec.kind != "blocks":
+        return spec.kind
+    return f"{len(spec.blocks)} blocks of {spec.channels}, pooling {spec.pooling}" + (
+        f", hidden {spec.hidden}" if spec.hidden else ""
+    )
+
+
+def nothing_fits(search: Search) -> ValueError:
+    """The error of a search whose space holds no header that is small enough."""
+    return ValueError(f"no header of search {search.method!r} fits: max_bytes must be larger, got {search.max_bytes}")
+
+
+def cell_spec(search: Search) -> HeaderSpec:
+    """The one space of random search and ENAS: B blocks, all else fixed; this is one header of it.
+
+    Raises:
+        ValueError: none of many samples fits, even with pooling to one cell.
+    """
+    config = search.config
+    generator = named_generator(search.seed, "header_search", search.method, "space")
+    for pooling in (CELL_POOLING, 1):
+        for _ in range(SAMPLING_TRIES):
+            spec = HeaderSpec(
+                kind="blocks",
+                blocks=sample_blocks(config.max_blocks, config.operations, generator),
+                repeats=config.repeats,
+                channels=config.channels,
+                pooling=pooling,
+            )
+            if search.fits(spec):
+                return spec
+    raise nothing_fits(search)
+
+
+def draw_fitting(search: Search, spec: HeaderSpec, draw: Callable[[], tuple[Block, ...]]) -> HeaderSpec:
+    """Draw blocks until they fit; ``spec`` itself, which fits, when none does."""
+    for _ in range(SAMPLING_TRIES):
+        drawn = spec.model_copy(update={"blocks": draw()})
+        if search.fits(drawn):
+            return drawn
+    return spec
