@@ -88,9 +88,12 @@ class StepFolder:
         self.folder = folder
         self.ledger = ledger
         self.on_step = on_step
+        self._told: set[str] = set()
 
     def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
         """The saved result of a step, or compute and save it. The phase is the name's first part.
+
+        A step that is asked for again counts once.
 
         Raises:
             ValueError: the saved file is corrupt, truncated or foreign; names it.
@@ -105,6 +108,8 @@ class StepFolder:
                 seconds, traffic = float(cost["seconds"]), {str(k): int(v) for k, v in cost["traffic"].items()}
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{what} is corrupt: it does not say what it cost") from error
+            if name in self._told:
+                return value
             self.ledger.traffic.update(traffic)
             logger.info("%s: read back from %s", name, path)
         else:
@@ -113,6 +118,7 @@ class StepFolder:
             seconds, traffic = time.perf_counter() - start, self.ledger.since(before)
             cost_json = json.dumps({"seconds": seconds, "traffic": traffic})
             write_atomically(path, encode(value, cost=cost_json))
+        self._told.add(name)
         self.ledger.seconds[name.partition("/")[0]] += seconds  # type: ignore[assignment]
         if self.on_step is not None:
             self.on_step(name, seconds, traffic, value)
@@ -256,8 +262,8 @@ def load_model(folder: str | Path) -> Classifier:
         raise ValueError(f"{path} is missing") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt: {error}") from None
-    backbone = Backbone(card.family, card.config)
     try:
+        backbone = Backbone(card.family, card.config)
         backbone.load_state_dict(take(tensors, "backbone"), strict=True)
         header = header_from_state(card.header, backbone.feature_shape, len(card.labels), take(tensors, "header"))
     except (RuntimeError, ValueError) as error:

@@ -238,7 +238,7 @@ def evaluate_candidates(job: Job, result: Elastic, public: Split, progress: Prog
                 zeta=zeta(shape, elastic.hidden_size, elastic.num_heads * elastic.head_dim, elastic.num_neurons),
             )
         )
-        progress(done, len(shapes), f"width {shape.width:g}, depth {shape.depth}")
+        progress(done, len(shapes), f"{done} of {len(shapes)} evaluated")
     return Candidates(candidates=tuple(candidates))
 
 
@@ -277,7 +277,9 @@ def match(
     score_a = trade_off_score(loss, energy, size)
     generator = named_generator(job.seed, "choice", cluster)
     chosen_by = {
-        "pareto_grid": choose(objectives, grid.coordinates, on_front, job.backbone.grid_distance),
+        "pareto_grid": choose(
+            objectives, grid.coordinates, on_front, job.backbone.grid_distance, job.backbone.grid_ties
+        ),
         "greedy_accuracy": greedy_accuracy(accuracy[inside]),
         "greedy_size": greedy_size(size[inside]),
         "random": random_choice(len(inside), generator),

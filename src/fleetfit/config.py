@@ -33,6 +33,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "distillation": "paper",
         "size": "zeta",
         "grid_distance": "l1",
+        "grid_ties": "loss",
         "specialise_steps": 0,
     },
     "header": {"search": "enas", "freeze_backbone": False, "keep_distilled": False, "warm_start": False, "views": 1},
@@ -42,6 +43,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "sketch": "samples",
         "anchor": 0.0,
         "class_prior": False,
+        "balanced_training": False,
         "importance": "parameter",
         "guard": False,
     },
@@ -170,8 +172,8 @@ class FleetConfig(Section):
 
     devices: tuple[DeviceGroup, ...] = Field(
         default_factory=lambda: (
-            DeviceGroup(count=5, cluster="phones", storage_limit=(120_000,), gpu_capacity=(40, 50, 60)),
-            DeviceGroup(count=5, cluster="boxes", storage_limit=(320_000,), gpu_capacity=(80, 100, 120)),
+            DeviceGroup(count=5, cluster="phones", storage_limit=(160_000,), gpu_capacity=(40, 50, 60)),
+            DeviceGroup(count=5, cluster="boxes", storage_limit=(400_000,), gpu_capacity=(80, 100, 120)),
             DeviceGroup(count=5, cluster="servers", storage_limit=(1_000_000,), gpu_capacity=(160, 200, 240)),
         ),
         min_length=1,
@@ -208,8 +210,9 @@ class BackboneConfig(Section):
     weight_embeddings: float = Field(1.0, ge=0, description="lambda_2 of Eq. 9")
     choice: Literal["pareto_grid", "greedy_accuracy", "greedy_size", "random"] = "pareto_grid"
     size: Literal["exact", "zeta"] = Field("exact", description="objective f3: bytes as shipped, or the paper's zeta")
-    gamma_p: float = Field(0.1, gt=0, description="Eq. 11: the loss difference that does not matter")
+    gamma_p: float = Field(0.12, gt=0, description="Eq. 11: the loss difference that does not matter")
     grid_distance: Literal["euclidean", "l1"] = Field("euclidean", description="Eq. 13")
+    grid_ties: Literal["cheaper", "loss"] = Field("cheaper", description="Eq. 13, of candidates in equally near cells")
     specialise_steps: int = Field(150, ge=0, description="training of the chosen sub-network alone before it is sent")
 
 
@@ -254,8 +257,12 @@ class RefineConfig(Section):
     temperature: float = Field(0.5, gt=0, description="tau of the calibrated similarity")
     sketch: Literal["samples", "sliced"] = Field("samples", description="what a device shows of its features")
     sketch_samples: Annotated[int, Field(ge=2)] = 24
+    fine_tune: bool = Field(False, description="one more local round after the last aggregation")
     anchor: float = Field(0.1, ge=0, description="mu, pull to the shipped header; 0 = free")
     class_prior: bool = Field(True, description="empirical-Bayes class prior in the last bias")
+    balanced_training: bool = Field(
+        True, description="with class_prior: train with the prior in the logits, so that weights need not learn it"
+    )
     importance: Literal["gate", "neuron", "parameter"] = Field("gate", description="Eqs. 16-18 or beyond")
     prune_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="share of header neurons dropped in all")
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")

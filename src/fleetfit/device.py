@@ -45,7 +45,8 @@ from fleetfit.randomness import named_generator
 from fleetfit.records import DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
 from fleetfit.training import fit, predict, score, steps_per_epoch
 
-PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
+PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen here would be out of reach
+TRAINING_PRIOR_STRENGTH = 3.0
 SKETCH_PROJECTIONS = 32
 WEIGHT_DECAY = 0.01
 
@@ -167,6 +168,11 @@ def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, Rou
 def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, ProposeReply]:
     """Take the last personal tensors; score every way to ship on the validation split."""
     memory = _take_personal(state.memory, message.tensors)
+    if memory.refine.fine_tune:
+        header = _header(memory, take(memory.tensors, "header"))
+        number, kept = memory.refine.rounds + 1, take(memory.tensors, "kept")
+        _train(header, memory, state.data, state.attributes.device_id, number, kept, anchored=True)
+        memory = memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header))})
     ways: dict[str, ValidationScores] = {}
     for name, tensors in (("coarse", take(memory.tensors, "coarse")), ("refined", take(memory.tensors, "header"))):
         header = _header(memory, tensors)
@@ -193,7 +199,7 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
         with torch.no_grad():
             header.last_linear.bias.add_(class_prior(counts, torch.tensor(memory.class_shares), message.prior_strength))
     local = _header(memory, take(memory.tensors, "coarse"))
-    for number in range(1, memory.refine.rounds + 1):
+    for number in range(1, memory.refine.rounds + memory.refine.fine_tune + 1):
         _train(local, memory, data, state.attributes.device_id, number, {}, anchored=False)
     memory = memory.model_copy(update={"tensors": memory.tensors | put("shipped", _detached(header))})
     model = shipped_model(memory)
@@ -305,9 +311,13 @@ def _train(
     sums = {n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True)}
     steps = refine.epochs * steps_per_epoch(len(labels), refine.batch_size)
     masked = {n: m for n, m in kept.items() if not bool(m.all())}
+    offset = torch.zeros(len(memory.labels))
+    if anchored and refine.class_prior and refine.balanced_training:
+        counts = _counts(data.train, len(memory.labels))
+        offset = class_prior(counts, torch.tensor(memory.class_shares), TRAINING_PRIOR_STRENGTH)
 
     def loss_of(rows: Tensor) -> Tensor:
-        loss = cross_entropy(header(features.rows(rows)), labels[rows])
+        loss = cross_entropy(header(features.rows(rows)) + offset, labels[rows])
         if refine.importance != "gate":
             gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             for name, gradient, parameter in zip(names, gradients, parameters, strict=True):

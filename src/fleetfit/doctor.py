@@ -147,7 +147,7 @@ def _gpu() -> Check:
             return Check(name="gpu", found="none", note="not needed")
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         found = ", ".join(f"{c.name} ({c.total_memory / 2**30:.0f} GiB)" for c in cards)
-        return Check(name="gpu", found=found, note='run.torch_device = "auto" or "cuda" uses it')
+        return Check(name="gpu", found=found, note="not used yet: jobs run on the CPU")
     except Exception as error:  # a broken driver; torch itself is checked above
         return Check(name="gpu", found="unknown", note=f"{type(error).__name__}: {error}")
 

@@ -228,6 +228,7 @@ def search_header(
         warm = start is not None and can_start(winner.header.spec) and winner.scores.loss < incumbent.scores.loss
         winner = winner if warm or clearly_better(winner.losses, incumbent.losses) else incumbent
     trials = sorted((_trial(f) for f in (*found, *given_ones)), key=lambda t: t.loss)
+    on_progress(config.budget_steps, config.budget_steps, f"{len(trials)} headers compared")
     return SearchResult(winner.header, tuple(trials), search.steps_used, search.history)
 
 

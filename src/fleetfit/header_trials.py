@@ -24,6 +24,7 @@ CELL_POOLING = 2  # random, enas: final pooling of their space
 BYTES_PER_PARAMETER = 4
 BYTES_PER_TENSOR = 100  # a name and a shape in a safetensors file
 SAMPLING_TRIES = 200
+WARM_RATE_SHARE = 1 / 3  # a header that starts as a trained one moves less
 
 
 class FeatureSource(Protocol):
@@ -105,14 +106,16 @@ class Search:
         steps: int,
         *names: str | int,
         cost: int = 1,
+        rate_share: float = 1.0,
     ) -> None:
-        """Train something; each step takes ``cost`` of the budget."""
+        """Train something at a share of the job's rate; each step takes ``cost`` of the budget."""
         note = " ".join(map(str, names))
         start = self.steps_used
 
         def after_step(step: int, steps: int, loss: float) -> None:
             self.steps_used = start + step * cost
-            self.on_progress(self.steps_used, self.config.budget_steps, note)
+            budget = self.config.budget_steps
+            self.on_progress(min(self.steps_used, budget - 1), budget, note)
 
         fit(
             loss_of,
@@ -120,7 +123,7 @@ class Search:
             len(self.train.labels),
             steps=steps,
             batch_size=self.config.batch_size,
-            learning_rate=self.config.learning_rate,
+            learning_rate=self.config.learning_rate * rate_share,
             weight_decay=self.config.weight_decay,
             generator=named_generator(self.seed, "header_search", self.method, "batches", *names),
             after_step=after_step,
@@ -135,7 +138,8 @@ class Search:
             return cross_entropy(logits, self.train.labels[rows], label_smoothing=LABEL_SMOOTHING)
 
         header.train()
-        self.fit(loss_of, list(header.parameters()), steps, *names)
+        rate_share = WARM_RATE_SHARE if self.start is not None and can_start(header.spec) else 1.0
+        self.fit(loss_of, list(header.parameters()), steps, *names, rate_share=rate_share)
         header.eval()
 
     def scores(self, header: Callable[[Features], Tensor]) -> Scores:
@@ -168,9 +172,8 @@ def spec_name(spec: HeaderSpec) -> str:
     """A short name for tables: kind, number of blocks and channels, pooling, hidden units."""
     if spec.kind != "blocks":
         return spec.kind
-    return f"{len(spec.blocks)} blocks of {spec.channels}, pooling {spec.pooling}" + (
-        f", hidden {spec.hidden}" if spec.hidden else ""
-    )
+    blocks = f"{len(spec.blocks)} block{'' if len(spec.blocks) == 1 else 's'}" if spec.blocks else "no block"
+    return f"{blocks} of {spec.channels}, pooling {spec.pooling}" + (f", hidden {spec.hidden}" if spec.hidden else "")
 
 
 def nothing_fits(search: Search) -> ValueError:

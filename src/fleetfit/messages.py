@@ -216,7 +216,7 @@ def read_metadata(blob: bytes, what: str = "message") -> dict[str, str]:
         raise ValueError(f"{what} is truncated or foreign: it announces a header of {length} bytes in {len(blob)}")
     try:
         metadata = json.loads(blob[8 : 8 + length]).get("__metadata__")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{what} is corrupt: its header is not JSON") from error
     if not isinstance(metadata, dict) or not {"kind", "version", "fields"} <= set(metadata):
         raise ValueError(f"{what} is foreign: fleetfit's metadata is missing")
@@ -241,6 +241,8 @@ def decode(blob: bytes, expected: type[M], what: str = "message") -> M:
         raise ValueError(f"{what} is corrupt: {first_problem(error)}") from error
     except SafetensorError as error:
         raise ValueError(f"{what} is corrupt: {error}") from error
+    except KeyError as error:  # a dtype that the format has and PyTorch has not
+        raise ValueError(f"{what} is corrupt: it has tensors of the unknown dtype {error}") from error
     return message.model_copy(update={"tensors": tensors})
 
 

@@ -25,10 +25,10 @@ class Scores:
 
 
 def batches(num_samples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers of one shuffled epoch; a last batch of one row joins its neighbour."""
+    """Row numbers of one shuffled epoch; a last batch of one row joins its neighbour, unless all are of one row."""
     order = torch.randperm(num_samples, generator=generator)
     rows = list(torch.split(order, batch_size))
-    if len(rows) > 1 and len(rows[-1]) == 1:
+    if batch_size > 1 and len(rows) > 1 and len(rows[-1]) == 1:
         rows[-2:] = [torch.cat(rows[-2:])]
     yield from rows
 

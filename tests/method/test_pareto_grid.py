@@ -216,3 +216,12 @@ def test_a_single_cell_is_a_tie_that_the_lowest_loss_wins():
 def test_choice_refuses_an_empty_front():
     with pytest.raises(ValueError, match="at least 1 candidate, got 0"):
         choose(np.ones((1, 2)), np.ones((1, 2), dtype=np.int64), np.zeros(1, dtype=bool))
+
+
+def test_ties_in_one_cell_go_to_the_cheaper_candidate_or_to_the_lower_loss() -> None:
+    objectives = np.array([[0.30, 9.0, 9.0], [0.31, 1.0, 2.0], [0.32, 2.0, 1.0]])
+    grid = make_grid(objectives, gamma_p=1.0)
+    assert grid.num_cells == 1
+    on_front = pareto_front_grid(grid.coordinates)
+    assert choose(objectives, grid.coordinates, on_front, ties="loss") == 0
+    assert choose(objectives, grid.coordinates, on_front, ties="cheaper") == 1

@@ -173,3 +173,28 @@ def test_child_computes_what_the_shared_weights_compute() -> None:
         assert child.spec == spec.model_copy(update={"blocks": blocks})
         child.last_linear.bias.data.add_(1.0)  # a copy: the shared weights stay
         assert not torch.equal(child(features), shared(features, blocks))
+
+
+@pytest.mark.parametrize("shape", [IMAGE, ODD, TEXT, NO_CLS], ids=str)
+def test_a_header_of_blocks_can_start_as_a_linear_one_and_then_learns_everywhere(shape: FeatureShape) -> None:
+    generator = named_generator(0, "start")
+    linear = make_header(HeaderSpec(kind="linear"), shape)
+    spec = HeaderSpec(kind="blocks", channels=8, pooling=2, blocks=sample_blocks(2, OPERATIONS, generator))
+    header = make_header(spec, shape)
+    features = make_features(shape)
+    assert not torch.allclose(header(features), linear(features), atol=1e-2)
+    header.start_as(linear)
+    torch.testing.assert_close(header(features), linear(features), atol=1e-5, rtol=1e-5)
+    header(features).square().sum().backward()
+    weight = header.last_linear.weight.grad
+    assert weight is not None
+    assert bool((weight[:, : -shape.channels].abs().sum(0) > 0).all()), "pooled features must be learned from"
+
+
+def test_only_headers_of_blocks_without_a_hidden_layer_start_as_a_linear_one() -> None:
+    linear = make_header(HeaderSpec(kind="linear"), IMAGE)
+    for spec in (HeaderSpec(kind="mlp"), HeaderSpec(kind="blocks", hidden=4, channels=8)):
+        with pytest.raises(ValueError, match="starts as a linear one"):
+            make_header(spec, IMAGE).start_as(linear)
+    with pytest.raises(ValueError, match="'mlp'"):
+        make_header(HeaderSpec(kind="blocks", channels=8), IMAGE).start_as(make_header(HeaderSpec(kind="mlp"), IMAGE))

@@ -80,14 +80,13 @@ def partition_rows(
     partitioner = _partitioner(config, num_devices, num_classes, derive_seed(seed, "partition") % 2**31)
     order = torch.randperm(len(labels), generator=named_generator(seed, "partition", "order"))
     partitioner.dataset = Dataset.from_dict({"row": order.tolist(), "label": labels[order].tolist()})
-    rows = [torch.tensor(list(partitioner.load_partition(i)["row"]), dtype=torch.long) for i in range(num_devices)]
-    empty = [i for i, r in enumerate(rows) if len(r) == 0]
-    if empty:
+    try:
+        return [torch.tensor(list(partitioner.load_partition(i)["row"]), dtype=torch.long) for i in range(num_devices)]
+    except ValueError as error:
         raise ValueError(
-            f"data.split: {len(empty)} of {num_devices} devices got no samples; raise data.classes_per_device "
-            "or data.alpha, or lower the number of devices"
-        )
-    return rows
+            f"data.split: {len(labels)} samples cannot be split by {config.split!r} among {num_devices} devices: lower "
+            "data.classes_per_device, raise data.alpha, or lower the number of devices"
+        ) from error
 
 
 def cut_rows(rows: Int[Tensor, " row"], shares: Sequence[float], generator: torch.Generator) -> list[Tensor]:

@@ -94,11 +94,16 @@ def choose(
     coordinates: Int[np.ndarray, "candidate objective"],
     on_front: Bool[np.ndarray, " candidate"],
     distance: Literal["euclidean", "l1"] = "euclidean",
+    ties: Literal["cheaper", "loss"] = "loss",
 ) -> int:
     """Index of the backbone a cluster gets, Eq. 13.
 
     The front's best-performing candidate sets the performance interval (equal Psi_1, that is within gamma_p); in it,
-    the smallest distance in grid coordinates to the ideal (1, ..., 1) wins; ties by lower loss, then by index.
+    the smallest distance in grid coordinates to the ideal (1, ..., 1) wins; then ``ties``, then the index.
+
+    Beyond (``ties`` "cheaper"): of candidates in equally near cells the one with the least energy and size, each over
+    its range. Their losses differ by less than gamma_p, which does not matter to the user, so "loss" would take the
+    dearest: where all losses are within gamma_p there is one cell, and it would be Greedy-Accuracy.
 
     Reading: Eq. 13 prints a sum of norms, which is L1, where the text says Euclidean; hence the option.
 
@@ -109,10 +114,13 @@ def choose(
         coordinates: Psi, from ``make_grid``.
         on_front: From ``pareto_front_grid``.
         distance: "euclidean" or "l1".
+        ties: "loss": lower loss; "cheaper": lower sum of the other objectives, then lower loss.
 
     Raises:
-        ValueError: nobody is on the front, or an unknown distance.
+        ValueError: nobody is on the front, or an unknown distance or rule for ties.
     """
+    if ties not in ("cheaper", "loss"):
+        raise ValueError(f"ties must be 'cheaper' or 'loss', got {ties!r}")
     if distance not in ("euclidean", "l1"):
         raise ValueError(f"distance must be 'euclidean' or 'l1', got {distance!r}")
     front = np.flatnonzero(on_front)
@@ -124,4 +132,7 @@ def choose(
     steps = coordinates[interval].astype(np.int64) - 1
     # Integers, so that ties are exact; the square orders as the Euclidean distance does.
     distances = (steps**2 if distance == "euclidean" else steps).sum(axis=1)
-    return int(interval[np.lexsort((interval, loss[interval], distances))[0]])
+    span = np.ptp(objectives, axis=0)
+    cost = ((objectives - objectives.min(axis=0)) / np.where(span > 0, span, 1.0))[interval, 1:].sum(axis=1)
+    first = cost if ties == "cheaper" else np.zeros(len(interval))
+    return int(interval[np.lexsort((interval, loss[interval], first, distances))[0]])

@@ -34,6 +34,10 @@ class BackboneOutput:
         """What headers see: the output and the penultimate layer's tokens."""
         return Features(self.output, self.hidden[-2])
 
+    def rows(self, rows: slice) -> "BackboneOutput":
+        """The tokens of some samples."""
+        return BackboneOutput(tuple(h[rows] for h in self.hidden), self.output[rows])
+
 
 def _as_output(result: Any) -> BackboneOutput:
     return BackboneOutput(tuple(result.hidden_states), result.last_hidden_state)
@@ -90,8 +94,7 @@ class Backbone(nn.Module):
     def run(self, inputs: Tensor) -> BackboneOutput:
         """All hidden states; of no sample at all too, which the attention of Transformers does not take."""
         if len(inputs) == 0:
-            one = self.run(inputs.new_zeros(1, *inputs.shape[1:]))
-            return BackboneOutput(tuple(h[:0] for h in one.hidden), one.output[:0])
+            return self.run(inputs.new_zeros(1, *inputs.shape[1:])).rows(slice(0))
         return _as_output(self.model(inputs, output_hidden_states=True))
 
     def forward(self, inputs: Tensor) -> Features:
@@ -198,6 +201,8 @@ class ElasticBackbone:
 
     def run(self, inputs: Tensor, shape: BackboneShape) -> BackboneOutput:
         """Run a sub-network; gradients reach the full weights."""
+        if len(inputs) == 0:
+            return self.run(inputs.new_zeros(1, *inputs.shape[1:]), shape).rows(slice(0))
         if shape not in self._shells:
             with torch.device("meta"):
                 self._shells[shape] = self.family.build(self.cut_config(shape))

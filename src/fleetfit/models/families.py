@@ -10,12 +10,18 @@ from torch import nn
 from fleetfit.models.features import FeatureShape
 from fleetfit.records import JsonDict
 
+# Sizes that Transformers does not check: some below 1 build a model that fails, or fails to run, in obscure ways.
+SIZES = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_dim"),
+    *("image_size", "patch_size", "num_channels"),
+)
+
 
 def _checked(config_class: Any, config: JsonDict) -> Any:
     """A configuration object; Transformers itself would swallow a misspelt key.
 
     Raises:
-        ValueError: an unknown key; names the nearest.
+        ValueError: an unknown key; names the nearest. A size that is no integer above 0.
     """
     known = {*vars(config_class()), "head_dim", "model_type"}
     for key in config:
@@ -23,6 +29,9 @@ def _checked(config_class: Any, config: JsonDict) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"model.config.{key} is an unknown key of {config_class.__name__}{hint}")
+    for key in SIZES:
+        if key in config and (type(config[key]) is not int or config[key] < 1):
+            raise ValueError(f"model.config.{key} must be an integer >= 1, got {config[key]!r}")
     try:
         return config_class(**config)
     except Exception as error:  # Transformers raises classes of its own
@@ -32,7 +41,15 @@ def _checked(config_class: Any, config: JsonDict) -> Any:
 def _vit(config: JsonDict) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    return ViTModel(_checked(ViTConfig, config), add_pooling_layer=False)  # type: ignore[no-any-return]
+    checked = _checked(ViTConfig, config)
+    if checked.image_size < checked.patch_size:
+        raise ValueError(
+            f"model.config.patch_size must be <= image_size {checked.image_size}, got {checked.patch_size}"
+        )
+    try:
+        return ViTModel(checked, add_pooling_layer=False)  # type: ignore[no-any-return]
+    except Exception as error:  # an activation that is not there is a KeyError
+        raise ValueError(f"model.config builds no ViTModel: {error!r}") from error
 
 
 def _vit_features(config: Any) -> FeatureShape:

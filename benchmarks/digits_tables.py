@@ -1,0 +1,278 @@
+"""Tables of the digits benchmark: targets and whether they hold, and the page of results in Markdown."""
+
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fleetfit.records import FIXED_HEADERS, Record
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "iid": {"split": "iid"},
+    "C1 (7 classes)": {"split": "classes", "classes_per_device": 7},
+    "C2 (5 classes)": {"split": "classes", "classes_per_device": 5},
+    "C3 (3 classes)": {"split": "classes", "classes_per_device": 3},
+}
+HEADER_SHAPES = ((0.25, 1), (0.25, 2), (1.0, 6))
+HEADER_METHODS = ("halving", "halving alone", "random", "enas", "distilled", *FIXED_HEADERS)
+CHOICES = ("pareto_grid", "greedy_accuracy", "greedy_size", "random", "smallest", "optimum")
+
+
+def spread(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
+    """mean ± standard error."""
+    v = np.array(values) * scale
+    error = v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else float("nan")
+    return f"{v.mean():.{digits}f} ± {error:.{digits}f}"
+
+
+def gain(values: list[float], base: list[float]) -> str:
+    """Paired difference in points, mean ± standard error, with a sign."""
+    d = (np.array(values) - np.array(base)) * 100
+    error = d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else float("nan")
+    return f"{d.mean():+.1f} ± {error:.1f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+class Row(Record):
+    """A target and what was measured."""
+
+    name: str
+    target: str
+    measured: str
+    holds: bool
+
+
+def collect(results: Mapping[int, Mapping[str, Any]], part: str, *path: str) -> list[float]:
+    """One figure of all seeds."""
+    values = []
+    for seed in sorted(results):
+        value: Any = results[seed][part]
+        for p in path:
+            value = value[p]
+        values.append(float(value))
+    return values
+
+
+def mean(values: list[float]) -> float:
+    """The mean."""
+    return float(np.mean(values))
+
+
+def targets(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...]) -> list[Row]:
+    """The figures that the project sets itself, and whether they hold."""
+
+    def of(part: str, *path: str) -> list[float]:
+        return collect(results, part, *path)
+
+    rows: list[Row] = []
+
+    def add(name: str, target: str, measured: str, holds: bool) -> None:
+        rows.append(Row(name=name, target=target, measured=measured, holds=holds))
+
+    if "reference" in parts:
+        v = of("reference", "accuracy")
+        add("reference, test accuracy %", ">= 94", spread(v), mean(v) >= 0.94)
+    if "importance" in parts:
+        for unit, least in (("heads", 0.75), ("neurons", 0.9)):
+            v = of("importance", unit)
+            add(f"Spearman of Taylor and exact removal, {unit}", f">= {least}", spread(v, 1, 2), mean(v) >= least)
+    if "elastic" in parts:
+        v = of("elastic", "joint")
+        add("elastic, mean test accuracy % over 24 shapes", ">= 88", spread(v), mean(v) >= 0.88)
+        before = of("elastic", "before_taylor"), of("elastic", "before_random")
+        add(
+            "before training, importance over random order, points (full depth, widths .25-.75)",
+            ">= 6",
+            gain(*before),
+            mean(before[0]) - mean(before[1]) >= 0.06,
+        )
+    if "choice" in parts:
+        ours, accuracy = of("choice", "pareto_grid", "a"), of("choice", "pareto_grid", "accuracy")
+        for other in ("greedy_accuracy", "greedy_size"):
+            theirs = of("choice", other, "a")
+            better = 1 - mean(ours) / mean(theirs)
+            lost = mean(of("choice", other, "accuracy")) - mean(accuracy)
+            add(
+                f"trade-off score (a) better than {other}, and accuracy points given up",
+                ">= 30 %, <= 2.5",
+                f"{100 * better:.0f} %, {100 * lost:.1f}",
+                better >= 0.3 and lost <= 0.025,
+            )
+    if "header" in parts:
+        for shape, least in (("0.25/1", 20), ("0.25/2", 10), ("1/6", -1)):
+            ours, linear = of("header", f"{shape}/halving", "accuracy"), of("header", f"{shape}/linear", "accuracy")
+            difference = 100 * (mean(ours) - mean(linear))
+            add(f"header search over linear at {shape}, points", f">= {least}", gain(ours, linear), difference >= least)
+    if "devices" in parts:
+        above = 0
+        for setting in SETTINGS:
+            ours, local, coarse = (of("devices", f"{setting}/default", k) for k in ("accuracy", "local", "coarse"))
+            d = np.array(ours) - np.array(local)
+            error = d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else 0.0
+            above += bool(d.mean() >= 0.005)
+            add(
+                f"devices, {setting}: default over local fine-tuning, points",
+                ">= -1 standard error",
+                gain(ours, local),
+                bool(d.mean() >= -error),
+            )
+            add(
+                f"devices, {setting}: default over the coarse model, points",
+                ">= 0",
+                gain(ours, coarse),
+                mean(ours) >= mean(coarse),
+            )
+        add("settings in which the default is above local by >= 0.5 points", ">= 2 of 4", f"{above} of 4", above >= 2)
+    return rows
+
+
+def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...], variants: tuple[str, ...]) -> str:
+    """The page of results."""
+
+    def of(part: str, *path: str) -> list[float]:
+        return collect(results, part, *path)
+
+    seeds = ", ".join(map(str, sorted(results)))
+    lines = [
+        "# Figures on digits",
+        "",
+        f"`python benchmarks/digits.py`, seeds {seeds}; mean ± standard error over seeds. {machine()}",
+        "Defaults were chosen on seeds 100-104; nothing was chosen on the seeds reported here.",
+        "",
+        "## Targets",
+        "",
+        *table(
+            ["figure", "target", "measured", "holds"],
+            [[r.name, r.target, r.measured, "yes" if r.holds else "**no**"] for r in targets(results, parts)],
+        ),
+    ]
+    if "importance" in parts:
+        lines += [
+            "## Importance",
+            "",
+            "Over all units of the model, and the mean of the correlations inside each layer (only ranks inside a "
+            "layer matter for the order; with four heads a layer they are coarse).",
+            "",
+            *table(
+                ["units", "overall", "within layers"],
+                [
+                    [u, spread(of("importance", u), 1, 2), spread(of("importance", f"{u}_within_layers"), 1, 2)]
+                    for u in ("heads", "neurons")
+                ],
+            ),
+        ]
+    if "elastic" in parts:
+        lines += [
+            "## Elastic training",
+            "",
+            "Mean test accuracy % over 4 widths x 6 depths; seconds with two such processes side by side.",
+            "",
+            *table(
+                ["distillation", "accuracy", "seconds"],
+                [[d, spread(of("elastic", d)), spread(of("elastic", f"{d}_seconds"), 1)] for d in ("joint", "paper")],
+            ),
+            *table(
+                ["joint: width \\ depth", *map(str, range(1, 7))],
+                [
+                    [f"{w:g}", *(f"{100 * mean(of('elastic', 'joint_grid', f'{w:g}/{d}')):.1f}" for d in range(1, 7))]
+                    for w in (0.25, 0.5, 0.75, 1.0)
+                ],
+            ),
+        ]
+    if "choice" in parts:
+        lines += [
+            "## Choice of the backbone",
+            "",
+            "Mean over the three clusters. Trade-off scores are min-max normalised over all 24 candidates: (a) loss "
+            "+ energy + size, lower is better; (b) accuracy - (size + energy) / 2, higher is better. `optimum` is the "
+            "best (a) within the limit, `smallest` the smallest model that fits.",
+            "",
+            *table(
+                ["method", "score (a)", "score (b)", "test accuracy %", "kB"],
+                [
+                    [
+                        m,
+                        spread(of("choice", m, "a"), 1, 2),
+                        spread(of("choice", m, "b"), 1, 2),
+                        spread(of("choice", m, "accuracy")),
+                        spread(of("choice", m, "size_bytes"), 1e-3, 0),
+                    ]
+                    for m in CHOICES
+                ],
+            ),
+        ]
+    if "header" in parts:
+        lines += [
+            "## Headers",
+            "",
+            "Accuracy % on all samples that neither cloud nor edge trained or chose on; backbones with shared weights, "
+            "before specialisation; trained on one edge's 38 shared images and chosen on its 10. `halving` is the "
+            "default and may keep or start from the distilled header; `halving alone` may not; all searches have the "
+            "same budget.",
+            "",
+            *table(
+                ["header", *(f"w {w:g}, d {d}" for w, d in HEADER_SHAPES), "parameters", "seconds"],
+                [
+                    [
+                        m,
+                        *(spread(of("header", f"{w:g}/{d}/{m}", "accuracy")) for w, d in HEADER_SHAPES),
+                        f"{mean(of('header', f'0.25/1/{m}', 'parameters')):.0f}",
+                        f"{mean(of('header', f'0.25/1/{m}', 'seconds')):.1f}",
+                    ]
+                    for m in HEADER_METHODS
+                ],
+            ),
+        ]
+    if "devices" in parts:
+        lines += [
+            "## Devices",
+            "",
+            "Mean accuracy % over fifteen devices, on private test splits; common coarse models, splits and batches. "
+            "`coarse` is the model as it was sent, `local` the same header fine-tuned alone for the same epochs.",
+            "",
+            *table(
+                ["", *SETTINGS],
+                [
+                    [name, *(spread(of("devices", f"{s}/default", name)) for s in SETTINGS)]
+                    for name in ("coarse", "local")
+                ]
+                + [[v, *(spread(of("devices", f"{s}/{v}", "accuracy")) for s in SETTINGS)] for v in variants],
+            ),
+            "Paired difference to `local` in points:",
+            "",
+            *table(
+                ["", *SETTINGS],
+                [
+                    [
+                        v,
+                        *(
+                            gain(of("devices", f"{s}/{v}", "accuracy"), of("devices", f"{s}/{v}", "local"))
+                            for s in SETTINGS
+                        ),
+                    ]
+                    for v in variants
+                ],
+            ),
+            "Largest distance of a similarity weight from uniform (1/5; 0 = not personal at all), mean over seeds:",
+            "",
+            *table(
+                ["", *SETTINGS],
+                [
+                    [v, *(f"{mean(of('devices', f'{s}/{v}', 'from_uniform')):.4f}" for s in SETTINGS)]
+                    for v in ("default", "paper")
+                ],
+            ),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def machine() -> str:
+    """Where this ran."""
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), one thread a process, PyTorch {torch.__version__}."

@@ -1,0 +1,455 @@
+"""Messages: what is decoded is what was encoded, and whatever else arrives is a ValueError and nothing else."""
+
+import ast
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fleetfit
+from fleetfit.config import RefineConfig
+from fleetfit.messages import (
+    FORMAT_VERSION,
+    MAX_HEADER_BYTES,
+    MESSAGES,
+    AttributesReply,
+    AttributesRequest,
+    BackboneAssignment,
+    ClusterReport,
+    ClusterStats,
+    CoarseModel,
+    CoarseReply,
+    Finish,
+    FinishReply,
+    Message,
+    Propose,
+    ProposeReply,
+    RefineRound,
+    RoundReply,
+    StatsRequest,
+    decode,
+    decode_any,
+    encode,
+    put,
+    read_metadata,
+    silent,
+    take,
+)
+from fleetfit.method.size import safetensors_size_bytes
+from fleetfit.records import (
+    Block,
+    DeviceAttributes,
+    DeviceReport,
+    EnergyModel,
+    HeaderSpec,
+    HeaderTrial,
+    ValidationScores,
+)
+
+torch.set_num_threads(1)
+
+ATTRIBUTES = DeviceAttributes(device_id="Gerät 1", storage_limit_bytes=10**9, energy=EnergyModel(), num_samples=7)
+BLOCK = Block(input_1=0, input_2=1, operation_1="conv3", operation_2="identity")
+HEADER = HeaderSpec(kind="blocks", blocks=(BLOCK,), pooling=2)
+SCORES = ValidationScores(num_samples=3, loss_sum=math.pi, num_correct=2)
+REPORT = DeviceReport(
+    device_id="d",
+    accuracy_coarse=None,
+    accuracy_local=1 / 3,
+    accuracy=0.5,
+    num_train=1,
+    num_test=2,
+    parameters=3,
+    size_bytes=4,
+    limit_bytes=5,
+    kept_neurons=6,
+    neurons=7,
+    notes=('said "no"\n',),
+)
+TRIAL = HeaderTrial(name="linear", spec=HeaderSpec(), loss=math.inf, accuracy=0.1, parameters=12)
+CONFIG = {"hidden_size": 16, "layer_norm_eps": 1e-12, "qkv_bias": True, "hidden_act": "gelu", "nothing": None}
+MODEL: dict[str, Any] = {"family": "vit", "config": CONFIG, "labels": ("a", "ü"), "header": HEADER}
+EXAMPLES: dict[str, Message] = {
+    m.kind: m
+    for m in (
+        StatsRequest(),
+        ClusterStats(devices=(ATTRIBUTES, ATTRIBUTES)),
+        BackboneAssignment(cluster="c", **MODEL),
+        ClusterReport(
+            cluster="c",
+            header=HEADER,
+            trials=(TRIAL,),
+            similarity=((0.25, 0.75), (1 / 3, 2 / 3)),
+            distance=((0.0, 1e-300), (1e300, 0.0)),
+            rounds=({"round": 1, "loss": 0.1},),
+            decision={"header": "coarse"},
+            devices=(REPORT,),
+        ),
+        AttributesRequest(step=0),
+        AttributesReply(attributes=ATTRIBUTES),
+        CoarseModel(step=1, **MODEL, refine=RefineConfig(), seed=2**62, class_shares=(0.1, 0.9)),
+        CoarseReply(scores=SCORES),
+        RefineRound(step=2, round=1),
+        RoundReply(scores=SCORES),
+        Propose(step=3),
+        ProposeReply(scores={"coarse": SCORES, "refined/0.5": SCORES}),
+        Finish(step=4, header="refined", prior_strength=0.1),
+        FinishReply(report=REPORT),
+    )
+}
+KINDS = sorted(MESSAGES)
+DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """Any bits, NaN and infinity among them; zero to three dimensions, some of them empty."""
+    dtype = draw(st.sampled_from(DTYPES))
+    shape = draw(st.lists(st.integers(0, 3), max_size=3))
+    size = math.prod(shape) * dtype.itemsize
+    bits = torch.tensor(list(draw(st.binary(min_size=size, max_size=size))), dtype=torch.uint8)
+    if dtype == torch.bool:
+        return (bits % 2).bool().reshape(shape)
+    return bits.view(dtype).reshape(shape)
+
+
+def bits_of(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return tensor.dtype, tuple(tensor.shape), bytes(flat.view(torch.uint8).numpy()) if tensor.numel() else b""
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12).filter(
+    lambda n: n != "__metadata__"
+)
+
+
+def test_there_is_an_example_of_every_kind() -> None:
+    assert set(EXAMPLES) == set(MESSAGES)
+    assert all(MESSAGES[kind] is type(example) for kind, example in EXAMPLES.items())
+    assert len(KINDS) == 14
+
+
+@settings(deadline=None, derandomize=True, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(KINDS), st.dictionaries(names, tensors(), max_size=4))
+def test_a_message_comes_out_as_it_went_in(kind: str, sent: dict[str, Tensor]) -> None:
+    message = EXAMPLES[kind].model_copy(update={"tensors": sent})
+    blob = encode(message)
+    for got in (decode(blob, type(message)), decode_any(blob)):
+        assert type(got) is type(message)
+        assert got.model_dump() == message.model_dump()
+        assert {n: bits_of(t) for n, t in got.tensors.items()} == {n: bits_of(t) for n, t in sent.items()}
+    # Not the same bytes: safetensors writes metadata in any order. What is counted as traffic is the same.
+    assert len(encode(got)) == len(blob)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_without_tensors(kind: str) -> None:
+    got = decode_any(encode(EXAMPLES[kind]))
+    assert type(got) is MESSAGES[kind]
+    assert got == EXAMPLES[kind]
+
+
+def test_tensors_that_share_memory_or_are_views_or_want_gradients() -> None:
+    whole = torch.arange(12.0).reshape(3, 4)
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    sent = {
+        "whole": whole,
+        "again": whole,
+        "row": whole[1],
+        "column": whole[:, 1],
+        "transposed": whole.T,
+        "strided": whole[::2, ::3],
+        "expanded": whole[:1].expand(5, 4),
+        "last": torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "parameter": parameter,
+    }
+    blob = encode(StatsRequest(tensors=sent))
+    shapes = {n: (tuple(t.shape), t.dtype) for n, t in sent.items()}
+    assert len(blob) == safetensors_size_bytes(shapes, read_metadata(blob)), "a view costs its own size"
+    got = decode(blob, StatsRequest).tensors
+    assert {n: bits_of(t) for n, t in got.items()} == {n: bits_of(t) for n, t in sent.items()}
+    assert not any(t.requires_grad for t in got.values())
+    got["row"].zero_()
+    assert torch.equal(got["whole"], whole)
+    assert torch.equal(whole[1], torch.tensor([4.0, 5, 6, 7]))
+
+
+def test_extra_metadata_travels_and_is_no_field() -> None:
+    blob = encode(StatsRequest(), cost="3")
+    assert read_metadata(blob)["cost"] == "3"
+    assert decode(blob, StatsRequest) == StatsRequest()
+
+
+def test_fields_that_are_not_numbers_survive() -> None:
+    scores = ValidationScores(num_samples=0, loss_sum=math.nan, num_correct=0)
+    assert math.isnan(decode(encode(CoarseReply(scores=scores)), CoarseReply).scores.loss_sum)
+    assert decode_any(encode(EXAMPLES["cluster_report"])).trials[0].loss == math.inf  # type: ignore[attr-defined]
+
+
+# -- what is not a message --------------------------------------------------------------------------------------------
+
+SENT = RoundReply(scores=SCORES, tensors={"header.weight": torch.arange(3.0), "none": torch.zeros(0, 2)})
+
+
+def blob_of(header: object, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def metadata_of(message: Message = SENT, **changed: Any) -> dict[str, Any]:
+    return {"__metadata__": {**read_metadata(encode(message)), **changed}}
+
+
+def test_the_hand_made_blob_is_one() -> None:
+    """Otherwise the tests below would fail for another reason than they name."""
+    assert decode(blob_of(metadata_of()), RoundReply).scores == SCORES
+
+
+def test_cut_short_at_every_length() -> None:
+    blob = encode(SENT)
+    for length in range(len(blob)):
+        for expected in (RoundReply, None):
+            with pytest.raises(ValueError, match=r"^the reply "):
+                _ = decode(blob[:length], expected, "the reply") if expected else decode_any(blob[:length], "the reply")
+    with pytest.raises(ValueError, match="corrupt"):
+        decode(blob + b"\0", RoundReply)
+
+
+def refused_or_read(blob: bytes) -> bool:
+    """Read as a message, or refused by a ValueError: anything else fails the test."""
+    try:
+        got = decode_any(blob)
+    except ValueError:
+        return True
+    assert type(got) in MESSAGES.values()
+    return False
+
+
+def test_every_bit_of_the_header_flipped() -> None:
+    blob = encode(SENT)
+    length = 8 + struct.unpack("<Q", blob[:8])[0]
+    refused = 0
+    for place in range(length):
+        for bit in range(8):
+            damaged = bytearray(blob)
+            damaged[place] ^= 1 << bit
+            refused += refused_or_read(bytes(damaged))
+    # What passes is a changed name or number: there is no checksum.
+    assert refused > 0.8 * 8 * length
+
+
+def test_the_length_may_not_lie() -> None:
+    blob = encode(SENT)
+    for length in (0, 1, len(blob) - 8, len(blob) - 7, MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1):
+        with pytest.raises(ValueError, match="message is"):
+            decode(struct.pack("<Q", length) + blob[8:], RoundReply)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(st.binary(max_size=200))
+def test_random_bytes(blob: bytes) -> None:
+    assert refused_or_read(blob)
+    assert refused_or_read(blob_of(blob))
+    assert refused_or_read(blob_of(metadata_of(), blob + b"\0"))
+
+
+numbers = st.integers(-2, 20) | st.integers() | st.floats()
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=150)
+@given(values, values, st.sampled_from(["kind", "version", "fields", "cost"]), st.binary(max_size=24))
+def test_any_json_in_place_of_header_entry_metadata_or_fields(value: Any, other: Any, key: str, data: bytes) -> None:
+    text = json.dumps(value)
+    refused_or_read(blob_of(value, data))
+    refused_or_read(blob_of({"__metadata__": value}, data))
+    refused_or_read(blob_of(metadata_of(**{key: value}), data))
+    refused_or_read(blob_of(metadata_of(**{key: text}), data))
+    refused_or_read(blob_of({**metadata_of(), "t": value}, data))
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    for part in entry:
+        refused_or_read(blob_of({**metadata_of(), "t": {**entry, part: other}}, b"\0" * 4))
+
+
+DTYPE_NAMES = [
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+    "F8_E8M0",
+    "C64",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "BOOL",
+    "U64",
+    "Q7",
+    "",
+    "f32",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPE_NAMES)
+def test_dtypes_that_the_format_or_pytorch_does_not_know(dtype: str) -> None:
+    for size in (2, 3, 4, 8, 16, 32):
+        entry = {"dtype": dtype, "shape": [4], "data_offsets": [0, size]}
+        refused_or_read(blob_of({**metadata_of(), "t": entry}, b"\1" * size))
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"__metadata__":'])
+def test_json_nested_beyond_reason(opening: bytes) -> None:
+    with pytest.raises(ValueError, match="header is not JSON"):
+        decode(blob_of(opening * 100_000), RoundReply)
+    with pytest.raises(ValueError, match="recursion"):
+        decode(blob_of(metadata_of(fields=(opening * 10_000).decode())), RoundReply)
+
+
+@pytest.mark.parametrize("data_offsets", [[0, 2**62], [4, 0], [-4, 0], [1, 5], [0, 8]])
+@pytest.mark.parametrize("shape", [[1], [2**62], [-1], [2**32, 2**32], [0]])
+def test_tensors_that_claim_more_than_there_is(data_offsets: list[int], shape: list[int]) -> None:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": data_offsets}
+    with pytest.raises(ValueError, match="corrupt"):
+        decode(blob_of({**metadata_of(), "t": entry}, b"\0" * 4), RoundReply)
+
+
+def test_overlapping_tensors_and_hidden_bytes() -> None:
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    for header, data in (({"a": entry, "b": entry}, b"\0" * 4), ({"a": entry}, b"\0" * 8)):
+        with pytest.raises(ValueError, match="corrupt"):
+            decode(blob_of(metadata_of() | header, data), RoundReply)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "round_reply"])
+def test_another_kind(kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"^the reply is a '{kind}', expected a 'round_reply'$"):
+        decode(encode(EXAMPLES[kind]), RoundReply, "the reply")
+
+
+def test_a_kind_that_does_not_cross_links() -> None:
+    with pytest.raises(ValueError, match="message is of the unknown kind 'device_memory'"):
+        decode_any(blob_of(metadata_of(kind="device_memory")))
+
+
+@pytest.mark.parametrize("version", ["0", "2", "", "1.0", "01"])
+def test_another_version(version: str) -> None:
+    with pytest.raises(ValueError, match=rf"has format version {version}, this fleetfit reads {FORMAT_VERSION}"):
+        decode(blob_of(metadata_of(version=version)), RoundReply)
+
+
+def test_a_file_of_somebody_else() -> None:
+    plain = safetensors.torch.save({"a": torch.zeros(2)}, metadata={"format": "pt"})
+    for blob in (plain, safetensors.torch.save({"a": torch.zeros(2)}), blob_of({"a": 1}), blob_of({"__metadata__": 3})):
+        with pytest.raises(ValueError, match="foreign: fleetfit's metadata is missing"):
+            decode(blob, RoundReply)
+    for text in (b"not json", b"\xff\xfe", b"", b"3", b"[1]"):
+        with pytest.raises(ValueError, match=r"header is not JSON|metadata is missing"):
+            decode(blob_of(text), RoundReply)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_field_is_refused(kind: str) -> None:
+    fields = json.loads(EXAMPLES[kind].model_dump_json())
+    header = metadata_of(EXAMPLES[kind], fields=json.dumps(fields | {"surprise": 1}))
+    with pytest.raises(ValueError, match="message is corrupt: surprise: Extra inputs"):
+        decode_any(blob_of(header))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if MESSAGES[k].model_fields.keys() - {"tensors"}])
+def test_a_field_that_is_missing_or_of_another_type_is_named(kind: str) -> None:
+    fields = json.loads(EXAMPLES[kind].model_dump_json())
+    for name, info in MESSAGES[kind].model_fields.items():
+        if name == "tensors":
+            continue
+        wrong = json.dumps({**fields, name: [[["?"]]]})
+        with pytest.raises(ValueError, match=rf"message is corrupt: {name}"):
+            decode_any(blob_of(metadata_of(EXAMPLES[kind], fields=wrong)))
+        if info.is_required():
+            missing = json.dumps({k: v for k, v in fields.items() if k != name})
+            with pytest.raises(ValueError, match=rf"message is corrupt: {name}: Field required"):
+                decode_any(blob_of(metadata_of(EXAMPLES[kind], fields=missing)))
+
+
+def test_tensors_do_not_come_in_through_the_fields() -> None:
+    fields = json.dumps({**json.loads(SENT.model_dump_json()), "tensors": {"header.weight": [1, 2]}})
+    with pytest.raises(ValueError, match="message is corrupt: tensors"):
+        decode(blob_of(metadata_of(fields=fields)), RoundReply)
+
+
+def test_messages_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        SENT.scores = SCORES  # type: ignore[misc]
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_taking_what_was_put() -> None:
+    one, two = torch.zeros(1), torch.ones(1)
+    mixed = put("backbone", {"a.b": one}) | put("header", {"a": two}) | {"backbonex.a": two, "backbone": two}
+    assert list(mixed) == ["backbone.a.b", "header.a", "backbonex.a", "backbone"]
+    assert take(mixed, "backbone") == {"a.b": one}
+    assert take(mixed, "header") == {"a": two}
+    assert take(mixed, "nothing") == {}
+    assert silent("phase", 1, 2, "note") is None
+
+
+# -- no pickle --------------------------------------------------------------------------------------------------------
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "copyreg"}
+FORBIDDEN_CALLS = {
+    *("torch.load", "torch.save", "torch.jit.load", "torch.package", "numpy.load", "np.load", "pandas.read_pickle"),
+    *("eval", "exec", "compile", "__import__"),
+}
+
+
+def dangers(source: str) -> list[str]:
+    """Imports of pickling modules, and calls that run what they read."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in FORBIDDEN_MODULES]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found += [module] * (module.split(".")[0] in FORBIDDEN_MODULES)
+            found += [f"{module}.{a.name}" for a in node.names if f"{module}.{a.name}" in FORBIDDEN_CALLS]
+        elif isinstance(node, (ast.Attribute, ast.Name)):
+            found += [ast.unparse(node)] * (ast.unparse(node) in FORBIDDEN_CALLS)
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            found += ["allow_pickle"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import pickle as p",
+        "from pickle import loads",
+        "from torch import load",
+        "import torch\nx = torch.load('f')",
+        "def f():\n    import dill",
+        "g(allow_pickle=True)",
+        "eval('1')",
+    ],
+)
+def test_the_search_for_dangers_finds_them(source: str) -> None:
+    assert dangers(source)
+
+
+def test_no_module_unpickles_or_runs_what_it_reads() -> None:
+    paths = sorted(Path(fleetfit.__file__).parent.rglob("*.py"))
+    assert len(paths) > 40
+    assert {str(p): d for p in paths if (d := dangers(p.read_text(encoding="utf-8")))} == {}

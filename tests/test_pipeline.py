@@ -1,0 +1,328 @@
+"""The pipeline over links and checkpoints in memory: who is asked what, in which order, and never twice."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from fleetfit import cloud, edge
+from fleetfit.config import Job, make_job
+from fleetfit.data.partition import FleetData, share_out
+from fleetfit.data.sources import load_samples
+from fleetfit.device import DeviceMemory, DeviceState, handle
+from fleetfit.edge import HeaderResult
+from fleetfit.messages import (
+    BackboneAssignment,
+    ClusterReport,
+    ClusterStats,
+    DeviceMessage,
+    Message,
+    RefineRound,
+    StatsRequest,
+    silent,
+)
+from fleetfit.pipeline import gather_stats, run_cloud, run_edge
+from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec
+
+torch.set_num_threads(1)
+
+M = TypeVar("M", bound=Message)
+DEVICES = ("far-2", "far-1", "far-3")
+ROUNDS = 3
+
+
+class FakeLink:
+    """Members that answer at once; notes everything that crosses."""
+
+    def __init__(self, handlers: Mapping[str, Callable[[Any], Message]]) -> None:
+        self.handlers = handlers
+        self.asked: list[tuple[str, Message]] = []
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(self.handlers)
+
+    def ask(self, messages: Mapping[str, Message], reply: type[M]) -> dict[str, M]:
+        replies = {}
+        for member, message in messages.items():
+            self.asked.append((member, message))
+            answered = self.handlers[member](message)
+            assert isinstance(answered, reply)
+            replies[member] = answered
+        return replies
+
+
+class FakeSteps:
+    """Finished steps in a dict."""
+
+    def __init__(self, done: dict[str, Message] | None = None) -> None:
+        self.done = dict(done or {})
+        self.asked: list[str] = []
+
+    def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
+        self.asked.append(name)
+        if name not in self.done:
+            self.done[name] = compute()
+        value = self.done[name]
+        assert isinstance(value, result)
+        return value
+
+
+@pytest.fixture(scope="module")
+def job() -> Job:
+    return make_job(
+        {
+            "model": {
+                "epochs": 1,
+                "config": {
+                    "hidden_size": 16,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "intermediate_size": 32,
+                },
+            },
+            "fleet": {"devices": [{"count": 3, "cluster": "far", "storage_limit": "1 MB"}]},
+            "backbone": {"widths": [0.5, 1.0], "steps": 2, "specialise_steps": 1, "importance_samples": 32},
+            "header": {"search": "cnn_add", "budget_steps": 5, "views": 1, "keep_distilled": False},
+            "refine": {"rounds": ROUNDS, "epochs": 1, "prune_share": 0.5},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def data(job: Job) -> FleetData:
+    return share_out(load_samples(job.data), job.data, {"near": ["near-1"], "far": DEVICES}, job.seed)
+
+
+@pytest.fixture(scope="module")
+def assignment(job: Job, data: FleetData) -> BackboneAssignment:
+    """The untrained reference, as it is."""
+    reference = cloud.train_reference(job, data.public, lambda *_: None)
+    return BackboneAssignment(
+        cluster="far",
+        family="vit",
+        config=reference.config,
+        labels=data.public.train.label_names,
+        header=HeaderSpec(),
+        tensors=reference.tensors,
+    )
+
+
+def attributes_of(name: str, limit: int = 10**6) -> DeviceAttributes:
+    return DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=EnergyModel(), num_samples=10)
+
+
+class Devices(FakeLink):
+    """Real devices in memory."""
+
+    def __init__(self, data: FleetData) -> None:
+        self.states = {d: DeviceState(attributes_of(d), data.devices[d], DeviceMemory()) for d in DEVICES}
+
+        def answer(device: str) -> Callable[[Any], Message]:
+            def handled(message: Message) -> Message:
+                self.states[device], reply = handle(self.states[device], message)
+                return reply
+
+            return handled
+
+        super().__init__({d: answer(d) for d in DEVICES})
+
+
+EDGE_STEPS = [
+    "attributes/far",
+    "header_search/far",
+    *(f"refine/far/{i}" for i in range(ROUNDS + 1)),
+    "propose/far",
+    "finish/far",
+]
+
+
+@dataclass
+class EdgeRun:
+    """What one edge did."""
+
+    link: Devices
+    steps: FakeSteps
+    told: list[tuple[str, int, int]]
+    report: ClusterReport
+
+
+@pytest.fixture(scope="module")
+def whole(job: Job, data: FleetData, assignment: BackboneAssignment) -> EdgeRun:
+    """An edge's whole run, never to be changed."""
+    link, steps, told = Devices(data), FakeSteps(), []
+
+    def progress(phase: str, done: int, total: int, note: str = "") -> None:
+        told.append((phase, done, total))
+
+    return EdgeRun(link, steps, told, run_edge(job, assignment, data.edges["far"], link, steps, progress))
+
+
+def test_an_edge_takes_its_devices_through_the_method_in_order(whole: EdgeRun) -> None:
+    link, steps, told, report = whole.link, whole.steps, whole.told, whole.report
+    assert steps.asked == EDGE_STEPS
+    # Each device: attributes, coarse model, T rounds, proposal, finish; numbered 0, 1, 2, ...
+    kinds = ["attributes_request", "coarse_model", *["refine_round"] * ROUNDS, "propose", "finish"]
+    for device in DEVICES:
+        mine = [message for member, message in link.asked if member == device]
+        assert [m.kind for m in mine] == kinds
+        assert [m.step for m in mine if isinstance(m, DeviceMessage)] == list(range(ROUNDS + 4))
+        assert [m.round for m in mine if isinstance(m, RefineRound)] == [1, 2, 3]
+    # One step after the other, devices in the link's order.
+    assert [member for member, _ in link.asked] == list(DEVICES) * len(kinds)
+    # Personal tensors from the second round on, of the sender's own state.
+    for number, (member, message) in enumerate(link.asked[6:18]):
+        state = steps.done[f"refine/far/{number // 3}"]
+        assert isinstance(state, edge.EdgeState)
+        assert bool(message.tensors) == (number >= 3)
+        torch.testing.assert_close(dict(message.tensors), edge.personal(state, member), rtol=0, atol=0)
+    assert [d.device_id for d in report.devices] == list(DEVICES)
+    assert [r["round"] for r in report.rounds] == list(range(ROUNDS + 1))
+    assert report.cluster == "far"
+    assert [t for t in told if t[0] == "refine"] == [("refine", i, ROUNDS + 3) for i in (*range(5), 6)]
+    assert told[-1] == ("refine", ROUNDS + 3, ROUNDS + 3)
+    for phase in {p for p, _, _ in told}:
+        done = [d / t for p, d, t in told if p == phase]
+        assert done == sorted(done)
+        assert all(0 <= share <= 1 for share in done)
+
+
+@pytest.mark.parametrize("finished", range(1, len(EDGE_STEPS) + 1))
+def test_what_is_finished_is_not_asked_again(
+    job: Job, data: FleetData, assignment: BackboneAssignment, whole: EdgeRun, finished: int
+) -> None:
+    """Stopped after any step and gone on with: the rest is asked once, and the report is the same."""
+    link, steps = whole.link, whole.steps
+    # Devices that have come as far as the saved steps; a step of each is one message, the search is none.
+    again = Devices(data)
+    messages = finished - (finished > 1)
+    for member, message in link.asked[: 3 * messages]:
+        again.handlers[member](message)
+    saved = FakeSteps({name: steps.done[name] for name in EDGE_STEPS[:finished]})
+    report = run_edge(job, assignment, data.edges["far"], again, saved, silent)
+    assert report.model_dump_json() == whole.report.model_dump_json()
+    assert saved.asked == EDGE_STEPS
+    assert [(d, m.model_dump_json()) for d, m in again.asked] == [
+        (d, m.model_dump_json()) for d, m in link.asked[3 * messages :]
+    ]
+
+
+def test_the_header_is_searched_for_the_smallest_device(
+    job: Job, data: FleetData, assignment: BackboneAssignment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    real = edge.find_header
+
+    def find(job: Job, assignment: BackboneAssignment, data: Any, limit: int, progress: Any) -> HeaderResult:
+        limits.append(limit)
+        return real(job, assignment, data, limit, progress)
+
+    monkeypatch.setattr(edge, "find_header", find)
+    link = Devices(data)
+    for device, limit in zip(DEVICES, (700_000, 500_000, 600_000), strict=True):
+        old = link.states[device]
+        link.states[device] = DeviceState(attributes_of(device, limit), old.data, old.memory)
+    run_edge(job, assignment, data.edges["far"], link, FakeSteps(), silent)
+    assert limits == [500_000]
+
+
+def test_gathering_asks_for_nothing_but_attributes(data: FleetData) -> None:
+    link, steps = Devices(data), FakeSteps()
+    stats = gather_stats("far", link, steps)
+    assert stats.devices == tuple(attributes_of(d) for d in DEVICES)
+    assert [m.kind for _, m in link.asked] == ["attributes_request"] * 3
+    assert gather_stats("far", link, steps) == stats
+    assert len(link.asked) == 3
+
+
+# -- the cloud --------------------------------------------------------------------------------------------------------
+
+
+class Edges(FakeLink):
+    """Edges that know their attributes and report nothing of interest."""
+
+    def __init__(self, limits: Mapping[str, int]) -> None:
+        def answer(cluster: str) -> Callable[[Any], Message]:
+            def handled(message: Message) -> Message:
+                if isinstance(message, StatsRequest):
+                    return ClusterStats(devices=(attributes_of(f"{cluster}-1", limits[cluster]),))
+                assert isinstance(message, BackboneAssignment)
+                assert message.cluster == cluster
+                report: dict[str, Any] = dict.fromkeys(("trials", "similarity", "distance", "rounds", "devices"), ())
+                return ClusterReport(cluster=cluster, header=HeaderSpec(), decision={}, **report)
+
+            return handled
+
+        super().__init__({cluster: answer(cluster) for cluster in limits})
+
+
+CLOUD_STEPS = ["reference/cloud", "elastic/cloud", "candidates/cloud", "specialise/near", "specialise/far"]
+
+
+def test_the_cloud_trains_once_and_gives_each_edge_its_own(job: Job, data: FleetData) -> None:
+    edges, steps, cache = Edges({"near": 30_000, "far": 10**6}), FakeSteps(), FakeSteps()
+    result = run_cloud(job, data.public, edges, steps, cache, silent)
+    assert steps.asked == CLOUD_STEPS
+    assert [(member, m.kind) for member, m in edges.asked] == [
+        ("near", "stats_request"),
+        ("far", "stats_request"),
+        ("near", "backbone_assignment"),
+        ("far", "backbone_assignment"),
+    ]
+    assert list(result.reports) == list(result.choices) == ["near", "far"]
+    for cluster, limit in (("near", 30_000), ("far", 10**6)):
+        choice = result.choices[cluster]
+        assert choice.limit_bytes == limit
+        assert result.candidates.candidates[choice.chosen].size_bytes <= limit
+    sent = {member: m for member, m in edges.asked if isinstance(m, BackboneAssignment)}
+    for cluster, message in sent.items():
+        shape = result.candidates.candidates[result.choices[cluster].chosen].shape
+        assert message.config["num_hidden_layers"] == shape.depth
+        assert message.config["intermediate_size"] == 32 * shape.width
+
+    # The same run again, and another run with the cache only.
+    again = Edges({"near": 30_000, "far": 10**6})
+    run_cloud(job, data.public, again, FakeSteps(steps.done), FakeSteps(), silent)
+    assert [m.model_dump_json() for _, m in again.asked] == [m.model_dump_json() for _, m in edges.asked]
+    used = FakeSteps(cache.done)
+    run_cloud(job, data.public, Edges({"near": 30_000, "far": 10**6}), FakeSteps(), used, silent)
+    assert used.asked == list(cache.done)
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"refine": {"rounds": 9}}, True),
+        ({"backbone": {"steps": 3}}, True),
+        ({"data": {"split": "iid", "device_test_share": 0.5}}, True),
+        ({"run": {"threads": 2}}, True),
+        ({"seed": 1}, False),
+        ({"model": {"epochs": 2}}, False),
+        ({"data": {"public_share": 0.3}}, False),
+        ({"data": {"validation_share": 0.3}}, False),
+    ],
+)
+def test_a_cached_reference_is_used_only_where_nothing_that_made_it_differs(
+    job: Job, data: FleetData, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], same: bool
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object) -> Message:
+        raise Stop
+
+    monkeypatch.setattr(cloud, "train_reference", stop)
+
+    def key(job: Job) -> str:
+        cache = FakeSteps()
+        with pytest.raises(Stop):
+            run_cloud(job, data.public, Edges({"far": 10**6}), FakeSteps(), cache, silent)
+        (name,) = cache.asked
+        return name
+
+    fields = job.model_dump(exclude_none=True)
+    for section, values in change.items():
+        fields[section] = fields[section] | values if isinstance(values, dict) else values
+    assert (key(make_job(fields)) == key(job)) is same
