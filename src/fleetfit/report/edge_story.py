@@ -47,8 +47,9 @@ def headers(run: Run) -> Markup:
     """For each cluster the chosen header as a graph, and what it was compared with."""
     config = run.job.header
     kept = (
-        " The header that was distilled with the backbone stays unless another is better by more than the standard "
-        "error of their difference, since it has seen far more data: the lowest loss alone does not win."
+        " The header that was distilled with the backbone has seen far more data than the edge has: a header that was "
+        "trained afresh must be better by more than the standard error of their difference, one that started as the "
+        "distilled header computes must only have the lower loss."
         if config.keep_distilled
         else ""
     )
