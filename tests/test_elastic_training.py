@@ -342,6 +342,26 @@ def test_the_same_seed_gives_the_same_weights(reference: Classifier, config: Bac
     assert not any(torch.equal(t, reference.state_dict()[n]) for n, t in one.items() if "weight" in n)
 
 
+def test_the_seed_decides_which_shapes_are_trained(reference: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ElasticBackbone.run
+    runs: list[BackboneShape] = []
+
+    def run(self: ElasticBackbone, inputs: Tensor, shape: BackboneShape):
+        runs.append(shape)
+        return real(self, inputs, shape)
+
+    monkeypatch.setattr(ElasticBackbone, "run", run)
+
+    def shapes(seed: int) -> list[BackboneShape]:
+        runs.clear()
+        model = copy.deepcopy(reference)
+        config = JOINT.model_copy(update={"steps": 5})
+        train_elastic(ElasticBackbone(model.backbone), model.header, TRAIN, config, DEPTHS, 0, seed)
+        return list(runs)
+
+    assert shapes(0) == shapes(0) != shapes(1)
+
+
 def test_specialising_betters_one_sub_network_and_nothing_else(reference: Classifier, model: Classifier) -> None:
     elastic = ElasticBackbone(model.backbone)
     shape = BackboneShape(width=0.34, depth=1)
@@ -351,6 +371,7 @@ def test_specialising_betters_one_sub_network_and_nothing_else(reference: Classi
         teacher = copy.deepcopy(reference).train()
         before = evaluate(lambda rows: cut(TRAIN.inputs[rows]), TRAIN.labels).loss
         specialise(cut.train(), teacher, TRAIN, JOINT, 0, 0, name)
+        assert not any(module.training for module in teacher.modules()), "dropout would teach noise"
         for name, tensor in teacher.state_dict().items():
             assert torch.equal(tensor, reference.state_dict()[name])
         return cut, before, evaluate(lambda rows: cut(TRAIN.inputs[rows]), TRAIN.labels).loss

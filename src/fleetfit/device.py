@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
@@ -33,7 +32,6 @@ from fleetfit.messages import (
     take,
 )
 from fleetfit.method.aggregation import class_prior
-from fleetfit.method.importance import drop_neurons, gate_importance, neuron_importance, parameter_importance
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
@@ -43,12 +41,12 @@ from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
 from fleetfit.randomness import named_generator
 from fleetfit.records import DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
-from fleetfit.training import fit, predict, score, steps_per_epoch
+from fleetfit.refinement import drop_least_important, importance_set, train_header, with_dropped_as_shipped
+from fleetfit.training import predict, score
 
 PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen here would be out of reach
 TRAINING_PRIOR_STRENGTH = 3.0
 SKETCH_PROJECTIONS = 32
-WEIGHT_DECAY = 0.01
 
 
 class DeviceMemory(Message):
@@ -154,13 +152,13 @@ def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, Rou
     """Take the personal tensors, train the header on private data, score its neurons."""
     memory = _take_personal(state.memory, message.tensors)
     header = _header(memory, take(memory.tensors, "header"))
-    kept = take(memory.tensors, "kept")
-    during = _train(header, memory, state.data, state.attributes.device_id, message.round, kept, anchored=True)
-    importance = _importance(header, memory, state.data, during)
+    during = _train_round(header, memory, state, message.round, together=True)
+    features, labels = _features(memory, "train"), state.data.train.labels
+    tensors = put("importance", importance_set(header, features, labels, memory.refine, during))
     own = _detached(header)
-    tensors = put("importance", importance)
     if memory.refine.exchange == "weights":
-        tensors |= put("header", _with_dropped_as_shipped(header, own, kept, take(memory.tensors, "coarse")))
+        kept, coarse = take(memory.tensors, "kept"), take(memory.tensors, "coarse")
+        tensors |= put("header", with_dropped_as_shipped(header, own, kept, coarse))
     memory = memory.model_copy(update={"tensors": memory.tensors | put("header", own)})
     return memory, RoundReply(tensors=tensors, scores=_validation(memory, header, state.data))
 
@@ -170,8 +168,7 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
     memory = _take_personal(state.memory, message.tensors)
     if memory.refine.fine_tune:
         header = _header(memory, take(memory.tensors, "header"))
-        number, kept = memory.refine.rounds + 1, take(memory.tensors, "kept")
-        _train(header, memory, state.data, state.attributes.device_id, number, kept, anchored=True)
+        _train_round(header, memory, state, memory.refine.rounds + 1, together=True)
         memory = memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header))})
     ways: dict[str, ValidationScores] = {}
     for name, tensors in (("coarse", take(memory.tensors, "coarse")), ("refined", take(memory.tensors, "header"))):
@@ -180,7 +177,7 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
         if memory.refine.class_prior:
             counts = _counts(state.data.train, len(memory.labels))
             for strength in PRIOR_STRENGTHS:
-                prior = class_prior(counts, torch.tensor(memory.class_shares), strength)
+                prior = _prior(memory, counts, strength)
                 ways[f"{name}/{strength:g}"] = _validation(memory, header, state.data, prior)
     return memory, ProposeReply(scores=ways)
 
@@ -197,10 +194,10 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
     if message.prior_strength is not None:
         counts = _counts(data.train, len(memory.labels)) + _counts(data.validation, len(memory.labels))
         with torch.no_grad():
-            header.last_linear.bias.add_(class_prior(counts, torch.tensor(memory.class_shares), message.prior_strength))
+            header.last_linear.bias.add_(_prior(memory, counts, message.prior_strength))
     local = _header(memory, take(memory.tensors, "coarse"))
     for number in range(1, memory.refine.rounds + memory.refine.fine_tune + 1):
-        _train(local, memory, data, state.attributes.device_id, number, {}, anchored=False)
+        _train_round(local, memory, state, number, together=False)
     memory = memory.model_copy(update={"tensors": memory.tensors | put("shipped", _detached(header))})
     model = shipped_model(memory)
     neurons = sum(layer.num_neurons for layer in prunable_layers(coarse).values())
@@ -268,123 +265,36 @@ def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor]) -> Devic
     """Load the personal header, if one came, and drop this round's neurons by the personal importance set."""
     if not tensors:
         return memory
-    current = take(tensors, "header") or take(memory.tensors, "header")
-    header = _header(memory, current)
-    kept = take(memory.tensors, "kept")
-    layers = prunable_layers(header)
-    total = sum(len(mask) for mask in kept.values())
-    number = round(total * memory.refine.prune_share / memory.refine.rounds)
-    if number and kept:
-        importance = take(tensors, "importance")
-        if memory.refine.importance == "parameter":
-            by_layer = {
-                name: neuron_importance([(importance[f"{name}.{p}"], dim) for p, dim in layer.neuron_parameters()])
-                for name, layer in layers.items()
-            }
-        else:
-            by_layer = {name: importance[name] for name in layers}
-        kept = drop_neurons(by_layer, kept, number)
+    header = _header(memory, take(tensors, "header") or take(memory.tensors, "header"))
+    kept = drop_least_important(header, take(tensors, "importance"), take(memory.tensors, "kept"), memory.refine)
     apply_masks(header, kept)
     return memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header)) | put("kept", kept)})
 
 
-def _train(
-    header: Header,
-    memory: DeviceMemory,
-    data: Split,
-    device_id: str,
-    number: int,
-    kept: Mapping[str, Tensor],
-    anchored: bool,
+def _train_round(
+    header: Header, memory: DeviceMemory, state: DeviceState, number: int, together: bool
 ) -> dict[str, Tensor]:
-    """One round of local training on cached features, in place; returns Eq. 18's importance averaged over its batches.
-
-    Local fine-tuning alone (``anchored`` false, nothing dropped) sees the same batches in the same order.
-    """
+    """One round on private data; alone (not together) it is plain fine-tuning on the same batches."""
     refine = memory.refine
-    features, labels = _features(memory, "train"), data.train.labels
-    names = sorted(dict(header.named_parameters()))
-    parameters = [header.get_parameter(n) for n in names]
-    coarse = take(memory.tensors, "coarse")
-    anchors = [coarse[n] for n in names]
-    pull = refine.anchor if anchored else 0.0
-    sums = {n: torch.zeros_like(p) for n, p in zip(names, parameters, strict=True)}
-    steps = refine.epochs * steps_per_epoch(len(labels), refine.batch_size)
-    masked = {n: m for n, m in kept.items() if not bool(m.all())}
-    offset = torch.zeros(len(memory.labels))
-    if anchored and refine.class_prior and refine.balanced_training:
-        counts = _counts(data.train, len(memory.labels))
-        offset = class_prior(counts, torch.tensor(memory.class_shares), TRAINING_PRIOR_STRENGTH)
-
-    def loss_of(rows: Tensor) -> Tensor:
-        loss = cross_entropy(header(features.rows(rows)) + offset, labels[rows])
-        if refine.importance != "gate":
-            gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            for name, gradient, parameter in zip(names, gradients, parameters, strict=True):
-                if gradient is not None:
-                    sums[name] += parameter_importance(gradient, parameter.detach()) / steps
-        if pull:
-            loss = loss + pull * sum(((p - a) ** 2).sum() for p, a in zip(parameters, anchors, strict=True))
-        return loss
-
-    def remask(step: int, steps: int, loss: float) -> None:
-        if masked:
-            apply_masks(header, masked)
-
-    fit(
-        loss_of,
-        parameters,
-        len(labels),
-        steps=steps,
-        batch_size=refine.batch_size,
-        learning_rate=refine.learning_rate,
-        weight_decay=WEIGHT_DECAY,
-        generator=named_generator(memory.seed, "device", device_id, "round", number),
-        after_step=remask,
-        name=f"device {device_id}, round {number}",
+    device_id = state.attributes.device_id
+    offset = None
+    if together and refine.class_prior and refine.balanced_training:
+        offset = _prior(memory, _counts(state.data.train, len(memory.labels)), TRAINING_PRIOR_STRENGTH)
+    return train_header(
+        header,
+        _features(memory, "train"),
+        state.data.train.labels,
+        refine,
+        named_generator(memory.seed, "device", device_id, "round", number),
+        f"device {device_id}, round {number} (refine.learning_rate)",
+        anchor=take(memory.tensors, "coarse") if together else None,
+        kept=take(memory.tensors, "kept") if together else None,
+        offset=offset,
     )
-    return sums
 
 
-def _importance(header: Header, memory: DeviceMemory, data: Split, during: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The importance set that is sent: per parameter as printed, or one number per neuron."""
-    layers = prunable_layers(header)
-    if memory.refine.importance == "parameter":
-        return dict(during)
-    if memory.refine.importance == "neuron":
-        return {
-            name: neuron_importance([(during[f"{name}.{p}"], dim) for p, dim in layer.neuron_parameters()])
-            for name, layer in layers.items()
-        }
-    sums = {name: torch.zeros(layer.num_neurons) for name, layer in layers.items()}
-    features, labels = _features(memory, "train"), data.train.labels
-    for rows in torch.split(torch.arange(len(labels)), memory.refine.batch_size):
-        header.zero_grad(set_to_none=True)
-        cross_entropy(header(features.rows(rows)), labels[rows]).backward()  # type: ignore[no-untyped-call]
-        for name, layer in layers.items():
-            triples = []
-            for parameter_name, dim in layer.gate_parameters():
-                parameter = layer.get_parameter(parameter_name)
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                triples.append((gradient, parameter.detach(), dim))
-            sums[name] += gate_importance(triples)
-    header.zero_grad(set_to_none=True)
-    return sums
-
-
-def _with_dropped_as_shipped(
-    header: Header, own: Mapping[str, Tensor], kept: Mapping[str, Tensor], coarse: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Weights for the edge's average, in which a neuron dropped here counts as it was shipped, not as zeros."""
-    sent = dict(own)
-    for name, layer in prunable_layers(header).items():
-        dropped = ~kept[name]
-        for parameter_name, dim in layer.neuron_parameters():
-            full = f"{name}.{parameter_name}"
-            shape = [1] * own[full].ndim
-            shape[dim] = -1
-            sent[full] = torch.where(dropped.view(shape), coarse[full], own[full])
-    return sent
+def _prior(memory: DeviceMemory, counts: Tensor, strength: float) -> Tensor:
+    return class_prior(counts, torch.tensor(memory.class_shares), strength)
 
 
 def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:

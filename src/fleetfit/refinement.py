@@ -1,0 +1,151 @@
+"""One device's header: local training, its importance set (Eqs. 16-18), dropping neurons (Algorithm 2)."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from fleetfit.config import RefineConfig
+from fleetfit.method.importance import drop_neurons, gate_importance, neuron_importance, parameter_importance
+from fleetfit.models.features import Features
+from fleetfit.models.header import Header
+from fleetfit.models.pruning import apply_masks, prunable_layers
+from fleetfit.training import fit, steps_per_epoch
+
+WEIGHT_DECAY = 0.01
+
+
+def train_header(
+    header: Header,
+    features: Features,
+    labels: Int[Tensor, " sample"],
+    refine: RefineConfig,
+    generator: torch.Generator,
+    name: str,
+    *,
+    anchor: Mapping[str, Tensor] | None = None,
+    kept: Mapping[str, Bool[Tensor, " neuron"]] | None = None,
+    offset: Float[Tensor, " class"] | None = None,
+) -> dict[str, Tensor]:
+    """One round of local training, in place; returns Eq. 18's importance of each parameter, averaged over its batches.
+
+    With the defaults of the last three it is plain fine-tuning, on the same batches in the same order.
+
+    Args:
+        header: Trained in place.
+        features: Of the private training split; the backbone is frozen.
+        labels: Class numbers.
+        refine: Epochs, rates, what importance is.
+        generator: Decides the order of the samples.
+        name: For error messages.
+        anchor: The shipped header's tensors; weights are pulled to them with ``refine.anchor`` (Beyond).
+        kept: Layer -> neurons that are there; the others stay at zero.
+        offset: Added to the logits while training (Beyond: the class prior, so that weights need not learn it).
+
+    Raises:
+        TrainingDiverged: the loss is not finite.
+    """
+    parameters = dict(sorted(header.named_parameters()))
+    sums = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    steps = refine.epochs * steps_per_epoch(len(labels), refine.batch_size)
+    masked = {n: m for n, m in (kept or {}).items() if not bool(m.all())}
+
+    def loss_of(rows: Tensor) -> Tensor:
+        logits = header(features.rows(rows))
+        loss = cross_entropy(logits if offset is None else logits + offset, labels[rows])
+        if refine.importance != "gate":
+            gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for (n, parameter), gradient in zip(parameters.items(), gradients, strict=True):
+                if gradient is not None:
+                    sums[n] += parameter_importance(gradient, parameter.detach()) / steps
+        if anchor is not None and refine.anchor:
+            loss = loss + refine.anchor * sum(((p - anchor[n]) ** 2).sum() for n, p in parameters.items())
+        return loss
+
+    def remask(step: int, steps: int, loss: float) -> None:
+        if masked:
+            apply_masks(header, masked)
+
+    fit(
+        loss_of,
+        parameters.values(),
+        len(labels),
+        steps=steps,
+        batch_size=refine.batch_size,
+        learning_rate=refine.learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        generator=generator,
+        after_step=remask,
+        name=name,
+    )
+    return sums
+
+
+def importance_set(
+    header: Header,
+    features: Features,
+    labels: Int[Tensor, " sample"],
+    refine: RefineConfig,
+    during: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """What a device sends: importance per parameter as printed, or one number per neuron (Beyond).
+
+    Args:
+        header: After local training.
+        features: Of the private training split.
+        labels: Class numbers.
+        refine: ``importance`` says which: parameter, neuron (sums of the former), or gate (taken now, after training).
+        during: Importance per parameter, from ``train_header``.
+    """
+    layers = prunable_layers(header)
+    if refine.importance == "parameter":
+        return dict(during)
+    if refine.importance == "neuron":
+        return _per_neuron(header, during)
+    sums = {name: torch.zeros(layer.num_neurons) for name, layer in layers.items()}
+    for rows in torch.split(torch.arange(len(labels)), refine.batch_size):
+        header.zero_grad(set_to_none=True)
+        cross_entropy(header(features.rows(rows)), labels[rows]).backward()  # type: ignore[no-untyped-call]
+        for name, layer in layers.items():
+            triples = []
+            for parameter_name, dim in layer.gate_parameters():
+                parameter = layer.get_parameter(parameter_name)
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                triples.append((gradient, parameter.detach(), dim))
+            sums[name] += gate_importance(triples)
+    header.zero_grad(set_to_none=True)
+    return sums
+
+
+def drop_least_important(
+    header: Header, importance: Mapping[str, Tensor], kept: Mapping[str, Tensor], refine: RefineConfig
+) -> dict[str, Tensor]:
+    """Drop one round's share of neurons by a personal importance set; the rounds together drop ``prune_share``."""
+    number = round(sum(len(mask) for mask in kept.values()) * refine.prune_share / refine.rounds)
+    if not number or not kept:
+        return dict(kept)
+    by_layer = _per_neuron(header, importance) if refine.importance == "parameter" else dict(importance)
+    return drop_neurons(by_layer, kept, number)
+
+
+def with_dropped_as_shipped(
+    header: Header, own: Mapping[str, Tensor], kept: Mapping[str, Tensor], coarse: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Weights for the edge's average, in which a neuron dropped here counts as it was shipped, not as zeros."""
+    sent = dict(own)
+    for name, layer in prunable_layers(header).items():
+        for parameter_name, dim in layer.neuron_parameters():
+            full = f"{name}.{parameter_name}"
+            shape = [1] * own[full].ndim
+            shape[dim] = -1
+            sent[full] = torch.where(kept[name].view(shape), own[full], coarse[full])
+    return sent
+
+
+def _per_neuron(header: Header, of_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: neuron_importance([(of_parameters[f"{name}.{p}"], dim) for p, dim in layer.neuron_parameters()])
+        for name, layer in prunable_layers(header).items()
+    }
