@@ -1,0 +1,90 @@
+"""Kill the demo at random moments and go on: is the summary the same? Writes benchmarks/results/resume.md.
+
+    python benchmarks/resume.py              five kills of one run, against a run that was not killed (about 5 minutes)
+
+Both runs start with an empty cache. Each kill is a SIGKILL at a random moment, in a process that has just been started
+again; a run that ends before its moment comes was not killed there, and is counted.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from fleetfit.artifacts import read_json, write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+NOT_COMPARED = ("seconds", "peak_memory_bytes")
+
+
+def command(job: Path, out: Path) -> list[str]:
+    """The command line of a run with a cache of its own."""
+    return [sys.executable, "-m", "fleetfit", "run", str(job), "--out", str(out), "--set", f"run.cache={out}-cache"]
+
+
+def comparable(out: Path) -> dict[str, Any]:
+    """The summary without what may differ."""
+    return {k: v for k, v in read_json(out / "summary.json").items() if k not in NOT_COMPARED}
+
+
+def main() -> None:
+    """Run, kill, go on, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--job", type=Path, default=Path("recipes/digits.toml"))
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--out", type=Path, default=RESULTS / "resume.md")
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="fleetfit-resume-"))
+    try:
+        start = time.perf_counter()
+        subprocess.run(command(options.job, folder / "whole"), check=True, stderr=subprocess.DEVNULL)
+        whole_seconds = time.perf_counter() - start
+        peak = read_json(folder / "whole" / "summary.json")["peak_memory_bytes"]
+        rows = []
+        out = folder / "killed"
+        # Shorter spans than the whole run, so that all kills hit before it ends.
+        for _ in range(options.kills):
+            moment = chance.uniform(0, 2 * whole_seconds / (options.kills + 1))
+            process = subprocess.Popen(command(options.job, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                process.wait(timeout=moment)
+                ended = "ended before"
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                ended = "killed"
+            finished = sorted(p.relative_to(out / "steps") for p in (out / "steps").rglob("*.safetensors"))
+            rows.append(f"| {moment:.1f} | {ended} | {len(finished)} |")
+            print(f"after {moment:.1f} s: {ended}, {len(finished)} steps finished", flush=True)
+        subprocess.run(command(options.job, out), check=True, stderr=subprocess.DEVNULL)
+        same = comparable(out) == comparable(folder / "whole")
+    finally:
+        shutil.rmtree(folder)
+    lines = [
+        "# Killed and gone on",
+        "",
+        f"`python benchmarks/resume.py --seed {options.seed}`, job {options.job}. The run that was not killed took "
+        f"{whole_seconds:.0f} s from an empty cache, and {peak / 1e6:.0f} MB at its peak.",
+        "",
+        "| seconds after the start | what happened | steps finished by then |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"Summary equal to that of the run that was not killed, but for {' and '.join(NOT_COMPARED)}: "
+        f"**{'yes' if same else 'no'}**.",
+    ]
+    write_atomically(options.out, "\n".join(lines) + "\n")
+    print(json.dumps({"same": same, "seconds": round(whole_seconds, 1), "peak_memory_bytes": peak}))
+    sys.exit(not same)
+
+
+if __name__ == "__main__":
+    main()
