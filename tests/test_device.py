@@ -420,18 +420,13 @@ def test_a_preset_number_of_neurons_is_dropped_each_round(importance: str, excha
     assert (report.neurons, report.kept_neurons) == (NUM_NEURONS, NUM_NEURONS - 4)
 
 
-ROUNDED_EACH_ROUND = pytest.mark.xfail(
-    strict=True, reason="drop_least_important rounds share / rounds anew each round: 8 rounds of 0.44 neurons drop none"
-)
-
-
 @pytest.mark.parametrize(
     ("rounds", "share"),
     [
         (1, 0.5),
         (3, 0.43),
-        pytest.param(4, 0.2, marks=ROUNDED_EACH_ROUND),
-        pytest.param(8, 0.25, marks=ROUNDED_EACH_ROUND),
+        (4, 0.2),
+        (8, 0.25),
     ],
 )
 def test_the_share_is_dropped_in_all_however_many_rounds(rounds: int, share: float) -> None:

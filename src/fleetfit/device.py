@@ -150,7 +150,7 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
 
 def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, RoundReply]:
     """Take the personal tensors, train the header on private data, score its neurons."""
-    memory = _take_personal(state.memory, message.tensors)
+    memory = _take_personal(state.memory, message.tensors, message.round - 1)
     header = _header(memory, take(memory.tensors, "header"))
     during = _train_round(header, memory, state, message.round, together=True)
     features, labels = _features(memory, "train"), state.data.train.labels
@@ -165,7 +165,7 @@ def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, Rou
 
 def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, ProposeReply]:
     """Take the last personal tensors; score every way to ship on the validation split."""
-    memory = _take_personal(state.memory, message.tensors)
+    memory = _take_personal(state.memory, message.tensors, state.memory.refine.rounds)
     if memory.refine.fine_tune:
         header = _header(memory, take(memory.tensors, "header"))
         _train_round(header, memory, state, memory.refine.rounds + 1, together=True)
@@ -261,12 +261,12 @@ def _counts(samples: Samples, num_classes: int) -> Tensor:
     return torch.bincount(samples.labels, minlength=num_classes).float()
 
 
-def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor]) -> DeviceMemory:
-    """Load the personal header, if one came, and drop this round's neurons by the personal importance set."""
+def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor], times: int) -> DeviceMemory:
+    """Load the personal header, if one came, and drop neurons by the personal importance set for the n-th time."""
     if not tensors:
         return memory
     header = _header(memory, take(tensors, "header") or take(memory.tensors, "header"))
-    kept = drop_least_important(header, take(tensors, "importance"), take(memory.tensors, "kept"), memory.refine)
+    kept = drop_least_important(header, take(tensors, "importance"), take(memory.tensors, "kept"), memory.refine, times)
     apply_masks(header, kept)
     return memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header)) | put("kept", kept)})
 

@@ -11,8 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from fleetfit.config import HeaderConfig
 from fleetfit.method.search_space import sample_blocks
+from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import Header, build_header
+from fleetfit.models.pruning import ConvOp, prunable_layers
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import Block, HeaderSpec
 from fleetfit.training import Scores, evaluate, fit, predict, score
@@ -21,8 +23,7 @@ ProgressCallback = Callable[[int, int, str], None]
 
 LABEL_SMOOTHING = 0.1
 CELL_POOLING = 2  # random, enas: final pooling of their space
-BYTES_PER_PARAMETER = 4
-BYTES_PER_TENSOR = 100  # a name and a shape in a safetensors file
+OFFSET_BYTES = 16
 SAMPLING_TRIES = 200
 WARM_RATE_SHARE = 1 / 3  # a header that starts as a trained one moves less
 
@@ -162,10 +163,18 @@ def can_start(spec: HeaderSpec) -> bool:
 
 
 def header_bytes(spec: HeaderSpec, shape: FeatureShape, num_classes: int) -> int:
-    """About the size of a stored header: 4 bytes a parameter and a name a tensor; nothing is allocated."""
+    """The most that a header adds to a model's safetensors file, also after pruning; nothing is allocated.
+
+    A pruned convolution also stores which channels it kept; ``OFFSET_BYTES`` a tensor covers the longer offsets that
+    tensors have in a file behind a backbone.
+    """
     with torch.device("meta"):
-        parameters = list(build_header(spec, shape, num_classes).parameters())
-    return BYTES_PER_PARAMETER * sum(p.numel() for p in parameters) + BYTES_PER_TENSOR * len(parameters)
+        header = build_header(spec, shape, num_classes)
+    stored = {f"header.{name}": (tuple(t.shape), t.dtype) for name, t in header.state_dict().items()}
+    for name, layer in prunable_layers(header).items():
+        if isinstance(layer, ConvOp):
+            stored[f"header.{name}.kept"] = ((layer.num_neurons,), torch.int64)
+    return safetensors_size_bytes(stored) + OFFSET_BYTES * len(stored)
 
 
 def spec_name(spec: HeaderSpec) -> str:

@@ -120,11 +120,16 @@ def importance_set(
 
 
 def drop_least_important(
-    header: Header, importance: Mapping[str, Tensor], kept: Mapping[str, Tensor], refine: RefineConfig
+    header: Header, importance: Mapping[str, Tensor], kept: Mapping[str, Tensor], refine: RefineConfig, times: int
 ) -> dict[str, Tensor]:
-    """Drop one round's share of neurons by a personal importance set; the rounds together drop ``prune_share``."""
-    number = round(sum(len(mask) for mask in kept.values()) * refine.prune_share / refine.rounds)
-    if not number or not kept:
+    """Drop neurons by a personal importance set, for the ``times``-th time of ``refine.rounds``.
+
+    After each time ``times / rounds`` of ``prune_share`` are gone, rounded once, so that the rounds add up to it.
+    """
+    total = sum(len(mask) for mask in kept.values())
+    dropped = total - sum(int(mask.sum()) for mask in kept.values())
+    number = round(total * refine.prune_share * times / refine.rounds) - dropped
+    if number <= 0:
         return dict(kept)
     by_layer = _per_neuron(header, importance) if refine.importance == "parameter" else dict(importance)
     return drop_neurons(by_layer, kept, number)
