@@ -225,7 +225,7 @@ def importance_part(b: Bench) -> dict[str, Any]:
 
 def elastic_part(b: Bench) -> dict[str, Any]:
     """Accuracies of all sub-networks on the test split, after either distillation; and before any, by order."""
-    shapes = shape_grid(b.job)
+    shapes = shape_grid(b.job, int(b.job.model.config["num_hidden_layers"]))
     test = b.data.public.test
 
     def mean(elastic: ElasticBackbone, header: Any, only: Callable[[BackboneShape], bool] = lambda s: True) -> float:

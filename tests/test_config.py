@@ -42,6 +42,8 @@ def test_no_fields_at_all_are_a_valid_job() -> None:
         {"fleet": {"devices": [{"count": 3, "storage_limit": ["120 KB", 5], "gpu_capacity": 7}], "num_clusters": 2}},
         {"backbone": {"widths": [0.3, 1], "depths": [1, 2]}, "header": {"operations": ["conv1"]}},
         {"model": {"config": {"hidden_size": 32, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}}},
+        {"model": {"family": "dinov2", "config": {"hidden_size": 32}}},
+        {"model": {"family": "deit", "pretrained": "someone/some-model"}},
     ],
 )
 def test_toml_round_trip_gives_an_equal_job(fields: dict[str, Any]) -> None:
@@ -64,6 +66,25 @@ def test_a_job_is_immutable() -> None:
 def test_single_values_stand_for_lists() -> None:
     group = make_job({"fleet": {"devices": [{"storage_limit": 5, "gpu_capacity": 2}]}}).fleet.devices[0]
     assert (group.count, group.storage_limit, group.gpu_capacity) == (1, (5,), (2.0,))
+
+
+def test_the_configuration_lies_over_the_small_model_of_its_family() -> None:
+    def config(**model: object) -> dict[str, Any]:
+        return make_job({"model": model}).model.config
+
+    assert config() == Job().model.config
+    assert config(config={"hidden_size": 32}) == config() | {"hidden_size": 32}
+    assert config(family="deit") == config()
+    assert "intermediate_size" not in config(family="dinov2")
+    assert config(family="dinov2", config={"mlp_ratio": 3})["mlp_ratio"] == 3
+
+
+def test_a_pretrained_model_has_its_own_configuration() -> None:
+    assert make_job({"model": {"pretrained": "someone/some-model"}}).model.config == {}
+    (line,) = problems({"model": {"pretrained": "someone/some-model", "config": {"hidden_size": 32}}})
+    assert line == "model: config must be left out with pretrained, which has its own"
+    # How deep it is, is not known before it is loaded.
+    assert make_job({"model": {"pretrained": "x"}, "backbone": {"depths": [24]}}).backbone.depths == (24,)
 
 
 # -- the paper's preset -----------------------------------------------------------------------------------------------

@@ -298,7 +298,9 @@ def run(
       seed                    same job and seed, same models
       data.split              iid, classes, dirichlet: what a device sees
       fleet.devices           count, cluster, storage_limit, gpu_capacity of each
+      model.family            vit, deit, dinov2
       model.config            the size of the reference Transformer
+      model.pretrained        start from a folder or a hub id instead
       backbone.widths         shares of heads and neurons to choose from
       backbone.depths         numbers of layers to choose from
       header.search           halving, random, enas, distilled, a fixed header

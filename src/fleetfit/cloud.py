@@ -39,6 +39,7 @@ from fleetfit.method.size import safetensors_size_bytes, zeta
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone
 from fleetfit.models.header import build_header, header_from_state
+from fleetfit.models.pretrained import load_pretrained
 from fleetfit.randomness import derive_seed, named_generator, seeded_init
 from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, HeaderSpec, JsonDict, Record
 from fleetfit.training import evaluate, fit, steps_per_epoch
@@ -108,29 +109,46 @@ class CurveKeeper:
         self.progress(step, steps, f"loss {loss:.3f}")
 
 
-def shape_grid(job: Job) -> tuple[BackboneShape, ...]:
-    """All (w, d) of the job.
+def shape_grid(job: Job, num_layers: int) -> tuple[BackboneShape, ...]:
+    """All (w, d) of the job, for a reference of so many layers.
 
     Raises:
         ValueError: a depth over the reference's layers.
     """
-    layers = int(job.model.config.get("num_hidden_layers", 12))
-    depths = job.backbone.depths or tuple(range(1, layers + 1))
-    if max(depths) > layers:
-        raise ValueError(f"backbone.depths must be <= the reference's {layers} layers, got {max(depths)}")
+    depths = job.backbone.depths or tuple(range(1, num_layers + 1))
+    if max(depths) > num_layers:
+        raise ValueError(f"backbone.depths must be <= the reference's {num_layers} layers, got {max(depths)}")
     widths = sorted(set(job.backbone.widths))
     return tuple(BackboneShape(width=w, depth=d) for w in widths for d in sorted(set(depths)))
 
 
+def check_inputs(job: Job, backbone: Backbone, inputs: Tensor) -> None:
+    """Raises ValueError, with both numbers, if the model takes other inputs than the data has."""
+    takes, has = backbone.input_shape, tuple(inputs.shape[1:])
+    if takes != has:
+        name = f"model.pretrained = {job.model.pretrained!r}" if job.model.pretrained else "model.config"
+        way = "give a model of that size" if job.model.pretrained else "set num_channels and image_size to the data's"
+        raise ValueError(
+            f"{name} takes inputs of {' x '.join(map(str, takes))} (channels x rows x columns), but data.source = "
+            f"{job.data.source!r} has {' x '.join(map(str, has))}; {way}"
+        )
+
+
 def train_reference(job: Job, public: Split, progress: ProgressOf) -> Reference:
-    """Build the reference from its configuration and train it on the public split.
+    """Build the reference from its configuration, or load it pre-trained, and train it on the public split.
 
     Raises:
+        ValueError: the model cannot be built or loaded, or does not take the data's inputs.
         TrainingDiverged: the loss is not finite.
     """
     model_config, train = job.model, public.train
     with seeded_init(job.seed, "reference"):
-        backbone = Backbone(model_config.family, dict(model_config.config))
+        if model_config.pretrained:
+            backbone = load_pretrained(model_config.pretrained, model_config.family)
+        else:
+            backbone = Backbone(model_config.family, dict(model_config.config))
+        check_inputs(job, backbone, train.inputs)
+        shape_grid(job, backbone.num_layers)  # a depth that is not there is told now, not after the training
         model = Classifier(backbone, build_header(HeaderSpec(), backbone.feature_shape, train.num_classes))
     shifts = named_generator(job.seed, "reference", "shifts")
 
@@ -199,7 +217,7 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
     else:
         importance = random_importance(elastic, named_generator(job.seed, "importance", "random"))
     reorder_by(elastic, importance)
-    shapes = shape_grid(job)
+    shapes = shape_grid(job, elastic.num_layers)
     if config.depth_order == "auto":
         elastic.depth_order = better_depth_order(elastic, header, public.validation, shapes)
     else:
@@ -223,7 +241,7 @@ def evaluate_candidates(job: Job, result: Elastic, public: Split, progress: Prog
     elastic, model = elastic_of(job, result, public.train.num_classes)
     header_shapes = {f"header.{n}": (tuple(t.shape), t.dtype) for n, t in model.header.state_dict().items()}
     candidates = []
-    shapes = shape_grid(job)
+    shapes = shape_grid(job, elastic.num_layers)
     for done, shape in enumerate(shapes, start=1):
         scores = evaluate_shape(elastic, model.header, public.validation, shape)
         state = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in elastic.sliced_state(shape).items()}

@@ -89,29 +89,32 @@ class Section(Record):
         return value
 
 
-SMALL_VIT: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
-    "intermediate_size": 128,
     "image_size": 8,
     "patch_size": 2,
     "num_channels": 1,
     "initializer_range": 0.1,
 }
-
-
-def over_small_vit(value: object) -> object:
-    """Keys that a job gives, over the small ViT's."""
-    return {**SMALL_VIT, **value} if isinstance(value, dict) else value
+SMALL_CONFIGS: dict[str, dict[str, Any]] = {
+    "vit": {**SMALL, "intermediate_size": 128},
+    "deit": {**SMALL, "intermediate_size": 128},
+    "dinov2": {**SMALL, "mlp_ratio": 2},
+}
 
 
 class ModelConfig(Section):
-    """The reference Transformer, built from its Hugging Face configuration."""
+    """The reference Transformer: built from its Hugging Face configuration, or pre-trained."""
 
-    family: Literal["vit"] = Field("vit", description="which family of models/families.py")
-    config: Annotated[dict[str, Any], BeforeValidator(over_small_vit)] = Field(
-        SMALL_VIT, description="keys of the family's Hugging Face configuration; those left out stay as here"
+    family: Literal["vit", "deit", "dinov2"] = Field("vit", description="which family of models/families.py")
+    pretrained: str = Field(
+        "", description="start from these weights: a folder written by save_pretrained, or a hub id; empty: from config"
+    )
+    config: dict[str, Any] = Field(
+        SMALL_CONFIGS["vit"],
+        description="keys of the family's Hugging Face configuration; those left out are a small model's for digits",
     )
     epochs: Steps = Field(60, description="training epochs of the reference on the public split")
     batch_size: Steps = 32
@@ -119,6 +122,21 @@ class ModelConfig(Section):
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     shift_pixels: int = Field(1, ge=0, description="augmentation: random shifts of up to this many pixels")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_config(cls, value: object) -> object:
+        """Keys that a job gives, over the small model's of its family; a pre-trained model has its own."""
+        if not isinstance(value, dict) or not isinstance(value.get("config", {}), dict):
+            return value
+        given = value.get("config", {})
+        if value.get("pretrained"):
+            if given:
+                raise ValueError("config must be left out with pretrained, which has its own")
+            return {**value, "config": {}}
+        family = value.get("family", "vit")
+        small = SMALL_CONFIGS.get(family, {}) if isinstance(family, str) else {}
+        return {**value, "config": {**small, **given}}
 
 
 class DataConfig(Section):
@@ -290,7 +308,7 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _depths(self) -> "Job":
-        layers = self.model.config.get("num_hidden_layers", 12)
+        layers = self.model.config.get("num_hidden_layers")  # of a pre-trained model it is not known yet
         if isinstance(layers, int) and max(self.backbone.depths, default=1) > layers:
             deepest = max(self.backbone.depths)
             raise ValueError(f"backbone.depths must be <= the reference's {layers} layers, got {deepest}")

@@ -33,6 +33,7 @@ from fleetfit.messages import (
     StatsRequest,
 )
 from fleetfit.models.elastic import Backbone
+from fleetfit.models.pretrained import fingerprint
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,14 @@ def run_cloud(
         progress: Told how far each phase is.
     """
     stats = edges.ask({cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
-    num_patches = _num_patches(job)
 
     def of(phase: str) -> cloud.ProgressOf:
         return lambda done, total, note: progress(phase, done, total, note)
 
-    # What the reference depends on: its own settings, which samples are public, and the seed.
-    key = content_hash(job.model.model_dump(), _public_data(job), job.seed)
     reference = steps.step(
         "reference/cloud",
         Reference,
-        lambda: cache.step(f"reference/{key}", Reference, lambda: cloud.train_reference(job, public, of("reference"))),
+        lambda: cache.step(_reference_key(job), Reference, lambda: cloud.train_reference(job, public, of("reference"))),
     )
     elastic = steps.step(
         "elastic/cloud", Elastic, lambda: cloud.make_elastic(job, reference, public, of("elastic training"))
@@ -78,6 +76,7 @@ def run_cloud(
     candidates = steps.step(
         "candidates/cloud", Candidates, lambda: cloud.evaluate_candidates(job, elastic, public, of("candidates"))
     )
+    num_patches = _num_patches(job, reference)
     choices = {
         cluster: cloud.match(job, candidates.candidates, stats[cluster], cluster, num_patches)
         for cluster in edges.members
@@ -204,10 +203,16 @@ def _report(
     )
 
 
-def _num_patches(job: Job) -> int:
+def _reference_key(job: Job) -> str:
+    """Changes with what the reference depends on: its own settings, its start, which samples are public, the seed."""
+    start = fingerprint(job.model.pretrained) if job.model.pretrained else ""
+    return f"reference/{content_hash(job.model.model_dump(), start, _public_data(job), job.seed)}"
+
+
+def _num_patches(job: Job, reference: Reference) -> int:
     """p of Eq. 1: grid tokens of one sample."""
     with torch.device("meta"):
-        rows, columns = Backbone(job.model.family, dict(job.model.config)).feature_shape.grid
+        rows, columns = Backbone(job.model.family, reference.config).feature_shape.grid
     return rows * columns
 
 

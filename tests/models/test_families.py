@@ -1,12 +1,17 @@
 """Families: where heads and neurons live is where the adapter says, and a wrong configuration says what is wrong."""
 
+import copy
+import json
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fleetfit.models.elastic import Backbone
+from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone, kept_heads, kept_layers, kept_neurons
 from fleetfit.models.families import FAMILIES, family_of
 from fleetfit.models.features import Features, FeatureShape, tokens_to_grid
+from fleetfit.randomness import named_generator, seeded_init
+from fleetfit.records import BackboneShape
 
 torch.set_num_threads(1)
 
@@ -21,14 +26,72 @@ CONFIG = {
 }
 
 
-def test_the_adapter_names_modules_and_keys_that_are_there() -> None:
-    family = family_of("vit")
-    backbone = Backbone("vit", CONFIG)
+# A family's parity tests are these: its name, where its layers are, its tokens before the grid, its own keys.
+PARITY = [
+    pytest.param("vit", "layers", 1, {"intermediate_size": 32}, id="vit"),
+    pytest.param("deit", "layers", 2, {"intermediate_size": 32}, id="deit"),
+    pytest.param("dinov2", "encoder.layer", 1, {"mlp_ratio": 2, "layerscale_value": 0.5}, id="dinov2"),
+    pytest.param("dinov2", "encoder.layer", 1, {"mlp_ratio": 4, "intermediate_size": 32}, id="dinov2 cut before"),
+]
+families = pytest.mark.parametrize(("name", "layers", "num_prefix_tokens", "keys"), PARITY)
+NUM_LAYERS, NUM_HEADS, NUM_NEURONS = 3, 4, 32
+WIDTHS = [i / NUM_NEURONS for i in range(1, NUM_NEURONS + 1)]  # every number of neurons, and of heads
+SHAPES = [BackboneShape(width=w, depth=1 + i % NUM_LAYERS) for i, w in enumerate(WIDTHS)]
+SHAPES += [BackboneShape(width=w, depth=d) for w in (0.1, 0.25, 0.5, 0.75, 1.0) for d in range(1, NUM_LAYERS + 1)]
+SIZES = {k: v for k, v in CONFIG.items() if k != "intermediate_size"} | {"num_hidden_layers": NUM_LAYERS}
+
+
+def test_no_family_is_without_parity_tests() -> None:
+    assert {p.values[0] for p in PARITY} == set(FAMILIES)
+
+
+def make_backbone(name: str, keys: dict[str, object]) -> Backbone:
+    """Every parameter random, biases, norms and layer scales too."""
+    with seeded_init(0, name):
+        backbone = Backbone(name, SIZES | keys)
+        for parameter in backbone.parameters():
+            parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    return backbone.eval()
+
+
+def make_inputs() -> Tensor:
+    return torch.randn(3, 1, 8, 8, generator=named_generator(0, "inputs"))
+
+
+def run_by_hand(model: nn.Module, layers: str, inputs: Tensor, kept: tuple[int, ...]) -> list[Tensor]:
+    """Embeddings, the layers named, the final norm: all tokens on the way."""
+    hidden = [model.embeddings(inputs)]
+    for layer in kept:
+        hidden.append(model.get_submodule(layers)[layer](hidden[-1], None))
+    return [*hidden, model.layernorm(hidden[-1])]
+
+
+def masked(backbone: Backbone, layers: str, heads: list[list[int]], neurons: list[list[int]]) -> nn.Module:
+    """A copy in which only these heads and neurons of each layer reach the residual stream."""
+    model = copy.deepcopy(backbone.model)
+    for layer, kept, units in zip(model.get_submodule(layers), heads, neurons, strict=True):
+        mask_heads = torch.tensor([h in kept for h in range(NUM_HEADS)]).repeat_interleave(4)
+        layer.attention.o_proj.weight *= mask_heads
+        layer.mlp.fc2.weight *= torch.tensor([n in units for n in range(NUM_NEURONS)])
+    return model
+
+
+def difference(output, expected: list[Tensor]) -> float:
+    found = [*output.hidden, output.output]
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+
+
+@families
+@torch.no_grad()
+def test_the_adapter_names_modules_and_keys_that_are_there(
+    name: str, layers: str, num_prefix_tokens: int, keys: dict[str, object]
+) -> None:
+    family, backbone = family_of(name), make_backbone(name, keys)
     config = backbone.config
-    layers = backbone.model.get_submodule(family.layers)
-    assert len(layers) == config[family.num_layers] == backbone.num_layers == 2
-    assert (config[family.num_heads], config[family.num_neurons]) == (4, 12)
-    for layer in layers:
+    assert family.layers == layers
+    assert len(backbone.model.get_submodule(layers)) == config[family.num_layers] == backbone.num_layers == NUM_LAYERS
+    assert (config[family.num_heads], config[family.num_neurons]) == (NUM_HEADS, NUM_NEURONS)
+    for layer in backbone.model.get_submodule(layers):
         sizes = {
             path: layer.get_submodule(path)
             for path in (*family.query_key_value, family.attention_output, family.mlp_in, family.mlp_out)
@@ -36,7 +99,97 @@ def test_the_adapter_names_modules_and_keys_that_are_there() -> None:
         assert all(isinstance(m, nn.Linear) for m in sizes.values())
         assert [sizes[p].out_features for p in family.query_key_value] == [16, 16, 16]
         assert sizes[family.attention_output].in_features == 16
-        assert sizes[family.mlp_in].out_features == sizes[family.mlp_out].in_features == 12
+        assert sizes[family.mlp_in].out_features == sizes[family.mlp_out].in_features == NUM_NEURONS
+    assert backbone.feature_shape == FeatureShape(16, (2, 2), num_prefix_tokens)
+    assert backbone.input_shape == (1, 8, 8)
+    assert backbone.run(make_inputs()).output.shape == (3, num_prefix_tokens + 4, 16)
+
+
+@families
+@pytest.mark.parametrize("order", ["first", "spread"])
+@torch.no_grad()
+def test_sliced_is_masked_is_rebuilt_at_all_widths_and_depths(
+    name: str, layers: str, num_prefix_tokens: int, keys: dict[str, object], order: DepthOrder
+) -> None:
+    backbone, inputs = make_backbone(name, keys), make_inputs()
+    elastic = ElasticBackbone(backbone, order)
+    for shape in SHAPES:
+        heads = list(range(kept_heads(NUM_HEADS, shape.width)))
+        neurons = list(range(kept_neurons(NUM_NEURONS, shape.width)))
+        oracle = masked(backbone, layers, [heads] * NUM_LAYERS, [neurons] * NUM_LAYERS)
+        expected = run_by_hand(oracle, layers, inputs, kept_layers(NUM_LAYERS, shape.depth, order))
+        sliced = elastic.run(inputs, shape)
+        assert difference(sliced, expected) <= 1e-5, shape
+
+        cut = elastic.extract(shape)
+        config = json.loads(json.dumps(cut.config))
+        again = Backbone(name, config)
+        again.load_state_dict(cut.state_dict(), strict=True)
+        assert again.config == cut.config == config
+        assert (again.num_layers, again.feature_shape) == (shape.depth, backbone.feature_shape)
+        assert torch.equal(again.eval().run(inputs).output, sliced.output), shape
+
+
+@families
+@torch.no_grad()
+def test_the_full_size_is_the_original(name: str, layers: str, num_prefix_tokens: int, keys: dict[str, object]) -> None:
+    backbone, inputs = make_backbone(name, keys), make_inputs()
+    elastic = ElasticBackbone(backbone)
+    output = backbone.run(inputs)
+    assert torch.equal(elastic.run(inputs, elastic.full).output, output.output)
+    assert torch.equal(elastic.extract(elastic.full).run(inputs).output, output.output)
+    assert difference(output, run_by_hand(backbone.model, layers, inputs, tuple(range(NUM_LAYERS)))) <= 1e-6
+
+
+@families
+@torch.no_grad()
+def test_reordering_changes_no_output_and_keeps_the_named_ones_first(
+    name: str, layers: str, num_prefix_tokens: int, keys: dict[str, object]
+) -> None:
+    backbone, inputs = make_backbone(name, keys), make_inputs()
+    generator = named_generator(0, "orders")
+    heads = [torch.randperm(NUM_HEADS, generator=generator) for _ in range(NUM_LAYERS)]
+    neurons = [torch.randperm(NUM_NEURONS, generator=generator) for _ in range(NUM_LAYERS)]
+    elastic = ElasticBackbone(backbone)
+    elastic.reorder(heads, neurons)
+    every = tuple(range(NUM_LAYERS))
+    whole = run_by_hand(backbone.model, layers, inputs, every)
+    assert difference(elastic.run(inputs, elastic.full), whole) <= 1e-5
+    oracle = masked(backbone, layers, [h[:2].tolist() for h in heads], [n[:16].tolist() for n in neurons])
+    half = elastic.run(inputs, BackboneShape(width=0.5, depth=NUM_LAYERS))
+    assert difference(half, run_by_hand(oracle, layers, inputs, every)) <= 1e-5
+    assert difference(half, whole) > 1e-2  # otherwise the comparison could not fail
+
+
+@families
+def test_a_fresh_model_learns_in_all_its_weights_and_a_cut_one_too(
+    name: str, layers: str, num_prefix_tokens: int, keys: dict[str, object]
+) -> None:
+    with seeded_init(0, name):
+        backbone = Backbone(name, SIZES | keys)
+    elastic = ElasticBackbone(backbone)
+    for model in (backbone, elastic.extract(BackboneShape(width=0.5, depth=2))):
+        (model.run(make_inputs()).output ** 3).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+        small = {n for n, p in model.named_parameters() if n.endswith(("fc1.weight", "fc2.weight")) and p.std() < 0.005}
+        assert not small, "an MLP was left without its initialisation"
+
+
+def test_dinov2_with_swiglu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.config\.use_swiglu_ffn must be false"):
+        Backbone("dinov2", SIZES | {"mlp_ratio": 2, "use_swiglu_ffn": True})
+
+
+def test_dinov2_has_no_mask_token() -> None:
+    backbone = Backbone("dinov2", SIZES | {"mlp_ratio": 2, "use_mask_token": True})
+    assert backbone.config["use_mask_token"] is False
+    assert not [n for n in backbone.state_dict() if "mask" in n]
+
+
+@pytest.mark.parametrize("value", [0, 2.5, True, "4"])
+def test_a_bad_mlp_ratio_is_named(value: object) -> None:
+    with pytest.raises(ValueError, match=r"model\.config\.mlp_ratio must be an integer >= 1"):
+        Backbone("dinov2", SIZES | {"mlp_ratio": value})
 
 
 def test_an_unknown_family_names_those_that_are_known() -> None:

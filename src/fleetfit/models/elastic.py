@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fleetfit.models.families import Family, family_of
+from fleetfit.models.families import Family, family_of, own_config
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.records import BackboneShape, JsonDict
 
@@ -41,13 +41,6 @@ class BackboneOutput:
 
 def _as_output(result: Any) -> BackboneOutput:
     return BackboneOutput(tuple(result.hidden_states), result.last_hidden_state)
-
-
-def _own_config(config: Any) -> JsonDict:
-    """The configuration as a plain mapping, with what rebuilds the model and no more."""
-    return {
-        k: v for k, v in config.to_diff_dict().items() if k not in ("transformers_version", "architectures", "dtype")
-    }
 
 
 def kept_heads(num_heads: int, width: float) -> int:
@@ -79,12 +72,17 @@ class Backbone(nn.Module):
         super().__init__()
         self.family = family
         self.model = family_of(family).build(config)
-        self.config = _own_config(self.model.config)
+        self.config = own_config(self.model.config)
 
     @property
     def feature_shape(self) -> FeatureShape:
         """Shape of the tokens this backbone yields."""
         return family_of(self.family).feature_shape(self.model.config)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input: channels, rows, columns of an image."""
+        return family_of(self.family).input_shape(self.model.config)
 
     @property
     def num_layers(self) -> int:

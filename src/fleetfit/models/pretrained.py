@@ -1,0 +1,172 @@
+"""A backbone that starts from pre-trained weights: a folder that ``save_pretrained`` wrote, or a model of the hub."""
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fleetfit.models.elastic import Backbone
+from fleetfit.models.families import FAMILIES, own_keys
+from fleetfit.records import JsonDict
+
+log = logging.getLogger(__name__)
+
+SHOWN = 3  # of the tensors that are wrong
+
+
+def load_pretrained(name: str, family: str) -> Backbone:
+    """The pre-trained model without its own task head, pooler and mask token, in 32 bits.
+
+    Args:
+        name: A folder, or a hub id; a model of the hub is kept in Hugging Face's cache folder.
+        family: What the job says that it is.
+
+    Raises:
+        ValueError: not there, no network, another or no supported family, a pickle, a tensor missing or of a wrong
+            shape.
+    """
+    said = f"model.pretrained = {name!r}"
+    source, config = _read_config(name)
+    found = config.get("model_type")
+    if found not in FAMILIES:
+        raise ValueError(f"{said} is a {found!r}, which is not supported; supported are {', '.join(FAMILIES)}")
+    if found != family:
+        raise ValueError(f"{said} is a {found!r}, but model.family is {family!r}; set model.family = {found!r}")
+    try:
+        backbone = Backbone(family, _kept(config, family))
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}") from error
+    with _silence():
+        try:
+            loaded, report = type(backbone.model).from_pretrained(  # type: ignore[attr-defined]
+                source,
+                config=backbone.model.config,
+                revision=config.get("_commit_hash") or "main",
+                dtype=torch.float32,
+                use_safetensors=True,  # the other format is a pickle, which can run code
+                ignore_mismatched_sizes=True,  # told below, with the others
+                output_loading_info=True,
+            )
+        except Exception as error:  # of the hub, of safetensors, of the system
+            raise ValueError(f"{said}: {_why_no_weights(source, error)}") from error
+    own = backbone.model.state_dict()
+    wrong = [f"{key} is missing" for key in sorted(report["missing_keys"]) if key in own]
+    wrong += [
+        f"{key} has shape {tuple(there)}, its config.json says {tuple(expected)}"
+        for key, there, expected in sorted(report["mismatched_keys"])
+        if key in own
+    ]
+    if wrong:
+        more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        raise ValueError(f"{said} has wrong weights: {'; '.join(wrong[:SHOWN])}{more}")
+    weights = loaded.state_dict()
+    backbone.model.load_state_dict({key: weights[key] for key in own}, strict=True)
+    return backbone
+
+
+def fingerprint(name: str) -> str:
+    """Changes when the pre-trained model does: digests of a folder's files, the commit of a model of the hub.
+
+    Raises:
+        ValueError: not there.
+    """
+    source, config = _read_config(name)
+    if not Path(source).is_dir():
+        return str(config.get("_commit_hash"))
+    digest = hashlib.sha256()
+    for path in sorted([*Path(source).glob("config.json"), *Path(source).glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _read_config(name: str) -> tuple[str, JsonDict]:
+    """Where the model is, and its config.json."""
+    from transformers import PreTrainedConfig
+
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise ValueError(f"model.pretrained = {name!r} is a file; give the folder that it is in")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(
+                f"model.pretrained = {name!r}: the folder has no config.json; was it made by save_pretrained?"
+            )
+        source = str(folder)
+    else:
+        source = name
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except Exception as error:  # OSError for most, but not all
+        first = str(error).strip().splitlines()[0]
+        if folder.is_dir():
+            raise ValueError(f"model.pretrained = {name!r}: config.json cannot be read: {first}") from error
+        raise ValueError(
+            f"model.pretrained = {name!r} is no folder here, and could not be had from the Hugging Face hub: {first} "
+            f"{_offline()}"
+        ) from error
+    return source, dict(config)
+
+
+def _offline() -> str:
+    from huggingface_hub import constants
+
+    return (
+        f"Models that were had before are in {constants.HF_HUB_CACHE}; with HF_HUB_OFFLINE=1 nothing else is tried. "
+        "Without a network, give a folder that save_pretrained wrote."
+    )
+
+
+def _kept(config: JsonDict, family: str) -> JsonDict:
+    """The family's own keys; label names, training settings and the like do not shape the model."""
+    from transformers import CONFIG_MAPPING
+
+    keys = own_keys(CONFIG_MAPPING[family])
+    other = [key for key in config if key not in keys]
+    log.debug("config.json: not used: %s", ", ".join(other))
+    return {key: value for key, value in config.items() if key in keys}
+
+
+def _why_no_weights(source: str, error: Exception) -> str:
+    from safetensors import SafetensorError
+
+    first = str(error).strip().splitlines()[0]
+    folder = Path(source)
+    if isinstance(error, SafetensorError):
+        return f"its weights are corrupt: {first}"
+    if not isinstance(error, OSError):
+        return f"its weights cannot be loaded: {type(error).__name__}: {first}"
+    if not folder.is_dir():
+        return (
+            f"its weights could not be had: {first} Only safetensors are read, since a pickle (pytorch_model.bin) can "
+            f"run code; of such a model make a folder: {_conversion(source)}. {_offline()}"
+        )
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        return (
+            "its weights are a pickle, which can run code and is not read; if you trust it, convert it: "
+            f"{_conversion(source)}, and give that folder"
+        )
+    return f"its weights cannot be read: {first}"
+
+
+def _conversion(source: str) -> str:
+    return f"transformers.AutoModel.from_pretrained({source!r}, use_safetensors=False).save_pretrained('converted')"
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No bars and no table of tensors; what matters of it is an error here."""
+    from transformers.utils import logging as transformers_logging
+
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
