@@ -140,7 +140,7 @@ def test_the_number_of_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(artifacts, "write_atomically", writes)
     run(tmp_path)
     assert len(writes.paths) == NUM_WRITES
-    # Job, summary, table; 2 files for each of 3 models; 6 memories each; 22 steps, of which 1 in the cache, with a line.
+    # Job, summary, table; 2 files for each of 3 models; 6 memories each; 22 steps, 1 of them in the cache, with a line.
     names = [p.name for p in writes.paths]
     assert (names[0], names[-1]) == ("job.toml", "summary.json")
 
