@@ -306,6 +306,18 @@ def test_doctor_names_what_is_wrong(shell: Any, monkeypatch: pytest.MonkeyPatch,
     assert json.loads(shell("doctor", "--json").stdout)["ok"] is False
 
 
+def test_doctor_lists_what_exports_need_as_optional(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fleetfit import doctor
+
+    requires = ["rich", "no-such-runtime>=3; extra == 'export'", "no-such-test; extra == 'dev'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: requires)
+    result = shell("doctor")
+    assert result.exit_code == 0
+    line = r"^ok  no-such-runtime missing +>=3 +only for fleetfit export: pip install 'no-such-runtime>=3'$"
+    assert re.search(line, result.stdout, re.MULTILINE)
+    assert "no-such-test" not in result.stdout
+
+
 def test_doctor_says_why_a_package_does_not_load(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fleetfit import doctor
 
@@ -333,7 +345,9 @@ def test_doctor_wants_a_cache_that_can_be_written(shell: Any, monkeypatch: pytes
 
 def test_help_teaches(shell: Any) -> None:
     top = shell("--help").stdout
-    assert all(word in top for word in ("run", "report", "doctor", "fleetfit run recipes/digits.toml"))
+    assert all(
+        word in top for word in ("run", "report", "export", "predict", "doctor", "fleetfit run recipes/digits.toml")
+    )
     text = shell("run", "--help").stdout
     for word in ("report.html", "devices/<device>/", "--dry-run", "To go on", "fleetfit run recipes/digits.toml"):
         assert word in text

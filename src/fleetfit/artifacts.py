@@ -4,6 +4,7 @@ job.toml            the resolved job             summary.json   the figures
 metrics.jsonl       one line per finished step   report.html    the page (report.py)
 cloud/front.csv     every candidate              devices/<id>/  model.safetensors, model.json
 steps/              finished steps               memory/        what each device keeps between messages
+exports/<id>/       a device's model in another format (export.py)
 """
 
 import csv
@@ -16,8 +17,10 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -26,6 +29,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 
 from fleetfit.config import Job, load_job
+from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.messages import Message, decode, encode, first_problem, read_metadata, take
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
@@ -35,6 +39,8 @@ from fleetfit.records import HeaderSpec, JsonDict, Record
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 MODEL_FORMAT = 1
+ONNX_FILE = "model.onnx"
+TORCH_FILE = "model.pt2"
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -56,6 +62,35 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_folder(path: Path, mark: str) -> Iterator[Path]:
+    """A folder to write into, which takes its name when all is well, and is gone when not.
+
+    Args:
+        path: The name. A folder of this name that holds ``mark`` is replaced.
+        mark: A file that tells that a folder was made here.
+
+    Raises:
+        ValueError: there is something else of this name.
+        OSError: the disk is full, or the folder cannot be written; whatever was there before is untouched.
+    """
+    if path.exists() and not (path / mark).is_file():
+        raise ValueError(f"{path} is there already and was not made by this command; choose another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        new, old = Path(temporary, "new"), Path(temporary, "old")
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
 
 
 @dataclass
@@ -164,6 +199,7 @@ class ModelCard(Record):
     width: float
     depth: int
     inputs: str = Field(description="what the model expects")
+    preprocessing: Preprocessing | None = Field(None, description="the same for programs; None: not known")
     size_bytes: int
     limit_bytes: int
     accuracy: float | None = Field(description="on the device's private test split")
@@ -251,9 +287,16 @@ def load_model(folder: str | Path) -> Classifier:
     """Rebuild a device's model from its folder: inputs [sample channel row column] -> logits [sample class].
 
     Raises:
-        ValueError: a file is missing, corrupt or of another format.
+        ValueError: a file is missing, corrupt or of another format; the folder holds an export that needs no fleetfit.
     """
     folder = Path(folder)
+    if not (folder / "model.safetensors").exists():
+        for name, how in (
+            (ONNX_FILE, "run it with onnxruntime, as the README.md beside it shows, or use `fleetfit predict`"),
+            (TORCH_FILE, "load it with torch.export.load(...).module()"),
+        ):
+            if (folder / name).exists():
+                raise ValueError(f"{folder / name} is an exported model: {how}")
     card = read_card(folder)
     path = folder / "model.safetensors"
     try:
@@ -306,6 +349,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is corrupt: a JSON object was expected, got {type(value).__name__}")
     return value
+
+
+def own_version() -> str:
+    """fleetfit's version, as installed."""
+    try:
+        return metadata.version("fleetfit")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+unknown"
 
 
 def content_hash(*parts: object) -> str:

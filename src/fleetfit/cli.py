@@ -1,4 +1,6 @@
-"""The command line: ``fleetfit run | report | doctor``. The only place that prints; results on stdout, all else stderr.
+"""The command line: ``fleetfit run | report | export | predict | doctor``.
+
+The only place that prints; results on stdout, all else on stderr.
 
 Exit codes: 0 done, 1 an error that is said in a sentence, 2 wrong usage, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
@@ -17,12 +19,14 @@ try:
     import time
     import traceback
     import warnings
+    from collections import Counter
     from collections.abc import Iterator, Mapping
     from pathlib import Path
     from types import FrameType
-    from typing import TYPE_CHECKING, Annotated, Any, get_args
+    from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
     import typer
+    from click import Choice
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
     raise SystemExit(130) from None
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fleetfit.config import Job
+    from fleetfit.export import Export, Format, Quantize
 
 GO_ON = "the same command goes on from the last finished step"
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -477,6 +482,131 @@ def report(
     with _reporting(debug):
         page = _build_report(folder)
         typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
+
+
+# -- export, predict --------------------------------------------------------------------------------------------------
+
+
+@app.command(no_args_is_help=True)
+def export(
+    folder: RunFolderArgument,
+    device: Annotated[
+        list[str] | None,
+        typer.Option("--device", "-d", metavar="ID", help="Export this device's model; repeat for more."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", "-a", help="Export the models of all devices.")] = False,
+    kind: Annotated[
+        str, typer.Option("--format", "-f", click_type=Choice(["onnx", "safetensors", "torch"]), help="What to write.")
+    ] = "onnx",
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", click_type=Choice(["int8"]), help="With onnx: weights of a quarter the size."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="Where each device gets a folder. Default: RUN/exports."),
+    ] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write devices' models for use without fleetfit.
+
+    [bold]RUN[/bold] is the folder of a finished run. Each model is compared with the one that
+    it comes from, on public samples and for several batch sizes, and its size
+    with the storage of its device. What fails is not kept. An earlier export of
+    the same device is replaced.
+
+      onnx          model.onnx for ONNX Runtime, any batch size; README.md shows how
+      safetensors   a copy of the device's folder, for fleetfit.load
+      torch         model.pt2 for torch.export.load
+
+    [bold]Examples[/bold]
+
+      fleetfit export runs/digits --device phones-1
+      fleetfit export runs/digits --all --quantize int8 --out int8
+    """
+    if bool(device) == every:
+        raise typer.BadParameter("give --device ID or --all", param_hint="--device")
+    with _reporting(debug) as signals:
+        with _Phases(signals, f"run folder {folder}") as phases:
+            phases("libraries", 0, 1)
+            from fleetfit.export import device_ids, export_devices
+
+            phases("libraries", 1, 1)
+            chosen = list(dict.fromkeys(device or device_ids(folder)))
+            exports, problems = export_devices(
+                folder, chosen, out, cast("Format", kind), cast("Quantize | None", quantize), phases
+            )
+        if as_json:
+            typer.echo(json.dumps({str(path): e.model_dump() for path, e in exports.items()}, indent=2))
+        elif exports:
+            _print_exports(exports)
+        if problems:
+            raise ValueError("\n".join(problems))
+
+
+def _print_exports(exports: "Mapping[Path, Export]") -> None:
+    console = _stdout()
+    quantized = any(e.int8 for e in exports.values())
+    console.print(_export_table(exports, quantized))
+    console.print(f"difference: of a logit from PyTorch's{', before int8' if quantized else ''}", style="dim")
+    if quantized:
+        console.print("accuracy: on public samples of all classes, not on a device's own", style="dim")
+    console.print()
+    console.print(f"models:  {next(iter(exports)).parent} (one folder each)", soft_wrap=True)
+
+
+def _export_table(exports: "Mapping[Path, Export]", quantized: bool) -> "Table":
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("device", overflow="fold", min_width=10)
+    names = ["size", "limit", "difference"]
+    for name in names + ["float size", "same labels", "accuracy", "float"] * quantized:
+        table.add_column(name, justify="right", no_wrap=True)
+    for made in exports.values():
+        row = [format_bytes(made.size_bytes), format_bytes(made.limit_bytes), f"{made.max_difference:.0e}"]
+        if made.int8:
+            shares = (made.int8.agreement, made.int8.accuracy, made.int8.accuracy_before)
+            row += [format_bytes(made.int8.size_before_bytes), *map(_percent, shares)]
+        table.add_row(Text(made.device_id), *row)
+    return table
+
+
+@app.command(no_args_is_help=True)
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DEVICE_FOLDER", hidden=True)],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", hidden=True)],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Label files with a device's model.
+
+    [bold]DEVICE_FOLDER[/bold] is a folder of RUN/devices, or one that [bold]fleetfit export[/bold] wrote
+    (onnx, safetensors).
+
+    [bold]INPUT[/bold] is an image file, brought to the size and the colours that the model
+    knows, or a .npy file with one or more samples of raw values, for digits 0 to
+    16 in 8x8. Digits are bright on dark.
+
+    [bold]Examples[/bold]
+
+      fleetfit predict runs/digits/devices/phones-1 seven.png
+      fleetfit predict runs/digits/exports/phones-1 *.png samples.npy --json
+    """
+    with _reporting(debug):
+        from fleetfit.predict import predict as label
+
+        predictions = label(folder, inputs)
+        if as_json:
+            typer.echo(json.dumps([p.model_dump() for p in predictions], indent=2))
+            return
+        num_rows = Counter(p.input for p in predictions)
+        names = [f"{p.input}[{p.row}]" if num_rows[p.input] > 1 else p.input for p in predictions]
+        for name, found in zip(names, predictions, strict=True):
+            typer.echo(f"{name:<{max(map(len, names))}}  {found.label}  {_percent(found.probability)}")
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ class Check(Record):
 
 
 def examine(doing: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
-    """Look at Python, every package that fleetfit needs, the machine and the cache folder.
+    """Look at Python, every package that fleetfit and its exports need, the machine and the cache folder.
 
     Args:
         doing: Called with what is looked at next; loading a package takes a while.
@@ -67,7 +67,9 @@ def _packages(doing: Callable[[str], None]) -> Iterator[Check]:
     except metadata.PackageNotFoundError:
         return
     for requirement in map(Requirement, lines):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        optional = marker is not None and not marker.evaluate({"extra": ""})
+        if optional and marker is not None and not marker.evaluate({"extra": "export"}):
             continue
         name = requirement.name
         needs = ",".join(sorted(map(str, requirement.specifier), reverse=True))
@@ -75,7 +77,9 @@ def _packages(doing: Callable[[str], None]) -> Iterator[Check]:
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
-            yield Check(name=name, found="missing", needs=needs, ok=False, note=f"pip install '{name}{needs}'")
+            use = "only for fleetfit export: " if optional else ""
+            note = f"{use}pip install '{name}{needs}'"
+            yield Check(name=name, found="missing", needs=needs, ok=optional, note=note)
             continue
         if not _fits(found, needs):
             yield Check(name=name, found=found, needs=needs, ok=False, note=f"pip install '{name}{needs}'")

@@ -110,6 +110,20 @@ def split_rows(samples: Samples, rows: Tensor, config: DataConfig, test_share: f
     return Split(samples.rows(train), samples.rows(validation), samples.rows(test))
 
 
+def cut_tiers(samples: Samples, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row numbers of (the devices' private, public, public test, the edges' shared) samples."""
+    shares = [config.public_share, config.test_share, config.edge_share]
+    private, public, test, shared = cut_rows(
+        torch.arange(len(samples)), shares, named_generator(seed, "split", "tiers")
+    )
+    return private, public, test, shared
+
+
+def public_test(samples: Samples, config: DataConfig, seed: int) -> Samples:
+    """The held-out public samples, as ``share_out`` gives the cloud; no device and no edge has them."""
+    return samples.rows(cut_tiers(samples, config, seed)[2])
+
+
 def share_out(
     samples: Samples, config: DataConfig, devices_by_cluster: Mapping[str, Sequence[str]], seed: int
 ) -> FleetData:
@@ -124,10 +138,7 @@ def share_out(
     Raises:
         ValueError: too few samples for this fleet.
     """
-    order = torch.arange(len(samples))
-    private, public, test, shared = cut_rows(
-        order, [config.public_share, config.test_share, config.edge_share], named_generator(seed, "split", "tiers")
-    )
+    private, public, test, shared = cut_tiers(samples, config, seed)
     if len(public) < 2:
         raise ValueError(f"data.public_share: the cloud needs at least 2 public samples, got {len(public)}")
     if len(shared) < 2 * len(devices_by_cluster):

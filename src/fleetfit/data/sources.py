@@ -1,22 +1,27 @@
 """Where samples come from: a source name -> tensors in memory with their labels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fleetfit.config import DataConfig
+from fleetfit.data.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Model inputs and labels of some samples, and what they weighed before they became tensors."""
+    """Model inputs and labels of some samples, and what they weighed before they became tensors.
+
+    ``preprocessing`` says how they became tensors, where that is more than reading them.
+    """
 
     inputs: Float[Tensor, "sample channel row column"]
     labels: Int[Tensor, " sample"]
     label_names: tuple[str, ...]
     raw_bytes_per_sample: int
+    preprocessing: Preprocessing | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -28,17 +33,18 @@ class Samples:
 
     def rows(self, rows: Int[Tensor, " row"]) -> "Samples":
         """Some of the samples."""
-        return Samples(self.inputs[rows], self.labels[rows], self.label_names, self.raw_bytes_per_sample)
+        return replace(self, inputs=self.inputs[rows], labels=self.labels[rows])
 
 
 def _digits() -> Samples:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pixels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1)
+    form = Preprocessing(size=(8, 8), channels=1, maximum=16, mean=(0.5,), std=(0.5,))
+    inputs = torch.from_numpy(form.apply(digits.images[:, None]))
     labels = torch.tensor(digits.target, dtype=torch.long)
-    # Pixels are 0..16; one byte each is what they need at rest.
-    return Samples((pixels / 16 - 0.5) / 0.5, labels, tuple(str(d) for d in range(10)), raw_bytes_per_sample=64)
+    # One byte a pixel is what they need at rest.
+    return Samples(inputs, labels, tuple(str(d) for d in range(10)), raw_bytes_per_sample=64, preprocessing=form)
 
 
 SOURCES = {"digits": _digits}

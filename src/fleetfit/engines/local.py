@@ -13,7 +13,7 @@ from fleetfit.artifacts import Ledger, MemoryFolder, ModelCard, RunFolder, StepF
 from fleetfit.cloud import form_clusters
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData, Split, share_out
-from fleetfit.data.sources import load_samples
+from fleetfit.data.sources import Samples, load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle, shipped_model
 from fleetfit.messages import (
     BackboneAssignment,
@@ -140,7 +140,7 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
         progress("data", 1, 1, f"{len(samples)} samples")
         result = _run_tiers(job, folder, fleet, data, progress)
         summary = _summary(job, folder, fleet, data, result)
-        _write(job, folder, result, fleet)
+        _write(job, folder, result, samples)
         folder.write_json("summary.json", summary)
     return summary
 
@@ -176,7 +176,7 @@ def _run_tiers(
     return run_cloud(job, data.public, edges, folder.steps, cache, progress)
 
 
-def _write(job: Job, folder: RunFolder, result: FleetResult, fleet: Mapping[str, tuple[DeviceAttributes, ...]]) -> None:
+def _write(job: Job, folder: RunFolder, result: FleetResult, samples: Samples) -> None:
     """The table of candidates, the cloud's view for the report, and every device's model."""
     rows = []
     for cluster, choice in result.choices.items():
@@ -206,6 +206,7 @@ def _write(job: Job, folder: RunFolder, result: FleetResult, fleet: Mapping[str,
             )
     folder.write_table("cloud/front.csv", rows)
     last_step = job.refine.rounds + 3
+    form = samples.preprocessing
     for cluster, report in result.reports.items():
         shape = result.candidates.candidates[result.choices[cluster].chosen].shape
         for device in report.devices:
@@ -219,7 +220,8 @@ def _write(job: Job, folder: RunFolder, result: FleetResult, fleet: Mapping[str,
                 labels=memory.labels,
                 width=shape.width,
                 depth=shape.depth,
-                inputs="pixel values / 16, minus 0.5, divided by 0.5; [sample, 1, 8, 8]",
+                inputs=form.words if form else f"samples as data.source {job.data.source!r} gives them",
+                preprocessing=form,
                 size_bytes=device.size_bytes,
                 limit_bytes=device.limit_bytes,
                 accuracy=device.accuracy,

@@ -91,7 +91,7 @@ class Backbone(nn.Module):
 
     def run(self, inputs: Tensor) -> BackboneOutput:
         """All hidden states; of no sample at all too, which the attention of Transformers does not take."""
-        if len(inputs) == 0:
+        if inputs.shape[0] == 0:  # len() would fix the batch size of an exported model
             return self.run(inputs.new_zeros(1, *inputs.shape[1:])).rows(slice(0))
         return _as_output(self.model(inputs, output_hidden_states=True))
 

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from importlib import metadata
 
+from fleetfit.artifacts import own_version
 from fleetfit.report import cloud_story, edge_story
 from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
 from fleetfit.report.markup import (
@@ -261,18 +261,14 @@ def _upload(traffic: Mapping[str, float]) -> Markup:
 
 
 def _footer(run: Run) -> Markup:
-    try:
-        version = metadata.version("fleetfit")
-    except metadata.PackageNotFoundError:
-        version = "(not installed)"
     toml = element("pre", element("code", run.job.to_toml()), tabindex=0)
     return element(
         "footer",
         element("details", element("summary", "The resolved job"), toml),
         paragraph(
-            f"Written by fleetfit {version} from job.toml, summary.json, metrics.jsonl and cloud/front.csv of run "
-            f"{run.name}. The page loads nothing from elsewhere. 1 KB = 1000 bytes. Losses are cross-entropy in nats. "
-            "The method is that of ACME, arXiv 2507.14802."
+            f"Written by fleetfit {own_version()} from job.toml, summary.json, metrics.jsonl and cloud/front.csv of "
+            f"run {run.name}. The page loads nothing from elsewhere. 1 KB = 1000 bytes. Losses are cross-entropy in "
+            "nats. The method is that of ACME, arXiv 2507.14802."
         ),
         id="job",
     )

@@ -1,0 +1,55 @@
+"""How raw pixel values become a model's inputs: one record, kept with every model, applied here and nowhere else."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from jaxtyping import Float32, Shaped
+from pydantic import Field, model_validator
+
+from fleetfit.records import Record
+
+Side = Annotated[int, Field(ge=1)]
+
+
+class Preprocessing(Record):
+    """(value / maximum - mean) / std, channel by channel, of images of one size."""
+
+    size: tuple[Side, Side] = Field(description="rows, columns")
+    channels: Literal[1, 3] = Field(description="1: grey, 3: red, green, blue")
+    maximum: float = Field(gt=0, allow_inf_nan=False, description="the largest raw value; the smallest is 0")
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0)], ...]
+
+    @model_validator(mode="after")
+    def _one_for_each_channel(self) -> "Preprocessing":
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.channels:
+                raise ValueError(f"{name} must have one number for each of {self.channels} channels, got {len(values)}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, rows, columns: one sample."""
+        return (self.channels, *self.size)
+
+    def apply(
+        self, values: Shaped[np.ndarray, "sample channel row column"]
+    ) -> Float32[np.ndarray, "sample channel row column"]:
+        """Model inputs from raw values."""
+        mean, std = (np.asarray(numbers, np.float32).reshape(-1, 1, 1) for numbers in (self.mean, self.std))
+        return (values.astype(np.float32) / np.float32(self.maximum) - mean) / std
+
+    @property
+    def words(self) -> str:
+        """The formula for a person."""
+        mean, std = (", ".join(f"{number:g}" for number in numbers) for numbers in (self.mean, self.std))
+        shape = ", ".join(map(str, self.shape))
+        return f"pixel values / {self.maximum:g}, minus {mean}, divided by {std}; [sample, {shape}]"
+
+    def numpy_code(self, values: str) -> str:
+        """The formula as an expression in Python, for one who has numpy and no fleetfit."""
+        mean, std = (
+            repr(numbers[0]) if self.channels == 1 else f"numpy.reshape({list(numbers)}, (-1, 1, 1))"
+            for numbers in (self.mean, self.std)
+        )
+        return f"numpy.float32(({values} / {self.maximum!r} - {mean}) / {std})"

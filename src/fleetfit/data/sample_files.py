@@ -1,0 +1,62 @@
+"""Samples out of files that a person has: images of any size and kind, and .npy arrays of raw values."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from fleetfit.data.preprocessing import Preprocessing
+
+
+def read_samples(path: Path, form: Preprocessing) -> Shaped[np.ndarray, "sample channel row column"]:
+    """Raw values 0..``form.maximum``: one sample of an image file, one or more of a .npy file.
+
+    Raises:
+        ValueError: not an image or array that can be read, or an array of a wrong shape or range; names the file.
+        OSError: the file cannot be opened.
+    """
+    return _array(path, form) if path.suffix.lower() == ".npy" else _image(path, form)
+
+
+def _array(path: Path, form: Preprocessing) -> Shaped[np.ndarray, "sample channel row column"]:
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a .npy array that can be read: {error}") from None
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "buif":
+        raise ValueError(f"{path} must hold an array of numbers")
+    channels, rows, columns = form.shape
+    one_sample = values.shape == form.shape or (channels == 1 and values.shape == (rows, columns))
+    many = values.shape[1:] == form.shape or (channels == 1 and values.shape[1:] == (rows, columns))
+    if not (one_sample or many) or not values.size:
+        raise ValueError(
+            f"{path} must have shape [{channels}, {rows}, {columns}] or [sample, {channels}, {rows}, {columns}]"
+            f"{f', or these without the {channels}' if channels == 1 else ''}, got {list(values.shape)}"
+        )
+    if not (values.min() >= 0 and values.max() <= form.maximum):  # also false for what is not a number
+        raise ValueError(
+            f"{path} must hold raw values from 0 to {form.maximum:g}, got {values.min():g} to {values.max():g}"
+        )
+    return values.reshape(-1, *form.shape)
+
+
+def _image(path: Path, form: Preprocessing) -> Shaped[np.ndarray, "sample channel row column"]:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    with path.open("rb") as file:
+        try:
+            image = ImageOps.exif_transpose(Image.open(file))
+            if image.mode.startswith("I;16"):  # converting these clips them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                coloured = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), coloured)
+            image = image.convert("L" if form.channels == 1 else "RGB")
+            # The mean of the area that a pixel covers: what scikit-learn's digits were made by.
+            image = image.resize((form.size[1], form.size[0]), Image.Resampling.BOX)
+        except UnidentifiedImageError:
+            raise ValueError(f"{path} is neither an image of a known kind nor a .npy file") from None
+        except Exception as error:  # a decoder may raise anything at bytes that are no image
+            raise ValueError(f"{path} is not an image that can be read: {error}") from None
+    pixels = np.asarray(image, np.float32).reshape(1, *form.size, form.channels)
+    return pixels.transpose(0, 3, 1, 2) / 255 * form.maximum

@@ -1,0 +1,331 @@
+"""Models for devices: ONNX (float or int8), safetensors or torch.export, each checked against the model it came from.
+
+An export is a folder that appears whole or not at all: the model, how to use it, and what was measured.
+No private sample is needed: the check runs on the job's held-out public samples.
+"""
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+from pydantic import Field
+
+from fleetfit.artifacts import (
+    ONNX_FILE,
+    TORCH_FILE,
+    ModelCard,
+    load_model,
+    own_version,
+    read_card,
+    whole_folder,
+    write_atomically,
+)
+from fleetfit.config import load_job
+from fleetfit.data.partition import public_test
+from fleetfit.data.sources import Samples, load_samples
+from fleetfit.messages import Progress, silent
+from fleetfit.models.classifier import Classifier
+from fleetfit.onnx_model import INPUT, OUTPUT, PACKAGES, OnnxCard, OnnxModel, need
+from fleetfit.records import Record
+
+Format = Literal["onnx", "safetensors", "torch"]
+Quantize = Literal["int8"]
+TOLERANCE = 1e-4
+BATCHES = (1, 2, 7, None)  # None: all samples at once
+MARK = "export.json"
+
+Inputs = Float32[np.ndarray, "sample ..."]
+Logits = Float32[np.ndarray, "sample class"]
+
+
+class Int8Check(Record):
+    """What int8 costs, on public samples given one by one: activations are scaled by what else is in the batch."""
+
+    agreement: float = Field(description="share of samples with the same label as before")
+    accuracy: float
+    accuracy_before: float
+    size_before_bytes: int
+
+
+class Export(Record):
+    """export.json: what was made, and how it compares with the model it came from."""
+
+    device_id: str
+    format: Format
+    size_bytes: int = Field(description="the model's file")
+    limit_bytes: int = Field(description="the device's storage limit")
+    num_samples: int = Field(description="public samples it was checked on")
+    max_difference: float = Field(description="of a logit from the PyTorch model's, over all batch sizes; before int8")
+    int8: Int8Check | None = None
+    fleetfit_version: str = Field(default_factory=own_version)
+
+
+def device_ids(run: Path) -> list[str]:
+    """The devices of a finished run; device-2 comes before device-10.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = [path.parent.name for path in (run / "devices").glob("*/model.json")]
+    if not names:
+        raise ValueError(f"{run} is not the folder of a finished run: {run / 'devices'} holds no models")
+    return sorted(names, key=lambda name: [(len(s), s) if s.isdigit() else (0, s) for s in re.split(r"(\d+)", name)])
+
+
+def export_devices(
+    run: Path,
+    devices: Sequence[str],
+    out: Path | None = None,
+    kind: Format = "onnx",
+    quantize: Quantize | None = None,
+    progress: Progress = silent,
+) -> tuple[dict[Path, Export], list[str]]:
+    """Export models of a finished run. One that cannot be exported does not keep the others from it.
+
+    Args:
+        run: The run folder.
+        devices: Which devices.
+        out: Where each gets a folder of its name. Default: ``<run>/exports``.
+        kind: The format.
+        quantize: With onnx: store weights as int8, and compute with them.
+        progress: Told which device is at work.
+
+    Returns:
+        Exports by folder, and for each that failed a sentence that says why.
+
+    Raises:
+        ValueError: no finished run, an unknown device, or a format that is not quantized.
+        ImportError: packages for ONNX are missing.
+        OSError: the folder cannot be written.
+    """
+    if quantize and kind != "onnx":
+        raise ValueError(f"only onnx can be quantized, got {kind!r}")
+    known = device_ids(run)
+    for name in devices:
+        if name not in known:
+            raise ValueError(f"{name!r} is no device of {run}; there are {', '.join(known)}")
+    if kind == "onnx":
+        need(*PACKAGES)
+    job = load_job(run / "job.toml")
+    samples = load_samples(job.data)
+    samples = public_test(samples, job.data, job.seed) if job.data.test_share else samples
+    exports, problems = {}, []
+    for number, name in enumerate(devices):
+        progress("export", number, len(devices), name)
+        folder = (out or run / "exports") / name
+        try:
+            exports[folder] = export_device(run / "devices" / name, folder, samples, kind, quantize)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    progress("export", len(devices), len(devices), f"{len(exports)} models")
+    return exports, problems
+
+
+def export_device(source: Path, folder: Path, samples: Samples, kind: Format, quantize: Quantize | None) -> Export:
+    """Export one device's model.
+
+    Raises:
+        ValueError: the model is damaged, computes something else after the export, or its file is larger than the
+            device's storage; nothing is kept then.
+    """
+    model, card = load_model(source), read_card(source)
+    with torch.no_grad(), _calm():
+        inputs = samples.inputs.numpy()
+        expected = {size: model(samples.inputs[:size]).numpy() for size in BATCHES}
+        with whole_folder(folder, MARK) as new:
+            int8 = None
+            if kind == "onnx":
+                file = new / ONNX_FILE
+                difference, int8 = _write_onnx(model, card, file, inputs, expected, samples.labels.numpy(), quantize)
+                write_atomically(new / "README.md", _readme(card, samples.inputs.shape[1:], quantize))
+            elif kind == "torch":
+                file = new / TORCH_FILE
+                difference = _write_program(model, file, inputs, expected)
+            else:
+                file = new / "model.safetensors"
+                write_atomically(file, (source / file.name).read_bytes())
+            if kind != "onnx":
+                write_atomically(new / "model.json", (source / "model.json").read_bytes())
+            if kind == "safetensors":
+                copied = load_model(new)
+                difference = _difference(lambda x: copied(torch.from_numpy(x)).numpy(), inputs, expected)
+            size = file.stat().st_size
+            if size > card.limit_bytes:
+                smaller = "" if quantize or kind != "onnx" else "; --quantize int8 makes it smaller"
+                raise ValueError(
+                    f"{file.name} has {size:,} bytes, and the device stores {card.limit_bytes:,}; "
+                    f"nothing is kept{smaller}"
+                )
+            report = Export(
+                device_id=card.device_id,
+                format=kind,
+                size_bytes=size,
+                limit_bytes=card.limit_bytes,
+                num_samples=len(samples),
+                max_difference=difference,
+                int8=int8,
+            )
+            write_atomically(new / MARK, report.model_dump_json(indent=2) + "\n")
+    return report
+
+
+def _difference(run: Callable[[Inputs], Logits], inputs: Inputs, expected: dict[int | None, Logits]) -> float:
+    """The largest difference of a logit over all batch sizes.
+
+    Raises:
+        ValueError: it is more than the tolerance, or the export does not run at one of the sizes.
+    """
+    largest = 0.0
+    for size, before in expected.items():
+        try:
+            difference = float(np.abs(run(inputs[:size]) - before).max())
+        except Exception as error:  # each runtime has its own
+            raise ValueError(f"the exported model does not run on {len(before)} samples: {error}") from error
+        if not difference <= TOLERANCE:  # also where it is not a number
+            raise ValueError(
+                f"the exported model computes something else: logits differ by {difference:g} on {len(before)} samples"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+# -- torch.export -----------------------------------------------------------------------------------------------------
+
+
+def _program(model: Classifier, inputs: Inputs) -> torch.export.ExportedProgram:
+    # Three of the first sample: a traced batch of one would become a constant.
+    example = torch.from_numpy(inputs[:1]).expand(3, *inputs.shape[1:]).contiguous()
+    return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+
+
+def _write_program(model: Classifier, file: Path, inputs: Inputs, expected: dict[int | None, Logits]) -> float:
+    content = io.BytesIO()
+    torch.export.save(_program(model, inputs), content)
+    write_atomically(file, content.getvalue())
+    program = torch.export.load(file).module()
+    return _difference(lambda x: program(torch.from_numpy(x)).numpy(), inputs, expected)
+
+
+# -- ONNX -------------------------------------------------------------------------------------------------------------
+
+
+def _write_onnx(
+    model: Classifier,
+    card: ModelCard,
+    file: Path,
+    inputs: Inputs,
+    expected: dict[int | None, Logits],
+    labels: Int64[np.ndarray, " sample"],
+    quantize: Quantize | None,
+) -> tuple[float, Int8Check | None]:
+    metadata = OnnxCard(
+        device_id=card.device_id,
+        labels=card.labels,
+        inputs=card.inputs,
+        preprocessing=card.preprocessing,
+        fleetfit_version=own_version(),
+    ).to_metadata()
+    base: Any = model.backbone.model
+    base.set_attn_implementation("eager")  # fewer nodes: the fused one guards rows without any token
+    program: Any = torch.onnx.export(
+        _program(model, inputs),
+        dynamo=True,
+        input_names=[INPUT],
+        output_names=[OUTPUT],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
+    write_atomically(file, _slim(program.model, metadata))
+    before = OnnxModel(file)
+    difference = _difference(before.logits, inputs, expected)
+    if quantize is None:
+        return difference, None
+    size_before = file.stat().st_size
+    write_atomically(file, _slim(_quantized(file), metadata))
+    after = OnnxModel(file)
+    guesses = np.concatenate([after.logits(inputs[i : i + 1]) for i in range(len(inputs))]).argmax(1)
+    guesses_before = expected[None].argmax(1)
+    return difference, Int8Check(
+        agreement=float((guesses == guesses_before).mean()),
+        accuracy=float((guesses == labels).mean()),
+        accuracy_before=float((guesses_before == labels).mean()),
+        size_before_bytes=size_before,
+    )
+
+
+def _quantized(file: Path) -> Any:
+    """The same model with weights of int8, activations scaled as they come."""
+    import onnx_ir
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, ONNX_FILE)
+        quantize_dynamic(file, result, weight_type=QuantType.QInt8)
+        return onnx_ir.load(result)
+
+
+def _slim(model: Any, metadata: dict[str, str]) -> bytes:
+    """The file's content with what is needed to run it, and no more.
+
+    PyTorch writes stack traces and shapes for people: 500 KB beside the 150 KB of a small model's weights.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    outside = {*graph.inputs, *graph.outputs}
+    values = [*graph.initializers.values(), *(out for node in graph.all_nodes() for out in node.outputs)]
+    inside = [value for value in values if value not in outside]
+    for prefix in ("_", ""):  # in two steps, so that no new name meets an old one
+        for number, value in enumerate(inside):
+            value.name = prefix + np.base_repr(number, 36).lower()
+    for value in (*inside, *outside):
+        value.metadata_props.clear()
+    for node in graph.all_nodes():
+        node.name = None
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    proto = onnx_ir.to_proto(model)
+    del proto.graph.value_info[:]
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def _readme(card: ModelCard, shape: Sequence[int], quantize: Quantize | None) -> str:
+    """How to run the model without fleetfit and without torch; a test runs the lines."""
+    form = card.preprocessing
+    values = f'numpy.zeros((1, {", ".join(map(str, shape))}), "float32")'
+    return f"""# {card.device_id}
+
+A model made by fleetfit {own_version()}{", its weights as int8" if quantize else ""}. Inputs: {card.inputs}.
+
+```python
+import json, numpy, onnxruntime  # pip install numpy onnxruntime
+model, pixels = onnxruntime.InferenceSession("{ONNX_FILE}"), {values}  # yours here
+logits = model.run(None, {{"{INPUT}": {form.numpy_code("pixels") if form else "pixels"}}})[0]
+print([json.loads(model.get_modelmeta().custom_metadata_map["labels"])[i] for i in logits.argmax(1)])
+```
+"""
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Exporters warn of packages that these models do not need, and of shapes that are not wanted."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,272 @@
+"""Files in, labels out: images of every kind, arrays, and what is neither; on device folders and on ONNX exports."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from typer.testing import CliRunner
+
+from fleetfit import cli
+from fleetfit.artifacts import ModelCard, RunFolder, load_model
+from fleetfit.config import Job
+from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.sample_files import read_samples
+from fleetfit.data.sources import load_samples
+from fleetfit.export import export_devices
+from fleetfit.models.classifier import Classifier
+from fleetfit.models.elastic import Backbone
+from fleetfit.models.header import build_header
+from fleetfit.predict import predict
+from fleetfit.randomness import seeded_init
+from fleetfit.records import HeaderSpec
+
+torch.set_num_threads(1)
+
+CONFIG = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 1,
+    "initializer_range": 0.3,
+}
+LABELS = tuple(f"digit {i}" for i in range(10))
+RAW = load_digits().images  # [sample row column], 0..16
+SAMPLES = load_samples(Job().data)
+FORM = Preprocessing(size=(8, 8), channels=1, maximum=16, mean=(0.5,), std=(0.5,))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one device, exported as ONNX too."""
+    folder = tmp_path_factory.mktemp("predict") / "run"
+    with seeded_init(0, "predict"):
+        backbone = Backbone("vit", CONFIG)
+        header = build_header(HeaderSpec(), backbone.feature_shape, 10)
+        header.last_linear.weight.data.normal_(std=0.5)
+    card = ModelCard(
+        device_id="phones-1",
+        cluster="phones",
+        family="vit",
+        config=backbone.config,
+        header=HeaderSpec(),
+        labels=LABELS,
+        width=1.0,
+        depth=1,
+        inputs="pixels",
+        preprocessing=FORM,
+        size_bytes=1,
+        limit_bytes=10**6,
+        accuracy=None,
+    )
+    with RunFolder(folder, Job()) as files:
+        files.write_device(Classifier(backbone, header), card)
+    assert export_devices(folder, ["phones-1"])[1] == []
+    return folder
+
+
+@pytest.fixture(params=["devices", "exports"])
+def folder(run: Path, request: pytest.FixtureRequest) -> Path:
+    return run / str(request.param) / "phones-1"
+
+
+@torch.no_grad()
+def expected(run: Path, rows: slice) -> tuple[list[str], list[float]]:
+    shares = load_model(run / "devices" / "phones-1")(SAMPLES.inputs[rows]).softmax(1)
+    best = shares.max(1)
+    assert len(best.values) < 20 or len(set(best.indices.tolist())) > 1, "a model of one answer tests nothing"
+    return [LABELS[i] for i in best.indices.tolist()], best.values.tolist()
+
+
+def as_image(row: int, scale: int = 4) -> Image.Image:
+    """A digit as a picture, each pixel a square; 16 becomes 255, within half a grey level."""
+    return Image.fromarray(np.kron(np.rint(RAW[row] * 255 / 16), np.ones((scale, scale))).astype(np.uint8))
+
+
+# -- right answers ----------------------------------------------------------------------------------------------------
+
+
+def test_images(run: Path, folder: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.png" for i in range(20)]
+    for row, path in enumerate(paths):
+        as_image(row).save(path)
+    found = predict(folder, paths)
+    labels, shares = expected(run, slice(20))
+    assert [p.label for p in found] == labels
+    assert [p.probability for p in found] == pytest.approx(shares, abs=0.02)
+    assert [(p.input, p.row) for p in found] == [(str(path), 0) for path in paths]
+
+
+def test_arrays(run: Path, folder: Path, tmp_path: Path) -> None:
+    labels, shares = expected(run, slice(300))
+    for values in (RAW[:300], RAW[:300, None], RAW[:300].astype(np.uint8)):
+        np.save(tmp_path / "many.npy", values)
+        found = predict(folder, [tmp_path / "many.npy"])
+        assert [p.label for p in found] == labels
+        assert [p.probability for p in found] == pytest.approx(shares, abs=1e-5)
+        assert [p.row for p in found] == list(range(300))
+    for values in (RAW[0], RAW[:1]):
+        np.save(tmp_path / "one.npy", values)
+        assert [p.label for p in predict(folder, [tmp_path / "one.npy"])] == labels[:1]
+
+
+@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "P", "1", "I;16", "LA", "CMYK", "F"])
+def test_every_kind_of_image_is_the_same_picture(tmp_path: Path, kind: str) -> None:
+    image = Image.fromarray(np.kron((RAW[0] > 8) * 255, np.ones((3, 5))).astype(np.uint8))
+    if kind == "I;16":
+        image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+    elif kind in ("RGBA", "LA"):  # what is transparent is dark, whatever colour it would have
+        whole = Image.new("L", image.size, 255)
+        image = Image.merge(kind, (*[whole] * (len(kind) - 1), image))
+    else:
+        image = image.convert(kind)
+    path = tmp_path / f"x.{'png' if kind not in ('CMYK', 'F') else 'tiff'}"
+    image.save(path)
+    values = read_samples(path, FORM)
+    assert values.shape == (1, 1, 8, 8)
+    assert np.abs(values[0, 0] - (RAW[0] > 8) * 16).max() <= 0.3
+
+
+def test_a_camera_that_was_turned_and_colours(tmp_path: Path) -> None:
+    upright = Image.fromarray(np.stack([np.full((4, 6), v, np.uint8) for v in (255, 128, 0)], 2))
+    upright.putpixel((0, 0), (0, 0, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees to see it upright
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
+    form = Preprocessing(size=(4, 6), channels=3, maximum=255, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+    values = read_samples(tmp_path / "x.png", form)
+    assert values.shape == (1, 3, 4, 6)
+    assert values[0, :, 0, 0].tolist() == [0, 0, 255]
+    assert values[0, :, 3, 5].tolist() == [255, 128, 0]
+    inputs = form.apply(values)
+    assert inputs[0, :, 3, 5] == pytest.approx([0.5 / 0.2, (128 / 255 - 0.4) / 0.3, -0.3 / 0.4], rel=1e-5)
+    assert inputs.dtype == np.float32
+    pixels = values.astype(np.float32)
+    assert eval(form.numpy_code("pixels"), {"numpy": np, "pixels": pixels}) == pytest.approx(inputs, abs=1e-6)
+    assert form.words == ("pixel values / 255, minus 0.5, 0.4, 0.3, divided by 0.2, 0.3, 0.4; [sample, 3, 4, 6]")
+
+
+def test_preprocessing_is_validated() -> None:
+    fields = FORM.model_dump()
+    for changed in ({"mean": (0.5, 0.5)}, {"std": (0.0,)}, {"channels": 2}, {"size": (0, 8)}, {"maximum": 0}):
+        with pytest.raises(ValueError, match=next(iter(changed))):
+            Preprocessing.model_validate({**fields, **changed})
+
+
+# -- what is no sample ------------------------------------------------------------------------------------------------
+
+
+def npy(values: Any, pickled: bool = False) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values, allow_pickle=pickled)
+    return file.getvalue()
+
+
+def png(row: int = 0) -> bytes:
+    file = io.BytesIO()
+    as_image(row, 20).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.png", b"", "is neither an image of a known kind nor a .npy file"),
+        ("x.txt", b"some text", "is neither an image of a known kind nor a .npy file"),
+        ("x.png", png()[:-60], "is not an image that can be read: "),
+        ("x.png", png().replace(b"IDAT", b"IDAX"), "is neither an image of a known kind"),
+        ("x.npy", b"", "is not a .npy array that can be read: "),
+        ("x.npy", npy(RAW[0])[:-1], "is not a .npy array that can be read: "),
+        ("x.npy", npy(np.array([{}]), pickled=True), "is not a .npy array that can be read: Object arrays"),
+        ("x.npy", npy(np.array(["a"])), "must hold an array of numbers"),
+        (
+            "x.npy",
+            npy(RAW[0].ravel()),
+            "must have shape [1, 8, 8] or [sample, 1, 8, 8], or these without the 1, got [64]",
+        ),
+        ("x.npy", npy(RAW[:0]), "got [0, 8, 8]"),
+        ("x.npy", npy(RAW[0] * 2), "must hold raw values from 0 to 16, got 0 to 30"),
+        ("x.npy", npy(SAMPLES.inputs[0].numpy()), "must hold raw values from 0 to 16, got -1 to "),
+        ("x.npy", npy(RAW[0] * np.nan), "must hold raw values from 0 to 16, got nan"),
+    ],
+)
+def test_a_bad_file_is_named(folder: Path, tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    good, bad = tmp_path / "good.png", tmp_path / name
+    good.write_bytes(png())
+    bad.write_bytes(content)
+    result = CliRunner().invoke(cli.app, ["predict", str(folder), str(good), str(bad)])
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {bad} ")
+    assert says in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_is_no_file(folder: Path, tmp_path: Path) -> None:
+    for path, says in ((tmp_path, "Is a directory"), (tmp_path / "x.npy", "No such file"), (tmp_path / "x.png", "No")):
+        result = CliRunner().invoke(cli.app, ["predict", str(folder), str(path)])
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert result.stderr.startswith(f"error: {path}: {says}")
+
+
+# -- what is no model -------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_model(run: Path, tmp_path: Path) -> None:
+    image = tmp_path / "x.png"
+    image.write_bytes(png())
+    with pytest.raises(ValueError, match=r"is no device folder: .*model\.json is missing"):
+        predict(tmp_path, [image])
+    copy = shutil.copytree(run / "exports" / "phones-1", tmp_path / "copy")
+    whole = (copy / "model.onnx").read_bytes()
+    for content in (b"", b"\xff" * 99, whole[: len(whole) // 2]):
+        (copy / "model.onnx").write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.onnx is (corrupt|no model that fleetfit exported)"):
+            predict(copy, [image])
+    foreign = onnx.load_from_string(whole)
+    del foreign.metadata_props[:]
+    onnx.save(foreign, copy / "model.onnx")
+    with pytest.raises(ValueError, match=r"model\.onnx is no model that fleetfit exported"):
+        predict(copy, [image])
+    with pytest.raises(ValueError, match=r"model\.onnx is an exported model: run it with onnxruntime"):
+        load_model(copy)
+
+
+def test_a_card_without_preprocessing_loads_but_does_not_predict(run: Path, tmp_path: Path) -> None:
+    """The cards of runs that were made before there was any."""
+    image = tmp_path / "x.png"
+    image.write_bytes(png())
+    copy = shutil.copytree(run / "devices" / "phones-1", tmp_path / "copy")
+    card = json.loads((copy / "model.json").read_text())
+    del card["preprocessing"]
+    (copy / "model.json").write_text(json.dumps(card))
+    assert load_model(copy)(SAMPLES.inputs[:2]).shape == (2, 10)
+    with pytest.raises(ValueError, match="does not say how images become its inputs"):
+        predict(copy, [image])
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(run: Path, folder: Path, tmp_path: Path) -> None:
+    image, array = tmp_path / "x.png", tmp_path / "some.npy"
+    as_image(0).save(image)
+    np.save(array, RAW[:2])
+    labels, shares = expected(run, slice(2))
+    result = CliRunner().invoke(cli.app, ["predict", str(folder), str(image), str(array)])
+    lines = [line.split("  ") for line in result.stdout.splitlines()]
+    assert [line[0].strip() for line in lines] == [str(image), f"{array}[0]", f"{array}[1]"]
+    assert [line[-2:] for line in lines[1:]] == [[n, f"{s:.1%}"] for n, s in zip(labels, shares, strict=True)]
+    told = json.loads(CliRunner().invoke(cli.app, ["predict", str(folder), str(array), "--json"]).stdout)
+    assert [(p["input"], p["row"], p["label"]) for p in told] == [(str(array), i, labels[i]) for i in range(2)]
+    assert [p["probability"] for p in told] == pytest.approx(shares, abs=1e-5)
+    assert CliRunner().invoke(cli.app, ["predict", str(folder)]).exit_code == 2
