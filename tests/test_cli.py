@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner
 
 import fleetfit
-from fleetfit import cli
+from fleetfit import cli, terminal
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.engines import local
+from fleetfit.job_text import explained_toml
 from fleetfit.messages import Progress
 
 REPOSITORY = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def test_progress_without_a_terminal_is_two_lines_a_phase(shell: Any) -> None:
 def test_progress_on_a_terminal_keeps_a_line_for_each_phase(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with cli._Phases(cli._Signals(), "run folder x") as phases:
+    with terminal.Phases(terminal.Signals(), "run folder x") as phases:
         assert phases.live
         fake_run(Job(), "x", phases)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", capfd.readouterr().err)
@@ -120,7 +121,7 @@ def test_progress_on_a_terminal_keeps_a_line_for_each_phase(monkeypatch: pytest.
 
 def test_progress_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with cli._Phases(cli._Signals()) as phases:
+    with terminal.Phases(terminal.Signals()) as phases:
         start = time.perf_counter()
         for i in range(5000):
             phases("reference", i + 1, 10000, "loss 0.1")
@@ -185,7 +186,7 @@ def test_dry_run_as_json(shell: Any) -> None:
 @pytest.mark.parametrize("fields", [{}, {"method": "paper"}, {"model": {"config": {"hidden_act": "# no"}}}])
 def test_the_explained_job_is_the_job(fields: dict[str, Any]) -> None:
     job = make_job(fields)
-    assert make_job(tomllib.loads(cli.explained_toml(job))) == job
+    assert make_job(tomllib.loads(explained_toml(job))) == job
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -367,14 +368,14 @@ def test_version(shell: Any) -> None:
 def test_durations(number: float) -> None:
     expected = {0: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 59.4: "59 s", 59.6: "1 min 00 s"}
     expected |= {3599: "59 min 59 s", 3600: "1 h 00 min", 90000: "25 h 00 min"}
-    assert cli.format_duration(number) == expected[number]
+    assert terminal.format_duration(number) == expected[number]
 
 
 @pytest.mark.parametrize(
     ("number", "text"), [(0, "0 B"), (999, "999 B"), (77176, "77.2 KB"), (120_000, "120 KB"), (999_900, "1 MB")]
 )
 def test_sizes(number: int, text: str) -> None:
-    assert cli.format_bytes(number) == text
+    assert terminal.format_bytes(number) == text
 
 
 # -- the process ------------------------------------------------------------------------------------------------------

@@ -9,46 +9,27 @@ import sys
 
 try:
     import contextlib
-    import errno
     import json
-    import logging
     import os
-    import re
-    import signal
-    import threading
-    import time
-    import traceback
-    import warnings
     from collections import Counter
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
-    from types import FrameType
-    from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+    from typing import TYPE_CHECKING, Annotated, Any, cast
 
     import typer
     from click import Choice
+
+    from fleetfit.terminal import Phases, format_bytes, reporting
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
     raise SystemExit(130) from None
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
     from rich.console import Console
     from rich.table import Table
 
-    from fleetfit.config import Job
     from fleetfit.export import Export, Format, Quantize
 
-GO_ON = "the same command goes on from the last finished step"
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-QUIET_LIBRARIES = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "DATASETS_VERBOSITY": "error",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "FLWR_TELEMETRY_ENABLED": "0",  # nothing leaves this machine unasked
-}
 
 app = typer.Typer(
     name="fleetfit",
@@ -64,190 +45,6 @@ JobFile = Annotated[Path, typer.Argument(metavar="JOB", hidden=True)]
 RunFolderArgument = Annotated[Path, typer.Argument(metavar="RUN", hidden=True)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and log lines.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-
-
-# -- errors and signals -----------------------------------------------------------------------------------------------
-
-
-class _Signals:
-    """Ctrl-C and SIGTERM while a command runs: the first one unwinds, the second one ends the process at once.
-
-    A library may swallow the interrupt or turn it into an error of its own; ``received`` remembers it.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            with contextlib.suppress(OSError):
-                os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the cursor was hidden by the progress bar
-            os._exit(128 + number)
-        self.received = number
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        """Raise an interrupt that was swallowed once more."""
-        if self.received is not None:
-            raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def _reporting(debug: bool, resumable: bool = False) -> Iterator[_Signals]:
-    """Turn whatever goes wrong in a command into one message and an exit code; a traceback with debug only."""
-    signals = _Signals()
-    try:
-        with signals:
-            _calm_libraries(debug)
-            yield signals
-    except (typer.Exit, BrokenPipeError):
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt) or signals.received is not None:
-            typer.secho(f"stopped; {GO_ON}" if resumable else "stopped", err=True, fg="yellow")
-            raise typer.Exit(128 + (signals.received or signal.SIGINT)) from None
-        typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
-        typer.echo(_message(error, resumable), err=True)
-        raise typer.Exit(1) from None
-
-
-def _message(error: BaseException, resumable: bool) -> str:
-    """What went wrong, for a person: a sentence, and what to do."""
-    if isinstance(error, OSError) and error.strerror:
-        where = ": ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        text = f"{where}: {error.strerror}" if where else error.strerror
-        if resumable and error.errno in WRITE_ERRORS:
-            text += f"\nwhat was finished stays; when this is put right, {GO_ON}"
-        return text
-    if isinstance(error, ImportError):
-        return f"{error}\n`fleetfit doctor` tells what is missing"
-    if isinstance(error, (ValueError, OSError)):
-        lines = [line for line in str(error).splitlines() if "errors.pydantic.dev" not in line]
-        return "\n  ".join(lines) or type(error).__name__
-    return f"unexpected {type(error).__name__}: {error}\nrun again with --debug for the traceback"
-
-
-def _calm_libraries(debug: bool) -> None:
-    """Keep the libraries' own chatter off the terminal; must come before they are imported."""
-    for name, value in QUIET_LIBRARIES.items():
-        os.environ.setdefault(name, value)
-    if debug:
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
-    else:
-        warnings.simplefilter("ignore")
-
-
-# -- progress ---------------------------------------------------------------------------------------------------------
-
-
-class _Phases:
-    """The progress callback: on a terminal a bar for the phase at work, elsewhere a line when a phase starts.
-
-    A finished phase leaves one line, with how long it was since the one before it. A note "who: what" names whose
-    phase it is.
-    """
-
-    def __init__(self, signals: _Signals, opening: str = "", enabled: bool = True) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        self.signals = signals
-        self.opening = opening
-        self.enabled = enabled
-        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
-        self.live = enabled and self.console.is_terminal
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description:<26}", markup=False),
-            BarColumn(24),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", style="dim", markup=False),
-            console=self.console,
-            transient=True,
-            disable=not self.live,
-        )
-        self.current: tuple[str, str] | None = None
-        self.finished: tuple[str, str] | None = None
-        self.done = 0
-        self.drawn = 0.0
-        self.since = time.perf_counter()
-
-    def __enter__(self) -> "_Phases":
-        self.task = self.bar.add_task("...", total=None, note="")
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, phase: str, done: int, total: int, note: str = "") -> None:
-        self.signals.check()
-        if not self.enabled:
-            return
-        who, colon, what = note.partition(": ")
-        key, what = (phase, who if colon else ""), what if colon else note
-        if key == self.finished and done >= self.done:
-            return  # some steps more than announced
-        now = time.perf_counter()
-        if key != self.current:
-            self._begin(key, total)
-        if self.live and (now - self.drawn > 0.05 or done <= 1):
-            self.bar.update(self.task, completed=min(done, total), total=total, note=what)
-            self.drawn = now
-        if done >= total:
-            self._finish(key, done, "" if colon else what, now)
-
-    def _begin(self, key: tuple[str, str], total: int) -> None:
-        self.current, self.finished = key, None
-        if self.opening:
-            self.console.print(self.opening, style="dim")
-            self.opening = ""
-        if self.live:
-            self.bar.reset(self.task, description=" ".join(key).strip(), total=total, note="")
-        else:
-            self.console.print(f"{' '.join(key).strip()} ...")
-
-    def _finish(self, key: tuple[str, str], done: int, what: str, now: float) -> None:
-        name = " ".join(key).strip()
-        duration = format_duration(now - self.since)
-        if self.live:
-            self.console.print(f"✓ {name:<26} {duration:>10}   {what}".rstrip())
-            self.bar.reset(self.task, description="...", total=None, note="")
-        else:
-            self.console.print(f"{name}: done in {duration}{', ' if what else ''}{what}")
-        self.current, self.finished, self.done, self.since = None, key, done, now
-
-
-def format_duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def format_bytes(number: float) -> str:
-    """Bytes in the units that a job uses: powers of ten, three digits."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if number >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} B"
 
 
 def _stdout() -> "Console":
@@ -315,15 +112,17 @@ def run(
       run.threads             CPU threads
       run.cache               where trained references are kept
     """
-    with _reporting(debug, resumable=not dry_run) as signals:
+    with reporting(debug, resumable=not dry_run) as signals:
         from fleetfit.config import load_job
 
         resolved = load_job(job, tuple(overrides or ()))
         if dry_run:
+            from fleetfit.job_text import explained_toml
+
             typer.echo(resolved.model_dump_json(indent=2) if as_json else explained_toml(resolved), nl=as_json)
             return
         folder = out if out is not None else Path("runs", job.stem)
-        with _Phases(signals, _opening(folder), enabled=not quiet) as phases:
+        with Phases(signals, _opening(folder), enabled=not quiet) as phases:
             phases("libraries", 0, 1)
             from fleetfit.engines import local
 
@@ -416,51 +215,6 @@ def _percent(share: float | None) -> str:
     return "–" if share is None or share != share else f"{share:.1%}"
 
 
-def explained_toml(job: "Job") -> str:
-    """The resolved job as TOML, each key with what it is; still TOML."""
-    from fleetfit.config import Job
-
-    lines = ["# Every key of the job, as it would run."]
-    section: type[BaseModel] | None = Job
-    for line in job.to_toml().splitlines():
-        if header := re.fullmatch(r"\[+([\w.]+)\]+", line):
-            section = _section_of(header[1].split("."))
-            title = (section.__doc__ or "").strip().splitlines()[0] if section else ""
-            lines.append(f"{line}  # {title}" if title else line)
-            continue
-        key = re.match(r"(\w+) = ", line)
-        hint = _hint(section, key[1]) if section and key else ""
-        lines.append(f"{line}  # {hint}" if hint else line)
-    return "\n".join(lines) + "\n"
-
-
-def _section_of(path: list[str]) -> "type[BaseModel] | None":
-    """The model behind a TOML section; None for free-form ones."""
-    from pydantic import BaseModel
-
-    from fleetfit.config import Job
-
-    model: type[BaseModel] = Job
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not inner:
-            return None
-        model = inner[0]
-    return model
-
-
-def _hint(section: "type[BaseModel]", key: str) -> str:
-    """A key's description and, where there are only some, its values."""
-    field = section.model_fields[key]
-    values = [v for a in (field.annotation, *get_args(field.annotation)) for v in get_args(a) or (a,)]
-    names = list(dict.fromkeys(v for v in values if isinstance(v, str)))
-    text = field.description or ""
-    if len(names) > 1:
-        text = f"{' | '.join(names)}{'; ' if text else ''}{text}"
-    return text.replace("\n", " ")
-
-
 # -- report -----------------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +233,7 @@ def report(
 
       fleetfit report runs/digits
     """
-    with _reporting(debug):
+    with reporting(debug):
         page = _build_report(folder)
         typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))
 
@@ -527,8 +281,8 @@ def export(
     """
     if bool(device) == every:
         raise typer.BadParameter("give --device ID or --all", param_hint="--device")
-    with _reporting(debug) as signals:
-        with _Phases(signals, f"run folder {folder}") as phases:
+    with reporting(debug) as signals:
+        with Phases(signals, f"run folder {folder}") as phases:
             phases("libraries", 0, 1)
             from fleetfit.export import device_ids, export_devices
 
@@ -596,7 +350,7 @@ def predict(
       fleetfit predict runs/digits/devices/phones-1 seven.png
       fleetfit predict runs/digits/exports/phones-1 *.png samples.npy --json
     """
-    with _reporting(debug):
+    with reporting(debug):
         from fleetfit.predict import predict as label
 
         predictions = label(folder, inputs)
@@ -624,7 +378,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
       fleetfit doctor
       fleetfit doctor --json
     """
-    with _reporting(debug):
+    with reporting(debug):
         from rich.console import Console
 
         from fleetfit.doctor import examine
