@@ -1,0 +1,150 @@
+"""What a finished run leaves, whatever engine ran it: the table of candidates, each device's model, and the summary."""
+
+import math
+import resource
+import sys
+from typing import Any
+
+from fleetfit.artifacts import ModelCard, RunFolder
+from fleetfit.config import Job
+from fleetfit.data.partition import FleetData
+from fleetfit.data.sources import Samples
+from fleetfit.device import DeviceMemory, shipped_model
+from fleetfit.pipeline import FleetResult
+from fleetfit.records import Record
+
+
+def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samples) -> None:
+    """The table of candidates, the cloud's view for the report, and every device's model."""
+    rows = []
+    for cluster, choice in result.choices.items():
+        for i, candidate in enumerate(result.candidates.candidates):
+            coordinates = choice.coordinates[i] or ("", "", "")
+            rows.append(
+                {
+                    "cluster": cluster,
+                    "width": candidate.shape.width,
+                    "depth": candidate.shape.depth,
+                    "loss": candidate.loss,
+                    "accuracy": candidate.accuracy,
+                    "energy_joules": choice.energy_joules[i],
+                    "parameters": candidate.parameters,
+                    "size_bytes": candidate.size_bytes,
+                    "zeta": candidate.zeta,
+                    "fits": choice.fits[i],
+                    "grid_loss": coordinates[0],
+                    "grid_energy": coordinates[1],
+                    "grid_size": coordinates[2],
+                    "on_front": choice.on_front[i],
+                    "trade_off": choice.trade_off[i],
+                    "trade_off_accuracy": choice.trade_off_accuracy[i],
+                    "chosen_by": " ".join(name for name, index in choice.chosen_by.items() if index == i),
+                    "chosen": choice.chosen == i,
+                }
+            )
+    folder.write_table("cloud/front.csv", rows)
+    last_step = job.refine.rounds + 3
+    form = samples.preprocessing
+    for cluster, report in result.reports.items():
+        shape = result.candidates.candidates[result.choices[cluster].chosen].shape
+        for device in report.devices:
+            memory = folder.memory_of(device.device_id).load(last_step, DeviceMemory)
+            card = ModelCard(
+                device_id=device.device_id,
+                cluster=cluster,
+                family=memory.family,
+                config=memory.config,
+                header=memory.header,
+                labels=memory.labels,
+                width=shape.width,
+                depth=shape.depth,
+                inputs=form.words if form else f"samples as data.source {job.data.source!r} gives them",
+                preprocessing=form,
+                size_bytes=device.size_bytes,
+                limit_bytes=device.limit_bytes,
+                accuracy=device.accuracy,
+            )
+            folder.write_device(shipped_model(memory), card)
+
+
+class ClusterSummary(Record):
+    """One cluster's line of the summary."""
+
+    id: str
+    limit_bytes: int
+    width: float
+    depth: int
+    parameters: int
+    size_bytes: int
+    energy_joules: float
+    loss: float
+    accuracy: float
+    header: str
+
+
+def _known(value: float) -> float | None:
+    """A measured share, or None where there was nothing to measure it on."""
+    return None if math.isnan(value) else value
+
+
+def summarise(
+    job: Job,
+    folder: RunFolder,
+    data: FleetData,
+    result: FleetResult,
+) -> dict[str, Any]:
+    """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured."""
+    traffic = folder.ledger.traffic
+    raw = sum(
+        (len(d.train) + len(d.validation) + len(d.test)) * d.train.raw_bytes_per_sample for d in data.devices.values()
+    )
+    clusters = []
+    for cluster, choice in result.choices.items():
+        candidate = result.candidates.candidates[choice.chosen]
+        clusters.append(
+            ClusterSummary(
+                id=cluster,
+                limit_bytes=choice.limit_bytes,
+                width=candidate.shape.width,
+                depth=candidate.shape.depth,
+                parameters=candidate.parameters,
+                size_bytes=candidate.size_bytes,
+                energy_joules=choice.energy_joules[choice.chosen],
+                loss=candidate.loss,
+                accuracy=candidate.accuracy,
+                header=result.reports[cluster].header.kind,
+            )
+        )
+    devices = [
+        {
+            "id": d.device_id,
+            "cluster": cluster,
+            "accuracy_coarse": d.accuracy_coarse,
+            "accuracy_local": d.accuracy_local,
+            "accuracy": d.accuracy,
+            "parameters": d.parameters,
+            "size_bytes": d.size_bytes,
+            "limit_bytes": d.limit_bytes,
+            "notes": list(d.notes),
+        }
+        for cluster, report in result.reports.items()
+        for d in report.devices
+    ]
+    scale = 1 if sys.platform == "darwin" else 1024
+    return {
+        "method": job.method,
+        "seed": job.seed,
+        "reference": {"accuracy": _known(result.reference.accuracy), "parameters": result.reference.parameters},
+        "clusters": [c.model_dump() for c in clusters],
+        "devices": devices,
+        "traffic": {
+            "device_to_edge_bytes": traffic["device_to_edge"],
+            "edge_to_device_bytes": traffic["edge_to_device"],
+            "edge_to_cloud_bytes": traffic["edge_to_cloud"],
+            "cloud_to_edge_bytes": traffic["cloud_to_edge"],
+            "raw_data_bytes": raw,
+            "upload_ratio": traffic["device_to_edge"] / raw,
+        },
+        "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
+    }
