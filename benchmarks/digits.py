@@ -233,12 +233,7 @@ def elastic_part(b: Bench) -> dict[str, Any]:
 
     figures: dict[str, Any] = {}
     for distillation in ("joint", "paper"):
-        path = b.steps.folder / f"elastic-{distillation}.safetensors"
-        ledger = b.steps.ledger.seconds[f"elastic-{distillation}"]
-        result = b.elastic(distillation)
-        figures[f"{distillation}_seconds"] = b.steps.ledger.seconds[f"elastic-{distillation}"] - ledger
-        assert path.exists()
-        elastic, model = elastic_of(b.job, result, 10)
+        elastic, model = elastic_of(b.job, b.elastic(distillation), 10)
         grid = {f"{s.width:g}/{s.depth}": evaluate_shape(elastic, model.header, test, s).accuracy for s in shapes}
         figures[distillation] = float(np.mean(list(grid.values())))
         figures[f"{distillation}_grid"] = grid
@@ -293,7 +288,6 @@ def header_part(b: Bench) -> dict[str, Any]:
         train, validation = cached_features(backbone, views), cached_features(backbone, edge.validation)
         test = cached_features(backbone, unseen)
         for method in HEADER_METHODS:
-            start = time.perf_counter()
             result = search_header(
                 method.removesuffix(" alone"),
                 train,
@@ -310,7 +304,6 @@ def header_part(b: Bench) -> dict[str, Any]:
             figures[f"{width:g}/{depth}/{method}"] = {
                 "accuracy": accuracy,
                 "parameters": sum(p.numel() for p in header.parameters()),
-                "seconds": time.perf_counter() - start,
             }
     return figures
 

@@ -172,11 +172,11 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...], v
         lines += [
             "## Elastic training",
             "",
-            "Mean test accuracy % over 4 widths x 6 depths; seconds with two such processes side by side.",
+            "Mean test accuracy % over 4 widths x 6 depths. Seconds of a run are in resume.md.",
             "",
             *table(
-                ["distillation", "accuracy", "seconds"],
-                [[d, spread(of("elastic", d)), spread(of("elastic", f"{d}_seconds"), 1)] for d in ("joint", "paper")],
+                ["distillation", "accuracy"],
+                [[d, spread(of("elastic", d))] for d in ("joint", "paper")],
             ),
             *table(
                 ["joint: width \\ depth", *map(str, range(1, 7))],
@@ -218,13 +218,12 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...], v
             "same budget.",
             "",
             *table(
-                ["header", *(f"w {w:g}, d {d}" for w, d in HEADER_SHAPES), "parameters", "seconds"],
+                ["header", *(f"w {w:g}, d {d}" for w, d in HEADER_SHAPES), "parameters"],
                 [
                     [
                         m,
                         *(spread(of("header", f"{w:g}/{d}/{m}", "accuracy")) for w, d in HEADER_SHAPES),
                         f"{mean(of('header', f'0.25/1/{m}', 'parameters')):.0f}",
-                        f"{mean(of('header', f'0.25/1/{m}', 'seconds')):.1f}",
                     ]
                     for m in HEADER_METHODS
                 ],

@@ -47,7 +47,9 @@ def main() -> None:
         start = time.perf_counter()
         subprocess.run(command(options.job, folder / "whole"), check=True, stderr=subprocess.DEVNULL)
         whole_seconds = time.perf_counter() - start
-        peak = read_json(folder / "whole" / "summary.json")["peak_memory_bytes"]
+        summary = read_json(folder / "whole" / "summary.json")
+        peak = summary["peak_memory_bytes"]
+        phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in summary["seconds"].items() if seconds >= 1)
         rows = []
         out = folder / "killed"
         # Shorter spans than the whole run, so that all kills hit before it ends.
@@ -72,7 +74,7 @@ def main() -> None:
         "# Killed and gone on",
         "",
         f"`python benchmarks/resume.py --seed {options.seed}`, job {options.job}. The run that was not killed took "
-        f"{whole_seconds:.0f} s from an empty cache, and {peak / 1e6:.0f} MB at its peak.",
+        f"{whole_seconds:.0f} s from an empty cache, and {peak / 1e6:.0f} MB at its peak. Seconds by phase: {phases}.",
         "",
         "| seconds after the start | what happened | steps finished by then |",
         "|---|---|---|",

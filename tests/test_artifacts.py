@@ -295,9 +295,11 @@ def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -
 
 
 def test_a_key_that_only_one_job_has_is_a_difference(tmp_path: Path) -> None:
-    RunFolder(tmp_path, make_job({"model": {"config": {"qkv_bias": False}}})).close()
-    with pytest.raises(ValueError, match=r"differs in model\.config\.qkv_bias\)"):
-        RunFolder(tmp_path, Job())
+    more = make_job({"model": {"config": {"qkv_bias": False}}})
+    for name, first, second in (("a", more, Job()), ("b", Job(), more)):
+        RunFolder(tmp_path / name, first).close()
+        with pytest.raises(ValueError, match=r"differs in model\.config\.qkv_bias\)"):
+            RunFolder(tmp_path / name, second)
 
 
 def test_a_damaged_job_frees_the_lock(tmp_path: Path) -> None:

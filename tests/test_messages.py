@@ -417,7 +417,7 @@ def test_taking_what_was_put() -> None:
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "copyreg"}
 FORBIDDEN_CALLS = {
-    *("torch.load", "torch.save", "torch.jit.load", "torch.package", "numpy.load", "np.load", "pandas.read_pickle"),
+    *("torch.load", "torch.save", "torch.jit.load", "torch.package", "numpy.load", "pandas.read_pickle"),
     *("eval", "exec", "compile", "__import__"),
 }
 
@@ -434,8 +434,10 @@ def dangers(source: str) -> list[str]:
             found += [f"{module}.{a.name}" for a in node.names if f"{module}.{a.name}" in FORBIDDEN_CALLS]
         elif isinstance(node, (ast.Attribute, ast.Name)):
             found += [ast.unparse(node)] * (ast.unparse(node) in FORBIDDEN_CALLS)
-        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+        elif isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             found += ["allow_pickle"]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "np.load":
+            found += ["np.load"] * ("allow_pickle" not in [k.arg for k in node.keywords])  # say it, to be sure
     return found
 
 
@@ -449,11 +451,18 @@ def dangers(source: str) -> list[str]:
         "import torch\nx = torch.load('f')",
         "def f():\n    import dill",
         "g(allow_pickle=True)",
+        "np.load('f')",
+        "np.load('f', allow_pickle=flag)",
+        "from numpy import load",
         "eval('1')",
     ],
 )
 def test_the_search_for_dangers_finds_them(source: str) -> None:
     assert dangers(source)
+
+
+def test_what_refuses_pickles_is_no_danger() -> None:
+    assert dangers("import numpy as np\nnp.load('f', allow_pickle=False)") == []
 
 
 def test_no_module_unpickles_or_runs_what_it_reads() -> None:

@@ -25,6 +25,11 @@ def test_seeds_differ_where_names_or_seeds_do(seed: int, first: list, other: int
     assert (derive_seed(seed, *first) == derive_seed(other, *second)) == same
 
 
+def test_names_do_not_run_together() -> None:
+    assert derive_seed(0, "ab", "c") != derive_seed(0, "a", "bc") != derive_seed(0, "abc")
+    assert derive_seed(1, 2) != derive_seed(12)
+
+
 def test_seeds_are_the_same_on_every_machine() -> None:
     """Golden numbers: with others, no run can be repeated across versions."""
     assert derive_seed(0) == 2033344993903900207
