@@ -303,9 +303,9 @@ def _print_exports(exports: "Mapping[Path, Export]") -> None:
     console = _stdout()
     quantized = any(e.int8 for e in exports.values())
     console.print(_export_table(exports, quantized))
-    console.print(f"difference: of a logit from PyTorch's{', before int8' if quantized else ''}", style="dim")
+    console.print(f"differs: the most that a logit is off{', before int8' if quantized else ''}", style="dim")
     if quantized:
-        console.print("accuracy: on public samples of all classes, not on a device's own", style="dim")
+        console.print("agree: public samples whose label stays; accuracy: on these, of all classes", style="dim")
     console.print()
     console.print(f"models:  {next(iter(exports)).parent} (one folder each)", soft_wrap=True)
 
@@ -317,8 +317,8 @@ def _export_table(exports: "Mapping[Path, Export]", quantized: bool) -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("device", overflow="fold", min_width=10)
-    names = ["size", "limit", "difference"]
-    for name in names + ["float size", "same labels", "accuracy", "float"] * quantized:
+    names = ["size", "limit", "differs"]
+    for name in names + ["float", "agree", "accuracy", "float"] * quantized:
         table.add_column(name, justify="right", no_wrap=True)
     for made in exports.values():
         row = [format_bytes(made.size_bytes), format_bytes(made.limit_bytes), f"{made.max_difference:.0e}"]
