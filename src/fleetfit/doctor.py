@@ -12,7 +12,7 @@ from pathlib import Path
 from fleetfit.config import RunConfig
 from fleetfit.records import Record
 
-MODULES = {"scikit-learn": "sklearn"}  # where a package's module is not its name with underscores
+MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where a package's module is not its name with underscores
 SMALL_MEMORY_BYTES = 2 * 2**30
 SMALL_DISK_BYTES = 2**30
 
