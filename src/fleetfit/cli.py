@@ -124,7 +124,8 @@ def run(
         folder = out if out is not None else Path("runs", job.stem)
         with Phases(signals, _opening(folder), enabled=not quiet) as phases:
             phases("libraries", 0, 1)
-            from fleetfit.engines import local
+            with signals.after_this():
+                from fleetfit.engines import local
 
             phases("libraries", 1, 1)
             summary = local.run(resolved, folder, phases)
@@ -284,7 +285,8 @@ def export(
     with reporting(debug) as signals:
         with Phases(signals, f"run folder {folder}") as phases:
             phases("libraries", 0, 1)
-            from fleetfit.export import device_ids, export_devices
+            with signals.after_this():
+                from fleetfit.export import device_ids, export_devices
 
             phases("libraries", 1, 1)
             chosen = list(dict.fromkeys(device or device_ids(folder)))

@@ -36,6 +36,7 @@ class Signals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._waits = False
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
@@ -52,7 +53,18 @@ class Signals:
                 os.write(2, b"\x1b[?25h\n" if os.isatty(2) else b"\n")  # the cursor was hidden by the progress bar
             os._exit(128 + number)
         self.received = number
-        raise KeyboardInterrupt
+        if not self._waits:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def after_this(self) -> Iterator[None]:
+        """Stop only when this is over: a native library that is interrupted while it loads may abort the process."""
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+        self.check()
 
     def check(self) -> None:
         """Raise an interrupt that was swallowed once more."""
