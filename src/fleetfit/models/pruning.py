@@ -5,6 +5,7 @@ zero, or takes them away: both give the same outputs, because whatever normalise
 their places.
 """
 
+import abc
 import copy
 from collections.abc import Mapping
 from typing import TypeVar
@@ -17,33 +18,33 @@ from torch.nn.functional import gelu
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class Prunable(nn.Module):
+class Prunable(nn.Module, abc.ABC):
     """A layer with neurons; parameter names are relative to it, each with the dimension the neurons run along."""
 
     @property
+    @abc.abstractmethod
     def num_neurons(self) -> int:
         """How many neurons the layer has now."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def neuron_parameters(self) -> list[tuple[str, int]]:
         """The parameters that neurons own; with neuron j's part of each at zero, the layer is as without the neuron."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def gate_parameters(self) -> list[tuple[str, int]]:
         """Parameters v in which neuron j's contribution is linear: dL/dgate_j = sum of g * v over j's part of them."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def keep(self, indices: Int[Tensor, " kept"]) -> None:
         """Cut all other neurons out; at least one stays."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def cut_as(self, state: Mapping[str, Tensor], prefix: str) -> None:
         """Cut this whole layer to the shapes of a saved one whose names begin with ``prefix``.
 
         Raises:
             ValueError: the saved layer cannot be a cut of this one.
         """
-        raise NotImplementedError
 
 
 class ConvOp(Prunable):
