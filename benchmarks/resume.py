@@ -2,8 +2,8 @@
 
     python benchmarks/resume.py              five kills of one run, against a run that was not killed (about 5 minutes)
 
-Both runs start with an empty cache. Each kill is a SIGKILL at a random moment, in a process that has just been started
-again; a run that ends before its moment comes was not killed there, and is counted.
+Both runs start with an empty cache. Each kill is a SIGKILL up to three seconds after a random step has finished, so that
+the moments lie all over the run and not only in its longest phase; the process is then started again.
 """
 
 import argparse
@@ -33,6 +33,11 @@ def comparable(out: Path) -> dict[str, Any]:
     return {k: v for k, v in read_json(out / "summary.json").items() if k not in NOT_COMPARED}
 
 
+def finished(out: Path) -> int:
+    """How many steps a run has finished."""
+    return len(list((out / "steps").rglob("[!.]*.safetensors")))
+
+
 def main() -> None:
     """Run, kill, go on, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -52,20 +57,21 @@ def main() -> None:
         phases = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in summary["seconds"].items() if seconds >= 1)
         rows = []
         out = folder / "killed"
-        # Shorter spans than the whole run, so that all kills hit before it ends.
-        for _ in range(options.kills):
-            moment = chance.uniform(0, 2 * whole_seconds / (options.kills + 1))
+        total = finished(folder / "whole")
+        for target in sorted(chance.sample(range(total), options.kills)):
+            pause = chance.uniform(0, 3)
             process = subprocess.Popen(command(options.job, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while process.poll() is None and finished(out) < target:
+                time.sleep(0.02)
             try:
-                process.wait(timeout=moment)
+                process.wait(timeout=pause)
                 ended = "ended before"
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
                 ended = "killed"
-            finished = sorted(p.relative_to(out / "steps") for p in (out / "steps").rglob("*.safetensors"))
-            rows.append(f"| {moment:.1f} | {ended} | {len(finished)} |")
-            print(f"after {moment:.1f} s: {ended}, {len(finished)} steps finished", flush=True)
+            rows.append(f"| {target} | {pause:.1f} | {ended} | {finished(out)} of {total} |")
+            print(f"{pause:.1f} s after step {target}: {ended}, {finished(out)} of {total} steps finished", flush=True)
         subprocess.run(command(options.job, out), check=True, stderr=subprocess.DEVNULL)
         same = comparable(out) == comparable(folder / "whole")
     finally:
@@ -76,8 +82,8 @@ def main() -> None:
         f"`python benchmarks/resume.py --seed {options.seed}`, job {options.job}. The run that was not killed took "
         f"{whole_seconds:.0f} s from an empty cache, and {peak / 1e6:.0f} MB at its peak. Seconds by phase: {phases}.",
         "",
-        "| seconds after the start | what happened | steps finished by then |",
-        "|---|---|---|",
+        "| after step | and seconds | what happened | steps finished by then |",
+        "|---|---|---|---|",
         *rows,
         "",
         f"Summary equal to that of the run that was not killed, but for {' and '.join(NOT_COMPARED)}: "
