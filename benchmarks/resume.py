@@ -2,8 +2,8 @@
 
     python benchmarks/resume.py              five kills of one run, against a run that was not killed (about 5 minutes)
 
-Both runs start with an empty cache. Each kill is a SIGKILL up to three seconds after a random step has finished, so that
-the moments lie all over the run and not only in its longest phase; the process is then started again.
+Both runs start with an empty cache. Each kill is a SIGKILL up to three seconds after a random step has finished, so
+that the moments lie all over the run and not only in its longest phase; the process is then started again.
 """
 
 import argparse
