@@ -254,7 +254,7 @@ def specialise(
 ) -> None:
     """Train one cut sub-network alone on the public set before it is sent, in place (Beyond).
 
-    Separate students are better than shared weights, most of all at the smallest sizes.
+    Weights that all shapes share are a compromise, for the smallest shapes most of all.
     """
     teacher.eval()
     shifts = named_generator(seed, "specialise", name, "shifts")

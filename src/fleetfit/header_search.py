@@ -59,7 +59,7 @@ def sample_specs(search: Search, num_specs: int, names: tuple[str, ...]) -> list
     """Halving's population: linear, a pooled projection, a residual cell, then free B, channels, pooling and hidden.
 
     Pooling is drawn from the two largest: final pooling matters most, and where one cell is best, linear does as well.
-    No MLP on [CLS]: never better than both, and chosen by the noise of few validation samples. Only headers that fit.
+    No MLP on [CLS]: with few validation samples noise would choose among more. Only headers that fit.
 
     Raises:
         ValueError: nothing fits.

@@ -60,7 +60,7 @@ def joint_loss(
 ) -> Float[Tensor, ""]:
     """lambda_1 * MSE(logits) + cross-entropy on the labels, in nats (Beyond).
 
-    One stage with the full reference as teacher; better and cheaper than Eq. 9 in our study. No gradient reaches the
+    One stage with the full reference as teacher; compared with Eq. 9 in benchmarks/results. No gradient reaches the
     teacher.
     """
     return weight_logits * mse_loss(student_logits, teacher_logits.detach()) + cross_entropy(student_logits, labels)

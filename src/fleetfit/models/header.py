@@ -26,7 +26,7 @@ from fleetfit.records import Block, HeaderSpec, Operation
 
 Grid = Float[Tensor, "batch channel _ _"]  # blocks may halve the rows and columns
 
-CLS_GATE = 0.3  # [CLS] joined at full scale hurts small backbones; the gate is learned from here
+CLS_GATE = 0.3  # where the learned gate of [CLS] starts: below full scale, so that the grid is heard
 
 
 class Identity(nn.Module):
