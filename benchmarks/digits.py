@@ -42,7 +42,8 @@ from fleetfit.cloud import (
 )
 from fleetfit.config import PAPER, Job, make_job
 from fleetfit.data.partition import FleetData, share_out
-from fleetfit.data.sources import Samples, load_samples
+from fleetfit.data.samples import Samples
+from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
 from fleetfit.edge import HeaderResult, cached_features, find_header, with_views
 from fleetfit.elastic_training import (
@@ -275,9 +276,7 @@ def header_part(b: Bench) -> dict[str, Any]:
     elastic, model = elastic_of(b.job, b.elastic(), 10)
     owners = list(b.data.devices.values())
     parts = [part for d in owners for part in (d.train, d.validation, d.test)] + [b.data.public.test]
-    unseen = Samples(
-        torch.cat([p.inputs for p in parts]), torch.cat([p.labels for p in parts]), b.samples.label_names, 64
-    )
+    unseen = b.samples.rows(torch.cat([p.inputs.index for p in parts]))
     cluster = next(iter(b.fleet))
     edge = b.data.edges[cluster]
     config = b.job.header

@@ -29,7 +29,7 @@ from fleetfit.cloud import (
 )
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Inputs, Samples
 from fleetfit.messages import BackboneAssignment, ClusterReport, ClusterStats, Message, StatsRequest, silent, take
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone
@@ -67,7 +67,7 @@ def make_public() -> Split:
         generator = named_generator(0, "public", name)
         labels = torch.arange(number) % 3
         inputs = torch.randn(number, 1, 4, 4, generator=generator) + labels[:, None, None, None]
-        return Samples(inputs, labels, ("a", "b", "c"), 16)
+        return Samples(Inputs.of(inputs), labels, ("a", "b", "c"), 16)
 
     return Split(part("train", 48), part("validation", 24), part("test", 24))
 
@@ -103,10 +103,10 @@ def test_the_reference_is_what_its_scores_say(trained: Trained) -> None:
             (trained.public.validation, trained.reference.validation_accuracy),
             (trained.public.test, trained.reference.accuracy),
         ):
-            right = (model(part.inputs).argmax(1) == part.labels).float().mean()
+            right = (model(part.inputs[:]).argmax(1) == part.labels).float().mean()
             assert accuracy == pytest.approx(float(right))
         validation = trained.public.validation
-        loss = torch.nn.functional.cross_entropy(model(validation.inputs), validation.labels)
+        loss = torch.nn.functional.cross_entropy(model(validation.inputs[:]), validation.labels)
     assert trained.reference.validation_loss == pytest.approx(float(loss), rel=1e-5)
     assert trained.reference.parameters == num_parameters(model)
     assert len(trained.reference.curve) == 2 * 2  # 48 samples in batches of 32, 2 epochs
@@ -216,7 +216,7 @@ def test_sizes_are_those_of_the_files_that_safetensors_writes(trained: Trained, 
         w, d = candidate.shape.width, candidate.shape.depth
         assert candidate.zeta == pytest.approx(d * w * (4 * 16 * 16 + 2 * 16 * 12))
         with torch.no_grad():
-            logits, labels = model.eval()(trained.public.validation.inputs), trained.public.validation.labels
+            logits, labels = model.eval()(trained.public.validation.inputs[:]), trained.public.validation.labels
         assert candidate.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-4)
         assert candidate.accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     assert len({c.size_bytes for c in found}) == 4
@@ -231,7 +231,7 @@ def test_what_is_sent_to_a_cluster_is_the_cut_model(trained: Trained, steps: int
     backbone = Backbone(sent.family, sent.config).eval()
     backbone.model.load_state_dict(take(sent.tensors, "backbone"), strict=True)
     header = header_from_state(sent.header, backbone.feature_shape, 3, take(sent.tensors, "header"))
-    inputs = trained.public.validation.inputs
+    inputs = trained.public.validation.inputs[:]
     elastic, full = elastic_of(job, trained.elastic, 3)
     with torch.no_grad():
         ours = header(backbone(inputs))

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Inputs, Samples
 from fleetfit.device import SKETCH_PROJECTIONS, DeviceMemory, DeviceState, handle, shipped_model
 from fleetfit.messages import (
     AttributesReply,
@@ -82,7 +82,7 @@ def make_samples(num: int, name: str, classes: tuple[int, ...] = (0, 1, 2, 3)) -
     inputs = torch.randn(num, 1, 8, 8, generator=generator)
     for i, c in enumerate(labels.tolist()):
         inputs[i, 0, 4 * (c // 2) : 4 * (c // 2) + 4, 4 * (c % 2) : 4 * (c % 2) + 4] += 1.5
-    return Samples(inputs, labels, LABELS, raw_bytes_per_sample=64)
+    return Samples(Inputs.of(inputs), labels, LABELS, raw_bytes_per_sample=64)
 
 
 def make_data(train: int = 20, validation: int = 8, test: int = 8, classes: tuple[int, ...] = (0, 1, 2, 3)) -> Split:
@@ -272,7 +272,7 @@ def test_features_are_the_backbones_and_are_computed_once(monkeypatch: pytest.Mo
     backbone.model.load_state_dict(take(coarse.tensors, "backbone"))
     for split in ("train", "validation", "test"):
         with torch.no_grad():
-            output = backbone.eval().run(getattr(state.data, split).inputs)
+            output = backbone.eval().run(getattr(state.data, split).inputs[:])
         kept = features_in(state.memory, split)
         torch.testing.assert_close(kept.output, output.output)
         torch.testing.assert_close(kept.penultimate, output.hidden[-2])
@@ -465,7 +465,7 @@ def test_masked_while_refining_is_cut_out_at_the_end(fine_tune: bool) -> None:
     model = shipped_model(memory).eval()
     with torch.no_grad():
         torch.testing.assert_close(
-            model(steps[-1][0].data.test.inputs), masked(features_in(memory, "test")), rtol=0, atol=1e-5
+            model(steps[-1][0].data.test.inputs[:]), masked(features_in(memory, "test")), rtol=0, atol=1e-5
         )
         assert not torch.allclose(masked(features_in(memory, "test")), coarse(features_in(memory, "test")), atol=1e-2)
     in_all, shipped = (sum(p.numel() for p in h.parameters()) for h in (coarse, model.header))
@@ -662,7 +662,7 @@ def test_the_report_says_what_the_shipped_model_does() -> None:
     assert isinstance(reply, FinishReply)
     test = state.data.test
     with torch.no_grad():
-        right = int((shipped_model(state.memory).eval()(test.inputs).argmax(1) == test.labels).sum())
+        right = int((shipped_model(state.memory).eval()(test.inputs[:]).argmax(1) == test.labels).sum())
         coarse = header_in(state.memory, "coarse")(features_in(state.memory, "test"))
     assert report.accuracy == right / len(test)
     assert report.accuracy_coarse == int((coarse.argmax(1) == test.labels).sum()) / len(test)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fleetfit import edge
 from fleetfit.config import HeaderConfig, Job, RefineConfig, make_job
 from fleetfit.data.partition import Split
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Inputs, Samples
 from fleetfit.edge import EdgeState, HeaderResult
 from fleetfit.header_search import METHODS
 from fleetfit.messages import BackboneAssignment, CoarseReply, ProposeReply, RoundReply, put, take
@@ -267,7 +267,7 @@ def test_devices_without_validation_have_no_voice() -> None:
 def make_split() -> Split:
     def samples(num: int, name: str) -> Samples:
         generator = named_generator(0, "edge", name)
-        return Samples(torch.randn(num, 1, 8, 8, generator=generator), torch.arange(num) % 3, LABELS, 64)
+        return Samples(Inputs.of(torch.randn(num, 1, 8, 8, generator=generator)), torch.arange(num) % 3, LABELS, 64)
 
     return Split(samples(24, "train"), samples(6, "validation"), samples(0, "test"))
 
@@ -318,7 +318,7 @@ def test_every_search_ships_a_header_within_the_limit(search: str) -> None:
     found = find(job, 10**6)
     assert found.trials
     assert found.trials == tuple(sorted(found.trials, key=lambda t: t.loss))
-    assert model_of(found)(make_split().train.inputs).shape == (24, 3)
+    assert model_of(found)(make_split().train.inputs[:]).shape == (24, 3)
     free = file_bytes(model_of(found))
     assert free <= 10**6
     room = free - least_bytes()
@@ -386,9 +386,9 @@ def test_with_views_the_images_come_first_and_labels_follow_them() -> None:
     samples = make_split().train
     more = edge.with_views(samples, 3, 1, named_generator(0, "views"))
     assert len(more) == 72
-    torch.testing.assert_close(more.inputs[:24], samples.inputs)
+    torch.testing.assert_close(more.inputs[:24], samples.inputs[:])
     assert more.labels.tolist() == samples.labels.tolist() * 3
-    assert not torch.equal(more.inputs[24:48], samples.inputs)
+    assert not torch.equal(more.inputs[24:48], samples.inputs[:])
 
 
 # -- the coarse model -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from fleetfit.config import BackboneConfig
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Inputs, Samples
 from fleetfit.elastic_training import (
     LayerImportance,
     better_depth_order,
@@ -54,7 +54,7 @@ def make_samples(name: str, number: int = 120) -> Samples:
     inputs = 0.7 * torch.randn(number, 1, 4, 4, generator=generator)
     for i, c in enumerate(labels.tolist()):
         inputs[i, 0, 2 * (c // 2) : 2 * (c // 2) + 2, 2 * (c % 2) : 2 * (c % 2) + 2] += 1.0
-    return Samples(inputs, labels, tuple("abcd"), 16)
+    return Samples(Inputs.of(inputs), labels, tuple("abcd"), 16)
 
 
 TRAIN, VALIDATION = make_samples("train"), make_samples("validation", 60)
@@ -92,7 +92,7 @@ def losses_at(elastic: ElasticBackbone, header, samples: Samples, layer: int, he
     """Each sample's loss with gates in one layer."""
     gates = {} if heads is None else {layer: heads}, {} if neurons is None else {layer: neurons}
     with torch.no_grad(), elastic.gated(*gates) as gated:
-        return cross_entropy(header(gated(samples.inputs)), samples.labels, reduction="none")
+        return cross_entropy(header(gated(samples.inputs[:])), samples.labels, reduction="none")
 
 
 def one_at(index: int, number: int, value: float) -> Tensor:
@@ -106,7 +106,7 @@ def test_taylor_is_the_derivative_in_a_gate(model: Classifier, batch_size: int) 
     """Heads: the mean of |d loss of a sample / d gate|; neurons: |d mean loss / d gate|; by central differences."""
     model.double()
     some = TRAIN.rows(torch.arange(50))
-    samples = Samples(some.inputs.double(), some.labels, some.label_names, 16)
+    samples = Samples(Inputs.of(some.inputs[:].double()), some.labels, some.label_names, 16)
     elastic, header, step = ElasticBackbone(model.backbone), model.header, 1e-4
     importance = taylor_importance(elastic, header, samples, batch_size)
     for layer in range(3):
@@ -136,7 +136,7 @@ def test_removal_is_the_loss_without_the_part_by_hand(model: Classifier) -> None
 
     def loss(changed: Backbone) -> float:
         with torch.no_grad():
-            return float(cross_entropy(header(changed(VALIDATION.inputs)), VALIDATION.labels))
+            return float(cross_entropy(header(changed(VALIDATION.inputs[:])), VALIDATION.labels))
 
     whole = loss(model.backbone)
     for layer in range(3):
@@ -158,9 +158,9 @@ def test_removal_is_the_loss_without_the_part_by_hand(model: Classifier) -> None
 def test_reordering_by_importance_puts_the_most_important_first(model: Classifier) -> None:
     elastic, header = ElasticBackbone(model.backbone), model.header
     before = removal_importance(elastic, header, VALIDATION)
-    logits = header(elastic.backbone(VALIDATION.inputs))
+    logits = header(elastic.backbone(VALIDATION.inputs[:]))
     reorder_by(elastic, before)
-    assert torch.allclose(header(elastic.backbone(VALIDATION.inputs)), logits, atol=1e-5)
+    assert torch.allclose(header(elastic.backbone(VALIDATION.inputs[:])), logits, atol=1e-5)
     after = removal_importance(elastic, header, VALIDATION)
     for old, new in zip((*before.heads, *before.neurons), (*after.heads, *after.neurons), strict=True):
         assert torch.allclose(new, old.sort(descending=True).values, atol=1e-5)
@@ -201,7 +201,7 @@ def test_a_shapes_scores_are_those_of_the_cut_model(model: Classifier) -> None:
     elastic = ElasticBackbone(model.backbone, "spread")
     for shape in SHAPES:
         scores = evaluate_shape(elastic, model.header, VALIDATION, shape)
-        logits = model.header(elastic.extract(shape)(VALIDATION.inputs))
+        logits = model.header(elastic.extract(shape)(VALIDATION.inputs[:]))
         assert scores.loss == pytest.approx(float(cross_entropy(logits, VALIDATION.labels)), abs=1e-5)
         assert scores.accuracy == pytest.approx(float((logits.argmax(1) == VALIDATION.labels).float().mean()))
     none = VALIDATION.rows(torch.zeros(0, dtype=torch.long))
@@ -253,11 +253,11 @@ def test_pairs_are_a_students_layers_and_those_they_were_kept_from(
 def mean_losses(elastic: ElasticBackbone, header, teacher: Classifier) -> dict[str, float]:
     """Over all shapes, on the training samples: distance to the reference's logits and hidden states, and to labels."""
     with torch.no_grad():
-        taught = teacher.backbone.run(TRAIN.inputs)
+        taught = teacher.backbone.run(TRAIN.inputs[:])
         teacher_logits = teacher.header(taught.features)
         sums = {"logits": 0.0, "labels": 0.0, "hidden": 0.0}
         for shape in SHAPES:
-            student = elastic.run(TRAIN.inputs, shape)
+            student = elastic.run(TRAIN.inputs[:], shape)
             logits = header(student.features)
             pairs = zip(*hidden_pairs(elastic, shape, student, taught), strict=True)
             sums["logits"] += float(mse_loss(logits, teacher_logits)) / len(SHAPES)

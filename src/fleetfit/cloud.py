@@ -122,9 +122,9 @@ def shape_grid(job: Job, num_layers: int) -> tuple[BackboneShape, ...]:
     return tuple(BackboneShape(width=w, depth=d) for w in widths for d in sorted(set(depths)))
 
 
-def check_inputs(job: Job, backbone: Backbone, inputs: Tensor) -> None:
+def check_inputs(job: Job, backbone: Backbone, has: tuple[int, ...]) -> None:
     """Raises ValueError, with both numbers, if the model takes other inputs than the data has."""
-    takes, has = backbone.input_shape, tuple(inputs.shape[1:])
+    takes = backbone.input_shape
     if takes != has:
         name = f"model.pretrained = {job.model.pretrained!r}" if job.model.pretrained else "model.config"
         way = "give a model of that size" if job.model.pretrained else "set num_channels and image_size to the data's"
@@ -147,7 +147,7 @@ def train_reference(job: Job, public: Split, progress: ProgressOf) -> Reference:
             backbone = load_pretrained(model_config.pretrained, model_config.family)
         else:
             backbone = Backbone(model_config.family, dict(model_config.config))
-        check_inputs(job, backbone, train.inputs)
+        check_inputs(job, backbone, train.inputs.shape)
         shape_grid(job, backbone.num_layers)  # a depth that is not there is told now, not after the training
         model = Classifier(backbone, build_header(HeaderSpec(), backbone.feature_shape, train.num_classes))
     shifts = named_generator(job.seed, "reference", "shifts")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Samples
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,
@@ -249,7 +249,7 @@ def _detached(header: Header) -> dict[str, Tensor]:
 
 def _run(backbone: Backbone, samples: Samples) -> Features:
     with torch.no_grad():
-        parts = [backbone(inputs) for inputs in torch.split(samples.inputs, 256)]
+        parts = [backbone(inputs) for inputs in samples.inputs.batches()]
     return Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
 
 

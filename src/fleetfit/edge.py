@@ -1,6 +1,7 @@
 """The edge: searches the header on its shared set, weighs how alike devices are, aggregates, guards what is shipped."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fleetfit.config import Job, RefineConfig
 from fleetfit.data.augmentation import shifted_views
 from fleetfit.data.partition import Split
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Inputs, Samples
 from fleetfit.header_search import search_header
 from fleetfit.header_trials import CachedFeatures, FeatureSource
 from fleetfit.messages import (
@@ -94,15 +95,15 @@ class LiveFeatures:
 def cached_features(backbone: Backbone, samples: Samples) -> CachedFeatures:
     """Features of a frozen backbone, computed once."""
     with torch.no_grad():
-        parts = [backbone(inputs) for inputs in torch.split(samples.inputs, 256)]
+        parts = [backbone(inputs) for inputs in samples.inputs.batches()]
     features = Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
     return CachedFeatures(features, samples.labels)
 
 
 def with_views(samples: Samples, views: int, pixels: int, generator: torch.Generator) -> Samples:
     """The samples and shifted copies of them."""
-    inputs = shifted_views(samples.inputs, views, pixels, generator)
-    return Samples(inputs, samples.labels.repeat(views), samples.label_names, samples.raw_bytes_per_sample)
+    inputs = shifted_views(samples.inputs[:], views, pixels, generator)
+    return replace(samples, inputs=Inputs.of(inputs), labels=samples.labels.repeat(views))
 
 
 def find_header(

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fleetfit.config import BackboneConfig
 from fleetfit.data.augmentation import random_shift
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Samples
 from fleetfit.method.distillation import distillation_loss, joint_loss
 from fleetfit.method.importance import contributions, rank, reduce_contributions
 from fleetfit.models.classifier import Classifier

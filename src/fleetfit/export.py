@@ -31,7 +31,8 @@ from fleetfit.artifacts import (
 )
 from fleetfit.config import load_job
 from fleetfit.data.partition import public_test
-from fleetfit.data.sources import Samples, load_samples
+from fleetfit.data.samples import Samples
+from fleetfit.data.sources import load_samples
 from fleetfit.messages import Progress, silent
 from fleetfit.models.classifier import Classifier
 from fleetfit.onnx_model import INPUT, OUTPUT, PACKAGES, OnnxCard, OnnxModel, need
@@ -139,14 +140,14 @@ def export_device(source: Path, folder: Path, samples: Samples, kind: Format, qu
     """
     model, card = load_model(source), read_card(source)
     with torch.no_grad(), _calm():
-        inputs = samples.inputs.numpy()
+        inputs = samples.inputs[:].numpy()
         expected = {size: model(samples.inputs[:size]).numpy() for size in BATCHES}
         with whole_folder(folder, MARK) as new:
             int8 = None
             if kind == "onnx":
                 file = new / ONNX_FILE
                 difference, int8 = _write_onnx(model, card, file, inputs, expected, samples.labels.numpy(), quantize)
-                write_atomically(new / "README.md", _readme(card, samples.inputs.shape[1:], quantize))
+                write_atomically(new / "README.md", _readme(card, samples.inputs.shape, quantize))
             elif kind == "torch":
                 file = new / TORCH_FILE
                 difference = _write_program(model, file, inputs, expected)

@@ -8,7 +8,7 @@ from typing import Any
 from fleetfit.artifacts import ModelCard, RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Samples
 from fleetfit.device import DeviceMemory, shipped_model
 from fleetfit.pipeline import FleetResult
 from fleetfit.records import Record
@@ -44,7 +44,7 @@ def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samp
             )
     folder.write_table("cloud/front.csv", rows)
     last_step = job.refine.rounds + 3
-    form = samples.preprocessing
+    form = samples.inputs.form
     for cluster, report in result.reports.items():
         shape = result.candidates.candidates[result.choices[cluster].chosen].shape
         for device in report.devices:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fleetfit.config import DataConfig
 from fleetfit.data.partition import FleetData, Split, cut_rows, partition_rows, share_out
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Inputs, Samples
 from fleetfit.randomness import named_generator
 
 torch.set_num_threads(1)
@@ -26,11 +26,11 @@ def make_samples(number: int = 600) -> Samples:
     """A sample's input is its row number; its label follows from it."""
     rows = torch.arange(number)
     labels = (rows * 7919) % 104729 % NUM_CLASSES
-    return Samples(rows.float().reshape(number, 1, 1, 1), labels, tuple("abcdef"), 1)
+    return Samples(Inputs.of(rows.float().reshape(number, 1, 1, 1)), labels, tuple("abcdef"), 1)
 
 
 def rows_of(samples: Samples) -> list[int]:
-    return samples.inputs.flatten().int().tolist()
+    return samples.inputs[:].flatten().int().tolist()
 
 
 def parts_of(data: FleetData) -> dict[str, list[int]]:
@@ -82,7 +82,7 @@ def test_nobody_shares_a_sample_and_none_is_lost(config: DataConfig, sizes: list
     for split in (data.public, *data.edges.values(), *data.devices.values()):
         assert len(split.train) >= 1
         for part in (split.train, split.validation, split.test):
-            assert torch.equal(part.labels, samples.labels[part.inputs.flatten().long()])
+            assert torch.equal(part.labels, samples.labels[part.inputs[:].flatten().long()])
             assert part.label_names == samples.label_names
     assert all(len(edge.test) == 0 for edge in data.edges.values())
 

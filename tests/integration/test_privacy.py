@@ -131,7 +131,7 @@ class Caught:
     def images(self) -> Tensor:
         """Every private image, [sample, pixel]."""
         splits = [s for d in self.data.devices.values() for s in (d.train, d.validation, d.test)]
-        return torch.cat([s.inputs for s in splits]).flatten(1)
+        return torch.cat([s.inputs[:] for s in splits]).flatten(1)
 
     def labels(self) -> Iterator[Tensor]:
         """Every device's labels: of its splits, and of those that it learns from together."""
@@ -355,16 +355,16 @@ def counts_in_the_report(state: DeviceState, reply: Message) -> Message:
 
 
 def pixels(state: DeviceState) -> Tensor:
-    return ((state.data.train.inputs * 0.5 + 0.5) * 16).round()
+    return ((state.data.train.inputs[:] * 0.5 + 0.5) * 16).round()
 
 
 LEAKS: dict[str, tuple[Callable[[DeviceState, Message], Message], Callable[[Caught], None]]] = {
-    "inputs": (with_tensor("sketch.x", lambda s: s.data.train.inputs), check_image_bytes),
+    "inputs": (with_tensor("sketch.x", lambda s: s.data.train.inputs[:]), check_image_bytes),
     "one input": (with_tensor("sketch.x", lambda s: s.data.test.inputs[3]), check_image_values),
     "pixels as bytes": (with_tensor("sketch.x", lambda s: pixels(s).to(torch.uint8)), check_image_bytes),
     "in the weights": (an_image_in_the_weights, check_image_values),
     "scaled and shifted": (with_tensor("sketch.x", lambda s: 0.01 * pixels(s)[5] - 7), check_image_values),
-    "by columns": (with_tensor("sketch.x", lambda s: s.data.validation.inputs.flatten(1).T), check_image_values),
+    "by columns": (with_tensor("sketch.x", lambda s: s.data.validation.inputs[:].flatten(1).T), check_image_values),
     "as a part of a row": (
         with_tensor("sketch.x", lambda s: torch.cat([torch.rand(3), s.data.train.inputs[0].flatten(), torch.rand(9)])),
         check_image_values,

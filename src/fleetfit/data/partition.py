@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fleetfit.config import DataConfig
-from fleetfit.data.sources import Samples
+from fleetfit.data.samples import Samples
 from fleetfit.randomness import derive_seed, named_generator
 
 

@@ -3,8 +3,10 @@
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Shaped
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from fleetfit.records import Record
 
@@ -38,6 +40,15 @@ class Preprocessing(Record):
         """Model inputs from raw values."""
         mean, std = (np.asarray(numbers, np.float32).reshape(-1, 1, 1) for numbers in (self.mean, self.std))
         return (values.astype(np.float32) / np.float32(self.maximum) - mean) / std
+
+    def to_inputs(
+        self, values: Shaped[Tensor, "sample channel row column"]
+    ) -> Float32[Tensor, "sample channel row column"]:
+        """The same of tensors, on whatever device they are."""
+        mean, std = (
+            values.new_tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in (self.mean, self.std)
+        )
+        return (values.float() / self.maximum - mean) / std
 
     @property
     def words(self) -> str:

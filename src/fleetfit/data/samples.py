@@ -1,0 +1,75 @@
+"""Labelled samples: raw values stay as they are kept, and become a model's inputs when rows of them are looked up."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from fleetfit.data.preprocessing import Preprocessing
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Some rows of a store, as a model takes them; many owners share one store, which may be memory-mapped.
+
+    Attributes:
+        store: Pixels [sample channel row column] as bytes, token ids [sample token], or inputs that are ready.
+        index: Which rows of the store these are.
+        form: How pixels become inputs; None: the store holds inputs.
+    """
+
+    store: Shaped[Tensor, "stored ..."]
+    index: Int[Tensor, " sample"]
+    form: Preprocessing | None = None
+
+    @classmethod
+    def of(cls, store: Shaped[Tensor, "sample ..."], form: Preprocessing | None = None) -> "Inputs":
+        """All rows of a store."""
+        return cls(store, torch.arange(len(store)), form)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, rows: Int[Tensor, " row"] | slice) -> Shaped[Tensor, "row ..."]:
+        values = self.store[self.index[rows]]
+        return values if self.form is None else self.form.to_inputs(values)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one input."""
+        return tuple(self.store.shape[1:])
+
+    def only(self, rows: Int[Tensor, " row"]) -> "Inputs":
+        """Some of these; the store is shared."""
+        return replace(self, index=self.index[rows])
+
+    def batches(self, size: int = BATCH) -> Iterator[Shaped[Tensor, "row ..."]]:
+        """All inputs in order, at least one batch, which may be empty."""
+        for rows in torch.split(torch.arange(len(self)), size):
+            yield self[rows]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Model inputs and labels of some samples, and what a sample weighs at rest, on average."""
+
+    inputs: Inputs
+    labels: Int[Tensor, " sample"]
+    label_names: tuple[str, ...]
+    raw_bytes_per_sample: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the task, present here or not."""
+        return len(self.label_names)
+
+    def rows(self, rows: Int[Tensor, " row"]) -> "Samples":
+        """Some of the samples."""
+        return replace(self, inputs=self.inputs.only(rows), labels=self.labels[rows])
