@@ -19,6 +19,7 @@ from fleetfit.elastic_training import (
     random_importance,
     removal_importance,
     reorder_by,
+    second_order,
     specialise,
     taylor_importance,
     train_elastic,
@@ -212,6 +213,8 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
     importance: LayerImportance
     if config.importance == "taylor":
         importance = taylor_importance(elastic, header, samples)
+    elif config.importance == "second_order":
+        importance = second_order(elastic, header, samples, named_generator(job.seed, "importance", "curvature"))
     elif config.importance == "exact":
         importance = removal_importance(elastic, header, samples, lambda i, n: progress(i, n, "removing each part"))
     else:

@@ -217,7 +217,11 @@ class BackboneConfig(Section):
 
     widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.25, 0.5, 0.75, 1.0), min_length=1)
     depths: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="default: 1 to the reference's layers")
-    importance: Literal["taylor", "exact", "random"] = Field("taylor", description="Eqs. 6-8; random: for comparison")
+    importance: Literal["second_order", "taylor", "exact", "random"] = Field(
+        "second_order",
+        description="of heads and neurons. taylor: Eq. 8; second_order: with the loss's curvature; exact: Eqs. 6-7, "
+        "slow; random: for comparison",
+    )
     importance_samples: Steps = 512
     depth_order: Literal["auto", "spread", "first"] = Field("auto", description="which layers a shallower model keeps")
     distillation: Literal["joint", "paper"] = Field("joint", description="joint: one stage; paper: Eq. 9's two stages")
