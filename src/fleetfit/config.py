@@ -27,6 +27,7 @@ from fleetfit.records import OPERATIONS, FixedHeaderKind, Operation, Record
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 PAPER: dict[str, dict[str, Any]] = {
+    "model": {"header": "linear"},
     "backbone": {
         "importance": "taylor",
         "depth_order": "spread",
@@ -115,6 +116,11 @@ class ModelConfig(Section):
     config: dict[str, Any] = Field(
         SMALL_CONFIGS["vit"],
         description="keys of the family's Hugging Face configuration; those left out are a small model's for digits",
+    )
+    header: Literal["pooled", "linear"] = Field(
+        "pooled",
+        description="the reference's own header, which is distilled with the backbone. linear: reads [CLS]; pooled: "
+        "reads a pooled grid of projected tokens too, without which narrow and shallow backbones are far worse",
     )
     epochs: Steps = Field(60, description="training epochs of the reference on the public split")
     batch_size: Steps = 32
