@@ -73,6 +73,8 @@ class Plan:
         for name in ("batch_size", "repeats", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.torch_device):
+            raise ValueError(f"--torch-device must be cpu, cuda or cuda:<number>, got {self.torch_device!r}")
 
 
 class Point(Record):
@@ -198,7 +200,7 @@ def find_meter(torch_device: str, folder: Path = POWERCAP) -> tuple[PowerMeter |
     try:
         meter: PowerMeter = NvidiaMeter(_gpu_id(torch_device)) if torch_device != "cpu" else RaplMeter(folder)
     except PermissionError as error:
-        return None, f"{error.filename} may not be read; ask root for it: chmod a+r {error.filename}"
+        return None, f"{error.filename} may be read by root only"
     except (OSError, ValueError) as error:
         return None, str(error)
     return meter, meter.name
@@ -374,7 +376,7 @@ def fit_profile(
     num_patches: int,
     idle_watts: float | None,
     given_watts: float | None,
-    no_power: str,
+    power_said: str,
     hardware: str,
     how: str,
 ) -> Profiling:
@@ -388,7 +390,7 @@ def fit_profile(
         num_patches: p of the model.
         idle_watts: Power at rest, if it was read.
         given_watts: Power that a person says.
-        no_power: Why power was not measured.
+        power_said: What measured power, or why nothing did.
         hardware: What was measured.
         how: How it was measured, a sentence.
     """
@@ -400,14 +402,14 @@ def fit_profile(
         power = fit_line(shapes, watts)
         base, per_patch = split_power(power.intercept, num_patches, idle_watts)
         constants = (base, power.slope, per_patch)
-        note = f"measured, {no_power}"
+        note = f"measured, {power_said}"
     elif given_watts is not None:
         constants = (given_watts, 0.0, 0.0)
         note = f"not measured: {given_watts:g} W were given, constant"
     else:
         paper = ready_profiles()["paper"]
         constants = (paper.power_watts, paper.power_slope_watts, paper.patch_power_watts)
-        note = f"not measured ({no_power}): the paper's constants stand in"
+        note = f"not measured ({power_said}): the paper's constants stand in"
     fitted = f"R^2 of T {latency.r_squared:.3f}, worst error {latency.worst_error:.1%} over {len(points)} shapes."
     profile = Profile(
         name=name,
@@ -443,8 +445,9 @@ def profile_machine(
     """
     if given_watts is not None and not 0 < given_watts < float("inf"):
         raise ValueError(f"--watts must be finite and > 0, got {given_watts:g}")
-    if plan.torch_device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--torch-device {plan.torch_device} is not there: PyTorch sees no CUDA GPU")
+    number = torch.cuda.device_count()
+    if plan.torch_device != "cpu" and (torch.device(plan.torch_device).index or 0) >= number:
+        raise ValueError(f"--torch-device {plan.torch_device} is not there: PyTorch sees {number} CUDA GPUs")
     elastic = ElasticBackbone(reference)
     shapes = choose_shapes(elastic, widths, depths)
     meter, said = (None, "watts were given") if given_watts is not None else find_meter(plan.torch_device)
@@ -469,7 +472,7 @@ def hardware_name(plan: Plan) -> str:
     """What runs the model, as the machine calls it."""
     if plan.torch_device != "cpu":
         return torch.cuda.get_device_name(torch.device(plan.torch_device))
-    return f"{_processor()}, {usable_cores()} of {os.cpu_count()} cores usable, {platform.machine()}"
+    return f"{_processor()}, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def _processor() -> str:
@@ -479,11 +482,6 @@ def _processor() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
     return next(filter(None, names), "") or platform.processor() or "CPU"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_target(path: Path) -> None:
