@@ -65,6 +65,7 @@ def fake_run(job: Job, out: str | Path, progress: Progress) -> dict[str, Any]:
 def shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(local, "run", fake_run)
+    monkeypatch.setattr(profiling, "MOST_REPEATS", 2)
     monkeypatch.setattr(cli, "_build_report", lambda folder: folder / "report.html")
 
     def invoke(*arguments: object) -> Any:

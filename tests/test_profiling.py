@@ -119,7 +119,7 @@ def test_latency_is_the_median_of_timed_passes_for_a_thousand_samples(
         return (100, 100, 1, 50, 3)[number] * volume(shape)  # slow while warming up; one interruption
 
     machine = on(Machine(seconds), monkeypatch)
-    points, _ = measure(tiny, SHAPES, Plan(batch_size=4, repeats=3, warm_up=2), clock=machine.clock)
+    points, _ = measure(tiny, SHAPES, Plan(batch_size=4, repeats=3, warm_up=2, latency_seconds=0), clock=machine.clock)
     assert [p.latency_seconds for p in points] == [pytest.approx(3 * volume(s) * 1000 / 4) for s in SHAPES]
 
 
@@ -127,9 +127,18 @@ def test_passes_go_round_so_that_a_steady_drift_hits_all_shapes_alike(
     tiny: ElasticBackbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = on(Machine(lambda m, shape: 1.0 + len(m.runs)), monkeypatch)
-    points, _ = measure(tiny, SHAPES, Plan(batch_size=1, repeats=2, warm_up=2), clock=machine.clock)
+    points, _ = measure(tiny, SHAPES, Plan(batch_size=1, repeats=2, warm_up=2, latency_seconds=0), clock=machine.clock)
     assert machine.runs == [*SHAPES, *reversed(SHAPES)] * 2
     assert len({p.latency_seconds for p in points}) == 1
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(10.0, 3), (0.5, 5), (1e-6, profiling.MOST_REPEATS)])
+def test_small_models_are_timed_more_often(
+    tiny: ElasticBackbone, monkeypatch: pytest.MonkeyPatch, seconds: float, repeats: int
+) -> None:
+    machine = on(Machine(lambda m, s: seconds), monkeypatch)
+    measure(tiny, SHAPES, Plan(repeats=3, warm_up=1, latency_seconds=10.0), clock=machine.clock)
+    assert {machine.runs.count(s) for s in SHAPES} == {1 + repeats}
 
 
 def test_power_is_read_shape_by_shape_and_at_rest(tiny: ElasticBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,7 +160,7 @@ def test_threads_are_set_while_measuring_and_put_back(tiny: ElasticBackbone, mon
 
 def test_progress_of_each_phase_ends_at_its_total(tiny: ElasticBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     machine, calls = on(Machine(lambda m, s: 1.0), monkeypatch), []
-    plan = Plan(repeats=2, warm_up=1)
+    plan = Plan(repeats=2, warm_up=1, latency_seconds=0)
     measure(
         tiny,
         SHAPES,
@@ -161,7 +170,7 @@ def test_progress_of_each_phase_ends_at_its_total(tiny: ElasticBackbone, monkeyp
         lambda phase, done, total, note="": calls.append((phase, done, total)),
     )
     last = {phase: (done, total) for phase, done, total in calls}
-    assert last == {"model": (1, 1), "latency": (12, 12), "power": (5, 5)}
+    assert last == {"model": (1, 1), "latency": (3, 3), "power": (5, 5)}
 
 
 # -- shapes and models ------------------------------------------------------------------------------------------------

@@ -391,7 +391,9 @@ def profile(
     ] = "",
     depths: Annotated[str, typer.Option("--depths", metavar="D,D,...", help="Numbers of layers. Default: four.")] = "",
     batch_size: Annotated[int, typer.Option("--batch", help="Samples of one forward pass.", min=1)] = 4,
-    repeats: Annotated[int, typer.Option("--repeats", help="Timed passes of each shape.", min=1)] = 5,
+    repeats: Annotated[
+        int, typer.Option("--repeats", help="Timed passes of each shape; small models: more.", min=1)
+    ] = 5,
     threads: Annotated[
         int | None, typer.Option("--threads", help="CPU threads. Default: run.threads of the job, or 1.", min=1)
     ] = None,

@@ -38,6 +38,7 @@ MODELS: dict[str, JsonDict] = {
     "dinov2": {**SMALL, "mlp_ratio": 4, "patch_size": 14},
 }
 POWERCAP = Path("/sys/class/powercap")
+MOST_REPEATS = 200
 NUM_STEPS = 4  # of widths and of depths, where none are asked for
 
 
@@ -55,8 +56,10 @@ class Plan:
 
     Attributes:
         batch_size: Samples of one forward pass.
-        repeats: Timed passes of each shape; the median counts.
-        warm_up: Passes of each shape before, which nobody times.
+        repeats: Timed passes of each shape, at least; the median counts.
+        warm_up: Passes of each shape before, which do not count.
+        latency_seconds: Small models repeat more often, about as long as this: a median of a few milliseconds says
+            what else ran on the machine just then.
         power_seconds: How long each shape runs while power is read.
         threads: CPU threads.
         torch_device: Hardware that runs the model, as PyTorch names it: cpu, cuda, cuda:1.
@@ -65,6 +68,7 @@ class Plan:
     batch_size: int = 4
     repeats: int = 5
     warm_up: int = 2
+    latency_seconds: float = 10.0
     power_seconds: float = 2.0
     threads: int = 1
     torch_device: str = "cpu"
@@ -311,16 +315,20 @@ def _time(
     models: Sequence[nn.Module], inputs: Tensor, plan: Plan, clock: Clock, progress: Progress
 ) -> list[list[float]]:
     seconds: list[list[float]] = [[] for _ in models]
-    rounds, done = plan.warm_up + plan.repeats, 0
-    for number in range(rounds):
+    rounds, number = plan.warm_up + plan.repeats, 0
+    while number < rounds:
+        round_since = clock.now()
         order = range(len(models)) if number % 2 == 0 else reversed(range(len(models)))
         for i in order:
             since = clock.now()
             _forward(models[i], inputs)
             if number >= plan.warm_up:
                 seconds[i].append(clock.now() - since)
-            done += 1
-            progress("latency", done, rounds * len(models), f"round {number + 1} of {rounds}")
+        number += 1
+        if number == plan.warm_up:
+            more = plan.latency_seconds / max(clock.now() - round_since, 1e-9)
+            rounds = plan.warm_up + max(plan.repeats, min(MOST_REPEATS, int(more)))
+        progress("latency", number, rounds, f"round {number} of {rounds}")
     return seconds
 
 
@@ -464,7 +472,7 @@ def _how(elastic: ElasticBackbone, plan: Plan) -> str:
     return (
         f"{elastic.backbone.family} of {elastic.num_layers} layers, {elastic.hidden_size} channels, "
         f"{elastic.num_heads} heads, {rows * columns} patches; forward passes of {plan.batch_size} samples in 32 bits, "
-        f"{threads}median of {plan.repeats}; PyTorch {torch.__version__}; {date.today().isoformat()}."
+        f"{threads}median of {plan.repeats} or more; PyTorch {torch.__version__}; {date.today().isoformat()}."
     )
 
 
