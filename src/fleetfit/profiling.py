@@ -137,8 +137,8 @@ class RaplMeter:
 
     def __init__(self, folder: Path = POWERCAP, clock: Clock | None = None) -> None:
         self.clock = clock or Clock()
-        # intel-rapl:0 is a package, also on AMD; intel-rapl:0:0 a part of it; psys and mmio count the same once more.
-        zones = [z for z in sorted(folder.glob("intel-rapl:*")) if z.name.count(":") == 1]
+        # Also on AMD. Other zones are parts of a package (core, dram), or count it once more (psys, intel-rapl-mmio).
+        zones = sorted(folder.glob("intel-rapl:*"))
         self.packages = [z for z in zones if (z / "name").read_text(encoding="ascii").startswith("package")]
         if not self.packages:
             raise FileNotFoundError(f"no energy counter in {folder}")
