@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from fleetfit.profiles import Profile, find_profile
 from fleetfit.records import OPERATIONS, FixedHeaderKind, Operation, Record
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -176,13 +177,37 @@ class DeviceGroup(Section):
     storage_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
         description="C_n, bytes or '300 KB'"
     )
-    gpu_capacity: Annotated[tuple[Watts, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
-        (100.0,), description="G_n, watts"
+    gpu_capacity: Annotated[tuple[Watts, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = Field(
+        (100.0,), description="G_n, watts; the other constants are those of fleet.energy"
     )
+    profile: Profile | None = Field(
+        None, description="in place of gpu_capacity: a ready profile's name, a profile's .toml file, or its table"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _power_from_one_place(cls, value: object) -> object:
+        if not isinstance(value, dict) or value.get("profile") is None:
+            return value
+        if value.get("gpu_capacity") is not None:
+            raise ValueError("gpu_capacity must be left out with profile, which has the power of the device")
+        return {**value, "gpu_capacity": None}
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _whole_profile(cls, value: object) -> object:
+        """A name or a file becomes what it stands for, so that the resolved job needs neither."""
+        return find_profile(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _some_power(self) -> "DeviceGroup":
+        if self.gpu_capacity is None and self.profile is None:
+            raise ValueError("gpu_capacity must be given where there is no profile")
+        return self
 
 
 class EnergyConfig(Section):
-    """Constants of Eqs. 1-2, relative to each device's G_n and L."""
+    """Constants of Eqs. 1-2, relative to each device's G_n and L; a device with a profile has its own."""
 
     power_slope_share: float = Field(0.1, ge=0, description="dG / G_n")
     patch_power_share: float = Field(0.5, ge=0, description="G_beta / G_n")
@@ -359,6 +384,7 @@ RULES = {
     "too_short": "must have at least {min_length} item",
     "string_pattern_mismatch": "must be letters, digits, '-', '_' and '.', the first a letter or digit",
     "string_type": "must be a text",
+    "string_too_short": "must not be empty",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "int_type": "must be an integer",
