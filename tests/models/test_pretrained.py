@@ -168,7 +168,7 @@ def no_json(folder: Path) -> None:
         (no_weights, "its weights cannot be read: .*no file named model.safetensors"),
         (no_config, "the folder has no config.json"),
         (no_json, "config.json cannot be read: "),
-        (with_config(model_type="swin"), "is a 'swin', which is not supported; supported are vit, deit, dinov2$"),
+        (with_config(model_type="swin"), "is a 'swin', which is not supported; supported are vit, deit, dinov2, bert, "),
         (with_config(model_type=None), "is a None, which is not supported; supported are vit"),
         (with_config(model_type="deit"), r"is a 'deit', but model\.family is 'vit'; set model\.family = 'deit'$"),
         (with_config(hidden_size=0), r"model\.config\.hidden_size must be an integer >= 1, got 0"),
