@@ -104,9 +104,9 @@ def _trimmed(backbone: Backbone, tokens: Int[Tensor, " token"] | None, num_token
     token_key, position_key = f"{family.token_embedding}.weight", f"{family.position_embedding}.weight"
     state[token_key] = state[token_key][rows]
     first, last = family.first_position(old), family.first_position(old) + (num_tokens or has)
-    positions = smaller.model.state_dict()[position_key]
-    positions[family.first_position(smaller.model.config) :] = state[position_key][first:last]
-    smaller.model.load_state_dict(state | {position_key: positions}, strict=True)
+    unused = state[position_key].new_zeros(family.first_position(smaller.model.config), old.hidden_size)
+    state[position_key] = torch.cat([unused, state[position_key][first:last]])
+    smaller.model.load_state_dict(state, strict=True)
     return smaller
 
 
