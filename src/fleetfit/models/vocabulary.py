@@ -65,7 +65,7 @@ def trim_vocabulary(tokenizer_json: str, texts: Iterable[str], num_frequent: int
     model["vocab"] = {token: number[token] for token in order if token in model["vocab"]}
     for token in parts["added_tokens"]:
         token["id"] = number[token["content"]]
-    if padding:
+    if padding.get("pad_token") in number:
         padding["pad_id"] = number[padding["pad_token"]]
     _renumber(parts.get("post_processor") or {}, number)
     return TrimmedVocabulary(
