@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from digits_tables import CHOICES, HEADER_BACKBONES, HEADER_METHODS, HEADER_SHAPES, SETTINGS, markdown
+from digits_tables import CHOICES, HEADER_BACKBONES, HEADER_METHODS_OF, HEADER_SHAPES, SETTINGS, markdown
 from scipy.stats import spearmanr
 
 from fleetfit.artifacts import Ledger, StepFolder, content_hash, write_atomically
@@ -311,7 +311,7 @@ def header_part(b: Bench) -> dict[str, Any]:
         backbone = elastic.extract(BackboneShape(width=width, depth=depth)).eval()
         train, validation = cached_features(backbone, views), cached_features(backbone, edge.validation)
         test = cached_features(backbone, unseen)
-        for method in HEADER_METHODS:
+        for method in HEADER_METHODS_OF[variant]:
             result = search_header(
                 method.removesuffix(" alone"),
                 train,
