@@ -43,6 +43,7 @@ from fleetfit.cloud import (
     train_reference,
 )
 from fleetfit.config import PAPER, Job, make_job
+from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
@@ -303,7 +304,9 @@ def header_part(b: Bench) -> dict[str, Any]:
     cluster = next(iter(b.fleet))
     edge = b.data.edges[cluster]
     config = b.job.header
-    views = with_views(edge.train, config.views, 1, named_generator(b.seed, "views", cluster))
+    views = with_views(
+        edge.train, config.views, Augmentation(shift_pixels=1), named_generator(b.seed, "views", cluster)
+    )
     figures: dict[str, Any] = {}
     made = {v: elastic_of(b.job_of(v), b.elastic(v), 10) for v in HEADER_BACKBONES}
     for variant, (width, depth) in itertools.product(HEADER_BACKBONES, HEADER_SHAPES):
