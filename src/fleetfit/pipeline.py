@@ -68,7 +68,9 @@ def run_cloud(
     reference = steps.step(
         "reference/cloud",
         Reference,
-        lambda: cache.step(_reference_key(job), Reference, lambda: cloud.train_reference(job, public, of("reference"))),
+        lambda: cache.step(
+            _reference_key(job, public), Reference, lambda: cloud.train_reference(job, public, of("reference"))
+        ),
     )
     elastic = steps.step(
         "elastic/cloud", Elastic, lambda: cloud.make_elastic(job, reference, public, of("elastic training"))
@@ -203,10 +205,11 @@ def _report(
     )
 
 
-def _reference_key(job: Job) -> str:
-    """Changes with what the reference depends on: its own settings, its start, which samples are public, the seed."""
+def _reference_key(job: Job, public: Split) -> str:
+    """Changes with what the reference depends on: its own settings, its start, the public samples, the seed."""
     start = fingerprint(job.model.pretrained) if job.model.pretrained else ""
-    return f"reference/{content_hash(job.model.model_dump(), start, _public_data(job), job.seed)}"
+    shares = job.data.model_dump(include={"public_share", "test_share", "edge_share", "validation_share"})
+    return f"reference/{content_hash(job.model.model_dump(), start, public.train.fingerprint, shares, job.seed)}"
 
 
 def _num_patches(job: Job, reference: Reference) -> int:
@@ -214,8 +217,3 @@ def _num_patches(job: Job, reference: Reference) -> int:
     with torch.device("meta"):
         rows, columns = Backbone(job.model.family, reference.config).feature_shape.grid
     return rows * columns
-
-
-def _public_data(job: Job) -> dict[str, object]:
-    """The data settings that decide which samples are public; how the devices' share is split among them is not one."""
-    return job.data.model_dump(exclude={"split", "classes_per_device", "alpha", "device_test_share"})

@@ -9,6 +9,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import fleetfit
 from fleetfit.config import SMALL_CONFIGS, ModelConfig, make_job
+from fleetfit.data.partition import share_out
+from fleetfit.data.sources import load_samples
 from fleetfit.engines import local
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.families import FAMILIES
@@ -98,10 +100,11 @@ def test_other_weights_in_the_same_folder_are_another_reference(tmp_path: Path) 
     from fleetfit.pipeline import _reference_key
 
     job = make_job(fields(tmp_path, pretrained=str(folder_of_a_vit(tmp_path / "vit"))))
-    before = _reference_key(job)
-    assert _reference_key(job) == before
+    public = share_out(load_samples(job), job.data, {"all": ["all-1"]}, 0).public
+    before = _reference_key(job, public)
+    assert _reference_key(job, public) == before
     folder_of_a_vit(tmp_path / "vit", hidden_size=32)
-    assert _reference_key(job) != before
+    assert _reference_key(job, public) != before
 
 
 @pytest.mark.parametrize(
