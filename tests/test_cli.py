@@ -16,11 +16,13 @@ import pytest
 from typer.testing import CliRunner
 
 import fleetfit
-from fleetfit import cli, terminal
+from fleetfit import cli, profiling, terminal
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.engines import local
 from fleetfit.job_text import explained_toml
 from fleetfit.messages import Progress
+from fleetfit.profiles import find_profile, ready_profiles
+from fleetfit.records import BackboneShape
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPE = REPOSITORY / "recipes" / "digits.toml"
@@ -63,6 +65,7 @@ def fake_run(job: Job, out: str | Path, progress: Progress) -> dict[str, Any]:
 def shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(local, "run", fake_run)
+    monkeypatch.setattr(profiling, "MOST_REPEATS", 2)
     monkeypatch.setattr(cli, "_build_report", lambda folder: folder / "report.html")
 
     def invoke(*arguments: object) -> Any:
@@ -183,7 +186,15 @@ def test_dry_run_as_json(shell: Any) -> None:
     assert make_job(json.loads(shell("run", RECIPE, "--dry-run", "--json").stdout)) == load_job(RECIPE)
 
 
-@pytest.mark.parametrize("fields", [{}, {"method": "paper"}, {"model": {"config": {"hidden_act": "# no"}}}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"method": "paper"},
+        {"model": {"config": {"hidden_act": "# no"}}},
+        {"fleet": {"devices": [{"storage_limit": 5, "profile": "nvidia-t4"}]}},
+    ],
+)
 def test_the_explained_job_is_the_job(fields: dict[str, Any]) -> None:
     job = make_job(fields)
     assert make_job(tomllib.loads(explained_toml(job))) == job
@@ -344,14 +355,132 @@ def test_doctor_wants_a_cache_that_can_be_written(shell: Any, monkeypatch: pytes
     assert "set run.cache to a folder of yours" in result.stdout
 
 
+# -- profile ----------------------------------------------------------------------------------------------------------
+
+TINY_PROFILE = (
+    "profile",
+    "--job",
+    RECIPE,
+    "--widths",
+    "0.5,1",
+    "--depths",
+    "1,2,3",
+    "--repeats",
+    "1",
+    "--watts",
+    "7.5",
+)
+
+
+def test_profile_shows_measured_beside_predicted_and_writes_what_a_job_can_name(shell: Any) -> None:
+    result = shell(*TINY_PROFILE, "-o", "boards/kitchen.toml")
+    assert result.exit_code == 0, result.stderr
+    profile = find_profile("boards/kitchen.toml")
+    assert (profile.name, profile.power_watts) == ("kitchen", 7.5)
+    rows = re.findall(r"^ (0\.5|1) × (\d) +([\d.e-]+) +([\d.e-]+) +([+-][\d.]+)% $", result.stdout, re.MULTILINE)
+    assert [row[:2] for row in rows] == [(w, d) for w in ("0.5", "1") for d in "123"]
+    for width, depth, measured, predicted, error in rows:
+        fitted = profile.latency_seconds + profile.latency_slope_seconds * float(width) * int(depth)
+        assert float(predicted) == pytest.approx(fitted, rel=1e-2)
+        assert float(predicted) / float(measured) - 1 == pytest.approx(float(error) / 100, abs=2e-3)
+    assert re.search(r"^time:    T = .* w d seconds, R² -?\d\.\d+, worst error [\d.]+%$", result.stdout, re.MULTILINE)
+    assert "power:   not measured: 7.5 W were given, constant" in result.stdout
+    assert 'profile = "boards/kitchen.toml"' in result.stdout
+    assert [line for line in result.stderr.splitlines() if line.endswith(" ...")] == [
+        "libraries ...",
+        "model ...",
+        "latency ...",
+    ]
+
+
+def test_profile_as_json_is_json_alone(shell: Any) -> None:
+    told = json.loads(shell(*TINY_PROFILE, "--json").stdout)
+    assert find_profile("profile.toml").model_dump() == told["profile"]
+    assert set(told["latency"]) == {"intercept", "slope", "r_squared", "worst_error"}
+    assert (told["power"], len(told["points"])) == (None, 6)
+    point = told["points"][3]
+    assert point["shape"] == {"width": 1.0, "depth": 1}
+    assert point["predicted_latency_seconds"] == pytest.approx(told["latency"]["intercept"] + told["latency"]["slope"])
+
+
+def test_profile_says_when_the_formula_says_a_machine_badly(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [BackboneShape(width=w, depth=d) for w in (0.5, 1.0) for d in (1, 3)]
+
+    def machine(flat: bool) -> Callable[..., Any]:
+        def measured(name: str, *_: object) -> Any:
+            points = [
+                profiling.Point(shape=s, latency_seconds=float(s.depth * (1 if flat else s.width)), power_watts=9.0)
+                for s in shapes
+            ]
+            return profiling.fit_profile(name, points, 4, 3.0, None, "a meter", "h", "How.")
+
+        return measured
+
+    monkeypatch.setattr(profiling, "profile_machine", machine(flat=True))
+    result = shell("profile")
+    assert "poor: was the machine busy?" in result.stdout
+    assert (
+        "power:   P = 3 + 0 w d + 1.5 p watts, R² 1.000, worst error 0.0%\n         measured, a meter\n"
+        in result.stdout
+    )
+    monkeypatch.setattr(profiling, "profile_machine", machine(flat=False))
+    assert "poor" not in shell("profile").stdout
+
+
+def test_profile_without_power_says_what_stands_in(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "find_meter", lambda torch_device: (None, "no counter here"))
+    result = shell(*TINY_PROFILE[:-2])
+    assert "power:   not measured (no counter here): the paper's constants stand in\n" in result.stdout
+    assert "give --watts if you know them" in result.stdout
+
+
+def test_profile_list(shell: Any) -> None:
+    result = shell("profile", "--list")
+    assert result.stderr == ""
+    for name, profile in ready_profiles().items():
+        assert f"{name}\n  {profile.hardware}\n" in result.stdout
+        assert f"  {profile.source}\n" in result.stdout
+    assert json.loads(shell("profile", "--list", "--json").stdout)["nvidia-t4"]["power_watts"] == 70
+    assert not Path("profile.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--widths", "a,b"), 2, "must be numbers with commas between them"),
+        (("--depths", "0.5"), 2, "must be numbers with commas between them"),
+        (("--repeats", "0"), 2, "--repeats"),
+        (("--job", RECIPE, "--family", "vit"), 2, "a job says its family itself"),
+        (("--family", "bert"), 1, "error: --family must be one of vit, deit, dinov2, got 'bert'"),
+        (("--torch-device", "tpu"), 1, "error: --torch-device must be cpu, cuda or cuda:<number>, got 'tpu'"),
+        (("--job", RECIPE, "--watts", "-1"), 1, "error: --watts must be finite and > 0, got -1"),
+        (("--job", RECIPE, "--depths", "7"), 1, "error: --depths must be in 1..6, the model's layers, got 7"),
+        (("--job", "none.toml"), 1, "error: none.toml: No such file or directory"),
+        (("--out", "job.json"), 1, "error: --out must end in .toml"),
+        (("--out", RECIPE), 1, "is no device profile: "),
+    ],
+)
+def test_profile_refuses(shell: Any, arguments: tuple[object, ...], code: int, message: str) -> None:
+    recipe = RECIPE.read_bytes()
+    result = shell("profile", *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert not Path("profile.toml").exists()
+    assert RECIPE.read_bytes() == recipe
+
+
 def test_help_teaches(shell: Any) -> None:
     top = shell("--help").stdout
     assert all(
-        word in top for word in ("run", "report", "export", "predict", "doctor", "fleetfit run recipes/digits.toml")
+        word in top
+        for word in ("run", "report", "export", "predict", "profile", "doctor", "fleetfit run recipes/digits.toml")
     )
     text = shell("run", "--help").stdout
     for word in ("report.html", "devices/<device>/", "--dry-run", "To go on", "fleetfit run recipes/digits.toml"):
         assert word in text
+    text_of_profile = shell("profile", "--help").stdout
+    for word in ("RAPL", "fleetfit profile --list", "[[fleet.devices]]", 'profile = "boards/kitchen.toml"'):
+        assert word in text_of_profile
     keys = re.findall(r"^ +([a-z]+(?:\.[a-z_]+)?)   ", text.partition("keys that matter")[2], re.MULTILINE)
     assert len(keys) >= 10
     for key in keys:

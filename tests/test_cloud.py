@@ -222,12 +222,15 @@ def test_sizes_are_those_of_the_files_that_safetensors_writes(trained: Trained, 
     assert len({c.size_bytes for c in found}) == 4
 
 
+POOLED = HeaderSpec(kind="blocks", channels=16, pooling=2)  # the grid of 4x4 images in patches of 2x2
+
+
 @pytest.mark.parametrize("steps", [0, 2])
 def test_what_is_sent_to_a_cluster_is_the_cut_model(trained: Trained, steps: int) -> None:
     job = make(backbone={"specialise_steps": steps})
     shape = BackboneShape(width=0.5, depth=1)
     sent = cut_and_specialise(job, trained.reference, trained.elastic, trained.public, "a", shape, quiet)
-    assert (sent.cluster, sent.family, sent.labels, sent.header) == ("a", "vit", ("a", "b", "c"), HeaderSpec())
+    assert (sent.cluster, sent.family, sent.labels, sent.header) == ("a", "vit", ("a", "b", "c"), POOLED)
     backbone = Backbone(sent.family, sent.config).eval()
     backbone.model.load_state_dict(take(sent.tensors, "backbone"), strict=True)
     header = header_from_state(sent.header, backbone.feature_shape, 3, take(sent.tensors, "header"))

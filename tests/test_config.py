@@ -1,6 +1,7 @@
 """The job: defaults, presets, TOML in and out, and what is said about each kind of mistake."""
 
 import contextlib
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetfit.config import PAPER, UNITS, Job, load_job, make_job, parse_bytes, parse_override
+from fleetfit.config import PAPER, UNITS, DeviceGroup, Job, load_job, make_job, parse_bytes, parse_override
+from fleetfit.profiles import profile_toml, ready_profiles
 
 ONE_DEVICE = {"storage_limit": "1 MB"}
+PAPER_PROFILE = ready_profiles()["paper"].model_dump()
 
 
 def problems(fields: dict[str, Any]) -> list[str]:
@@ -40,6 +43,7 @@ def test_no_fields_at_all_are_a_valid_job() -> None:
         {},
         {"method": "paper"},
         {"fleet": {"devices": [{"count": 3, "storage_limit": ["120 KB", 5], "gpu_capacity": 7}], "num_clusters": 2}},
+        {"fleet": {"devices": [{"storage_limit": 5, "profile": "raspberry-pi-5"}, ONE_DEVICE]}},
         {"backbone": {"widths": [0.3, 1], "depths": [1, 2]}, "header": {"operations": ["conv1"]}},
         {"model": {"config": {"hidden_size": 32, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}}},
         {"model": {"family": "dinov2", "config": {"hidden_size": 32}}},
@@ -85,6 +89,65 @@ def test_a_pretrained_model_has_its_own_configuration() -> None:
     assert line == "model: config must be left out with pretrained, which has its own"
     # How deep it is, is not known before it is loaded.
     assert make_job({"model": {"pretrained": "x"}, "backbone": {"depths": [24]}}).backbone.depths == (24,)
+
+
+# -- device profiles ------------------------------------------------------------------------------------------------
+
+
+def group(**fields: object) -> DeviceGroup:
+    return make_job({"fleet": {"devices": [{**ONE_DEVICE, **fields}]}}).fleet.devices[0]
+
+
+def test_a_profile_stands_in_the_place_of_gpu_capacity() -> None:
+    named = group(profile="raspberry-pi-5")
+    assert (named.profile, named.gpu_capacity) == (ready_profiles()["raspberry-pi-5"], None)
+    assert (group().profile, group().gpu_capacity) == (None, (100.0,))
+
+
+def test_the_resolved_job_has_all_of_a_profile_and_needs_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "kitchen.toml"
+    path.write_text(profile_toml(ready_profiles()["jetson-nano"].model_copy(update={"name": "kitchen"})))
+    job = make_job({"fleet": {"devices": [{**ONE_DEVICE, "profile": str(path)}]}})
+    path.unlink()
+    for fields in (tomllib.loads(job.to_toml()), json.loads(job.model_dump_json())):
+        again = make_job(fields)
+        assert again == job
+        assert again.fleet.devices[0].profile == job.fleet.devices[0].profile
+        assert again.fleet.devices[0].profile.name == "kitchen"
+    assert str(path) not in job.to_toml()
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (
+            {"profile": "rasberry-pi-5"},
+            ".profile must be a ready profile or a .toml file, got 'rasberry-pi-5'; did you mean 'raspberry-pi-5'? "
+            "ready profiles: paper, ",
+        ),
+        ({"profile": "no/such.toml"}, ".profile is a file that cannot be read: No such file"),
+        ({"profile": "paper", "gpu_capacity": 5}, ": gpu_capacity must be left out with profile, which has the power"),
+        ({"profile": 3}, ".profile must be a table of keys, got 3"),
+        (
+            {"profile": PAPER_PROFILE | {"power_wats": 1}},
+            ".profile.power_wats is an unknown key; did you mean 'power_watts'?",
+        ),
+        ({"profile": PAPER_PROFILE | {"power_watts": -1}}, ".profile.power_watts must be >= 0, got -1"),
+        ({"profile": PAPER_PROFILE | {"power_watts": "1"}}, ".profile.power_watts must be a number, got '1'"),
+        ({"profile": PAPER_PROFILE | {"source": ""}}, ".profile.source must not be empty, got ''"),
+        ({"gpu_capacity": None}, ": gpu_capacity must be given where there is no profile"),
+    ],
+)
+def test_a_bad_profile_names_its_place(fields: dict[str, Any], line: str) -> None:
+    (told,) = problems({"fleet": {"devices": [{**ONE_DEVICE, **fields}]}})
+    assert told.startswith(f"fleet.devices.0{line}")
+
+
+def test_a_file_that_is_no_profile_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text("seed = 1")
+    (told,) = problems({"fleet": {"devices": [{**ONE_DEVICE, "profile": str(path)}]}})
+    assert told.startswith(f"fleet.devices.0.profile: {path} is no device profile: ")
 
 
 # -- the paper's preset -----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -18,6 +19,7 @@ from fleetfit.elastic_training import (
     removal_importance,
     reorder_by,
     sample_shapes,
+    second_order,
     specialise,
     taylor_importance,
     train_elastic,
@@ -120,6 +122,42 @@ def test_taylor_is_the_derivative_in_a_gate(model: Classifier, batch_size: int) 
             )
             expected = abs(float(((up - down) / (2 * step)).mean()))
             assert float(importance.neurons[layer][neuron]) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_second_order_adds_half_the_curvature_of_the_logits_in_a_gate(model: Classifier) -> None:
+    """Gauss-Newton by central differences of the logits; the estimate with many draws comes near it."""
+    model.double()
+    some = TRAIN.rows(torch.arange(40))
+    samples = Samples(Inputs.of(some.inputs[:].double()), some.labels, some.label_names, 16)
+    elastic, header, step = ElasticBackbone(model.backbone), model.header, 1e-4
+    found = second_order(elastic, header, samples, torch.Generator().manual_seed(0), batch_size=16, draws=300)
+    assert torch.equal(torch.stack(found.heads), torch.stack(taylor_importance(elastic, header, samples, 16).heads))
+
+    def logits_at(layer: int, neuron: int, value: float) -> Tensor:
+        with torch.no_grad(), elastic.gated({}, {layer: one_at(neuron, 8, value)}) as gated:
+            return header(gated(samples.inputs[:]))
+
+    for layer in range(3):
+        for neuron in range(8):
+            whole = logits_at(layer, neuron, 1.0)
+            slope = (logits_at(layer, neuron, 1 + step) - logits_at(layer, neuron, 1 - step)) / (2 * step)
+            share = whole.softmax(1)
+            wrong = share - torch.nn.functional.one_hot(samples.labels, share.shape[1])
+            curvature = (share * slope**2).sum(1) - (share * slope).sum(1) ** 2
+            expected = abs(float(0.5 * curvature.mean() - (wrong * slope).sum(1).mean()))
+            spread = 0.05 * float(curvature.mean())
+            assert float(found.neurons[layer][neuron]) == pytest.approx(expected, rel=0.02, abs=spread)
+
+
+def test_second_order_ranks_neurons_nearer_to_exact_removal(model: Classifier) -> None:
+    elastic, header = ElasticBackbone(model.backbone), model.header
+    exact = torch.cat(removal_importance(elastic, header, VALIDATION).neurons)
+
+    def rank_correlation(importance: LayerImportance) -> float:
+        return float(spearmanr(torch.cat(importance.neurons), exact).statistic)
+
+    second = rank_correlation(second_order(elastic, header, VALIDATION, torch.Generator().manual_seed(0)))
+    assert second > rank_correlation(taylor_importance(elastic, header, VALIDATION))
 
 
 def test_taylor_leaves_no_gradients_and_no_hooks(model: Classifier) -> None:

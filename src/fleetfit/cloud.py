@@ -19,6 +19,7 @@ from fleetfit.elastic_training import (
     random_importance,
     removal_importance,
     reorder_by,
+    second_order,
     specialise,
     taylor_importance,
     train_elastic,
@@ -38,6 +39,7 @@ from fleetfit.method.pareto_grid import choose, make_grid, pareto_front_grid
 from fleetfit.method.size import safetensors_size_bytes, zeta
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone
+from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import build_header, header_from_state
 from fleetfit.models.pretrained import load_pretrained
 from fleetfit.randomness import derive_seed, named_generator, seeded_init
@@ -46,9 +48,12 @@ from fleetfit.training import evaluate, fit, steps_per_epoch
 
 ProgressOf = Callable[[int, int, str], None]
 
+OWN_POOLING = 4  # cells a side
+TEXT_CHANNELS = 64  # one cell has to carry what sixteen do
+
 
 class Reference(Message):
-    """The trained reference theta_0 with its linear header. Tensors: ``backbone.*``, ``header.*``."""
+    """The trained reference theta_0 with its header. Tensors: ``backbone.*``, ``header.*``."""
 
     kind: ClassVar[str] = "reference"
     config: JsonDict
@@ -122,6 +127,19 @@ def shape_grid(job: Job, num_layers: int) -> tuple[BackboneShape, ...]:
     return tuple(BackboneShape(width=w, depth=d) for w in widths for d in sorted(set(depths)))
 
 
+def own_header(job: Job, shape: FeatureShape) -> HeaderSpec:
+    """The header that the reference is trained with, and all its sub-networks are distilled with.
+
+    Beyond: not only [CLS] is read. A narrow or shallow backbone has no time to gather all that matters in one token;
+    where it lies on the grid is half of what there is to know. Text, whose words may stand anywhere, is pooled to one.
+    """
+    if job.model.header == "linear":
+        return HeaderSpec()
+    if shape.grid[0] == 1:
+        return HeaderSpec(kind="blocks", channels=TEXT_CHANNELS, pooling=1)
+    return HeaderSpec(kind="blocks", channels=job.header.channels, pooling=min(OWN_POOLING, max(shape.grid)))
+
+
 def check_inputs(job: Job, backbone: Backbone, has: tuple[int, ...]) -> None:
     """Raises ValueError, with both numbers, if the model takes other inputs than the data has."""
     takes = backbone.input_shape
@@ -149,7 +167,8 @@ def train_reference(job: Job, public: Split, progress: ProgressOf) -> Reference:
             backbone = Backbone(model_config.family, dict(model_config.config))
         check_inputs(job, backbone, train.inputs.shape)
         shape_grid(job, backbone.num_layers)  # a depth that is not there is told now, not after the training
-        model = Classifier(backbone, build_header(HeaderSpec(), backbone.feature_shape, train.num_classes))
+        shape = backbone.feature_shape
+        model = Classifier(backbone, build_header(own_header(job, shape), shape, train.num_classes))
     shifts = named_generator(job.seed, "reference", "shifts")
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -187,7 +206,8 @@ def classifier_of(job: Job, result: Reference | Elastic, num_classes: int) -> Cl
     """The full-size model in a checkpoint."""
     backbone = Backbone(job.model.family, result.config)
     backbone.model.load_state_dict(take(result.tensors, "backbone"), strict=True)
-    header = header_from_state(HeaderSpec(), backbone.feature_shape, num_classes, take(result.tensors, "header"))
+    shape = backbone.feature_shape
+    header = header_from_state(own_header(job, shape), shape, num_classes, take(result.tensors, "header"))
     return Classifier(backbone, header)
 
 
@@ -212,6 +232,8 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
     importance: LayerImportance
     if config.importance == "taylor":
         importance = taylor_importance(elastic, header, samples)
+    elif config.importance == "second_order":
+        importance = second_order(elastic, header, samples, named_generator(job.seed, "importance", "curvature"))
     elif config.importance == "exact":
         importance = removal_importance(elastic, header, samples, lambda i, n: progress(i, n, "removing each part"))
     else:
@@ -354,7 +376,7 @@ def cut_and_specialise(
         family=job.model.family,
         config=model.backbone.config,
         labels=public.train.label_names,
-        header=HeaderSpec(),
+        header=model.header.spec,
         tensors=_tensors(model),
     )
 

@@ -22,11 +22,13 @@ from pydantic import (
     model_validator,
 )
 
+from fleetfit.profiles import Profile, find_profile
 from fleetfit.records import OPERATIONS, FixedHeaderKind, Operation, Record
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 PAPER: dict[str, dict[str, Any]] = {
+    "model": {"header": "linear"},
     "backbone": {
         "importance": "taylor",
         "depth_order": "spread",
@@ -115,6 +117,11 @@ class ModelConfig(Section):
     config: dict[str, Any] = Field(
         SMALL_CONFIGS["vit"],
         description="keys of the family's Hugging Face configuration; those left out are a small model's for digits",
+    )
+    header: Literal["pooled", "linear"] = Field(
+        "pooled",
+        description="the reference's own header, which is distilled with the backbone. linear: reads [CLS]; pooled: "
+        "reads a pooled grid of projected tokens too, without which narrow and shallow backbones are far worse",
     )
     epochs: Steps = Field(60, description="training epochs of the reference on the public split")
     batch_size: Steps = 32
@@ -211,13 +218,37 @@ class DeviceGroup(Section):
     storage_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
         description="C_n, bytes or '300 KB'"
     )
-    gpu_capacity: Annotated[tuple[Watts, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
-        (100.0,), description="G_n, watts"
+    gpu_capacity: Annotated[tuple[Watts, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = Field(
+        (100.0,), description="G_n, watts; the other constants are those of fleet.energy"
     )
+    profile: Profile | None = Field(
+        None, description="in place of gpu_capacity: a ready profile's name, a profile's .toml file, or its table"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _power_from_one_place(cls, value: object) -> object:
+        if not isinstance(value, dict) or value.get("profile") is None:
+            return value
+        if value.get("gpu_capacity") is not None:
+            raise ValueError("gpu_capacity must be left out with profile, which has the power of the device")
+        return {**value, "gpu_capacity": None}
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _whole_profile(cls, value: object) -> object:
+        """A name or a file becomes what it stands for, so that the resolved job needs neither."""
+        return find_profile(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _some_power(self) -> "DeviceGroup":
+        if self.gpu_capacity is None and self.profile is None:
+            raise ValueError("gpu_capacity must be given where there is no profile")
+        return self
 
 
 class EnergyConfig(Section):
-    """Constants of Eqs. 1-2, relative to each device's G_n and L."""
+    """Constants of Eqs. 1-2, relative to each device's G_n and L; a device with a profile has its own."""
 
     power_slope_share: float = Field(0.1, ge=0, description="dG / G_n")
     patch_power_share: float = Field(0.5, ge=0, description="G_beta / G_n")
@@ -258,7 +289,11 @@ class BackboneConfig(Section):
 
     widths: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field((0.25, 0.5, 0.75, 1.0), min_length=1)
     depths: tuple[Annotated[int, Field(ge=1)], ...] = Field((), description="default: 1 to the reference's layers")
-    importance: Literal["taylor", "exact", "random"] = Field("taylor", description="Eqs. 6-8; random: for comparison")
+    importance: Literal["second_order", "taylor", "exact", "random"] = Field(
+        "second_order",
+        description="of heads and neurons. taylor: Eq. 8; second_order: with the loss's curvature; exact: Eqs. 6-7, "
+        "slow; random: for comparison",
+    )
     importance_samples: Steps = 512
     depth_order: Literal["auto", "spread", "first"] = Field("auto", description="which layers a shallower model keeps")
     distillation: Literal["joint", "paper"] = Field("joint", description="joint: one stage; paper: Eq. 9's two stages")
@@ -390,6 +425,7 @@ RULES = {
     "too_short": "must have at least {min_length} item",
     "string_pattern_mismatch": "must be letters, digits, '-', '_' and '.', the first a letter or digit",
     "string_type": "must be a text",
+    "string_too_short": "must not be empty",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "int_type": "must be an integer",

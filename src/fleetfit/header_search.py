@@ -21,7 +21,6 @@ from fleetfit.header_trials import (
     Finalist,
     ProgressCallback,
     Search,
-    can_start,
     cell_spec,
     draw_fitting,
     nothing_fits,
@@ -74,7 +73,10 @@ def sample_specs(search: Search, num_specs: int, names: tuple[str, ...]) -> list
     pooled = HeaderSpec(kind="blocks", channels=config.channels, pooling=poolings[-1])
     residual = pooled.model_copy(update={"blocks": RESIDUAL_CELL[: config.max_blocks], "repeats": config.repeats})
     wider = residual.model_copy(update={"channels": 2 * config.channels})
-    specs = [HeaderSpec(kind="linear"), pooled] if search.start is None else [pooled]
+    from_linear = search.starts(residual)
+    specs = [pooled] if from_linear else [HeaderSpec(kind="linear"), pooled]
+    if search.start is not None and search.start.spec.kind != "linear":
+        specs = [search.start.spec, *(s for s in specs if s != search.start.spec)]
     if {"conv3", "identity"} <= set(config.operations):
         specs += [wider, residual]
     specs = [s for s in specs if search.fits(s)]
@@ -87,7 +89,7 @@ def sample_specs(search: Search, num_specs: int, names: tuple[str, ...]) -> list
             repeats=config.repeats,
             channels=config.channels * (1 + draw(2)),
             pooling=poolings[-2:][draw(min(2, len(poolings)))],
-            hidden=HIDDEN[draw(len(HIDDEN))] if search.start is None else 0,
+            hidden=0 if from_linear else HIDDEN[draw(len(HIDDEN))],
         )
         if spec not in specs and search.fits(spec):
             specs.append(spec)
@@ -99,8 +101,8 @@ def sample_specs(search: Search, num_specs: int, names: tuple[str, ...]) -> list
 def search_halving(search: Search) -> list[Finalist]:
     """Beyond: successive halving. Each rung trains all survivors, alike, and keeps the better half by held-out loss.
 
-    A survivor trains on with twice the steps. All rungs cost the same; the last one trains the winner. With a linear
-    header given, and ``header.warm_start``, headers start as that one computes and are trained on from there.
+    A survivor trains on with twice the steps. All rungs cost the same; the last one trains the winner. With a header
+    given, and ``header.warm_start``, those that can start as that one computes and are trained on from there.
     """
     specs = sample_specs(search, CANDIDATES, ("population",))
     survivors = [(i, search.build(spec, i)) for i, spec in enumerate(specs)]
@@ -212,8 +214,7 @@ def search_header(
     for name, source in (("train", train), ("validation", validation)):
         if len(source.labels) < 1:
             raise ValueError(f"header search: {name} must have at least 1 sample, got 0")
-    linear = next((h for h in given if h.spec.kind == "linear"), None)
-    start = linear if config.warm_start and method == "halving" else None
+    start = given[0] if given and config.warm_start and method == "halving" else None
     search = Search(train, validation, config, shape, num_classes, max_bytes, seed, method, on_progress, start)
     found = METHODS[method](search)
     given_ones = [search.finalist(f"given {spec_name(h.spec)}", copy.deepcopy(h).eval()) for h in given]
@@ -225,7 +226,7 @@ def search_header(
     if given_ones:
         incumbent = min(given_ones, key=lambda f: f.scores.loss)
         # One that started as the given header knows what that knows; a fresh one has to prove itself.
-        warm = start is not None and can_start(winner.header.spec) and winner.scores.loss < incumbent.scores.loss
+        warm = search.starts(winner.header.spec) and winner.scores.loss < incumbent.scores.loss
         winner = winner if warm or clearly_better(winner.losses, incumbent.losses) else incumbent
     trials = sorted((_trial(f) for f in (*found, *given_ones)), key=lambda t: t.loss)
     on_progress(config.budget_steps, config.budget_steps, f"{len(trials)} headers compared")

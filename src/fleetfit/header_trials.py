@@ -13,7 +13,7 @@ from fleetfit.config import HeaderConfig
 from fleetfit.method.search_space import sample_blocks
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.features import Features, FeatureShape
-from fleetfit.models.header import Header, build_header
+from fleetfit.models.header import Header, build_header, can_start_as
 from fleetfit.models.pruning import ConvOp, prunable_layers
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import Block, HeaderSpec
@@ -96,9 +96,14 @@ class Search:
         """A header with fresh weights, or one that starts as ``start`` where it can."""
         with seeded_init(self.seed, "header_search", self.method, "init", *names):
             header = build_header(spec, self.shape, self.num_classes)
-        if self.start is not None and can_start(spec):
+        if self.starts(spec):
+            assert self.start is not None
             header.start_as(self.start)
         return header
+
+    def starts(self, spec: HeaderSpec) -> bool:
+        """Whether a header of this kind starts as the given one."""
+        return self.start is not None and can_start_as(spec, self.start.spec)
 
     def fit(
         self,
@@ -139,7 +144,7 @@ class Search:
             return cross_entropy(logits, self.train.labels[rows], label_smoothing=LABEL_SMOOTHING)
 
         header.train()
-        rate_share = WARM_RATE_SHARE if self.start is not None and can_start(header.spec) else 1.0
+        rate_share = WARM_RATE_SHARE if self.starts(header.spec) else 1.0
         self.fit(loss_of, list(header.parameters()), steps, *names, rate_share=rate_share)
         header.eval()
 
@@ -155,11 +160,6 @@ class Search:
         point = {"step": self.steps_used, "name": name, "loss": scores.loss, "accuracy": scores.accuracy}
         self.history.append(point)
         return Finalist(name, header, scores, cross_entropy(logits, labels, reduction="none"))
-
-
-def can_start(spec: HeaderSpec) -> bool:
-    """Whether such a header can start as a linear one."""
-    return spec.kind == "blocks" and spec.hidden == 0
 
 
 def header_bytes(spec: HeaderSpec, shape: FeatureShape, num_classes: int) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Operation = Literal["conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool"]
 FixedHeaderKind = Literal["linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp"]
@@ -20,11 +20,20 @@ class Record(BaseModel):
 class EnergyModel(Record):
     """Constants of Eqs. 1-2 for one device; watts and seconds, per training epoch."""
 
-    power_watts: float = Field(100.0, gt=0, description="G_n, power at (w, d) -> 0")
+    power_watts: float = Field(100.0, ge=0, description="G_n, power at (w, d) -> 0")
     power_slope_watts: float = Field(10.0, ge=0, description="dG, more power per unit of width x depth")
     patch_power_watts: float = Field(50.0, ge=0, description="G_beta, power per patch")
-    latency_seconds: float = Field(1.0, gt=0, description="L, time at (w, d) -> 0")
+    latency_seconds: float = Field(1.0, ge=0, description="L, time at (w, d) -> 0")
     latency_slope_seconds: float = Field(0.1, ge=0, description="dL, more time per unit of width x depth")
+
+    @model_validator(mode="after")
+    def _something_is_spent(self) -> "EnergyModel":
+        """Constants fitted to a real device may be 0 one by one, but no work is free."""
+        if self.power_watts + self.power_slope_watts + self.patch_power_watts <= 0:
+            raise ValueError("power_watts, power_slope_watts and patch_power_watts must not all be 0")
+        if self.latency_seconds + self.latency_slope_seconds <= 0:
+            raise ValueError("latency_seconds and latency_slope_seconds must not both be 0")
+        return self
 
 
 class DeviceAttributes(Record):

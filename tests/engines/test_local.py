@@ -27,6 +27,7 @@ from fleetfit.messages import (
     decode_any,
     encode,
 )
+from fleetfit.profiles import ready_profiles
 from fleetfit.records import DeviceAttributes, EnergyModel, ValidationScores
 
 torch.set_num_threads(1)
@@ -254,6 +255,21 @@ def test_lists_are_dealt_out_in_turn_and_constants_are_relative() -> None:
     energy = fleet["b"][1].energy
     assert (energy.power_slope_watts, energy.patch_power_watts) == (2.0, 10.0)
     assert (energy.latency_seconds, energy.latency_slope_seconds) == (2.0, 0.5)
+
+
+def test_a_group_with_a_profile_has_its_constants_and_no_others() -> None:
+    devices = [
+        {"count": 2, "cluster": "a", "storage_limit": [5, 6], "profile": "nvidia-t4"},
+        {"count": 1, "cluster": "a", "storage_limit": 7, "gpu_capacity": 100},
+        {"count": 1, "cluster": "a", "storage_limit": 8, "profile": "paper"},
+    ]
+    attributes = fleet_of(make_job({"fleet": {"devices": devices}}))["a"]
+    assert [a.storage_limit_bytes for a in attributes] == [5, 6, 7, 8]
+    assert [a.energy for a in attributes[:2]] == [ready_profiles()["nvidia-t4"].energy] * 2
+    assert attributes[0].energy.power_watts == 70
+    # The paper's profile is what a job has by default.
+    assert attributes[2].energy.model_dump() == pytest.approx(attributes[3].energy.model_dump())
+    assert all(type(a.energy) is EnergyModel for a in attributes)
 
 
 def test_clusters_without_names_are_made_from_the_attributes() -> None:

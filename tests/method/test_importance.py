@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from fleetfit.method.importance import (
     contributions,
+    curvature_probe,
     drop_neurons,
     gate_importance,
     neuron_importance,
     parameter_importance,
     rank,
     reduce_contributions,
+    second_order_importance,
 )
 
 # -- Eqs. 6-8 ---------------------------------------------------------------------------------------------------------
@@ -87,6 +89,50 @@ def test_unknown_reading_is_refused():
 
 
 # -- Eqs. 16-18 -------------------------------------------------------------------------------------------------------
+
+
+def all_signs(num_classes):
+    return torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * num_classes)
+
+
+def test_the_probe_squared_is_on_average_the_second_derivative():
+    """Of logits that are linear in a gate, Gauss-Newton's curvature is the true one: exact over all signs."""
+    generator = torch.Generator().manual_seed(0)
+    fixed, along = torch.randn(2, 5, 4, generator=generator, dtype=torch.float64)
+    labels = torch.tensor([0, 1, 2, 3, 0])
+    gate = torch.ones(5, dtype=torch.float64, requires_grad=True)
+    logits = fixed + gate[:, None] * along
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    (slope,) = torch.autograd.grad(loss, gate, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), gate, retain_graph=True)
+    squares = [
+        torch.autograd.grad(curvature_probe(logits, signs.expand(5, 4)), gate, retain_graph=True)[0] ** 2
+        for signs in all_signs(4)
+    ]
+    torch.testing.assert_close(torch.stack(squares).mean(dim=0), curvature)
+
+
+def test_second_order_is_nearer_to_removal_than_first_order():
+    """The error of the series falls with the cube of the unit's output, first order's with its square."""
+    along = torch.randn(6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    labels = torch.arange(6) % 4
+
+    def loss(scale, gate):
+        return torch.nn.functional.cross_entropy(scale * gate[:, None] * along, labels)
+
+    def errors(scale):
+        gate = torch.ones(6, dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss(scale, gate), gate, create_graph=True)
+        curvature = torch.stack([torch.autograd.grad(slope[i], gate, retain_graph=True)[0][i] for i in range(6)])
+        removed = torch.stack([loss(scale, 1 - torch.eye(6, dtype=torch.float64)[i]) for i in range(6)])
+        exact = (removed - loss(scale, torch.ones(6, dtype=torch.float64))).abs()
+        second = second_order_importance(slope.detach(), curvature.detach())
+        return (slope.detach().abs() - exact).abs().max(), (second - exact).abs().max()
+
+    (first, second), (half_first, half_second) = errors(0.1), errors(0.05)
+    assert second < 0.2 * first
+    assert float(first / half_first) == pytest.approx(4, rel=0.15)
+    assert float(second / half_second) == pytest.approx(8, rel=0.25)  # not 4
 
 
 def test_parameter_importance_is_the_squared_change_of_a_linear_loss():

@@ -191,10 +191,23 @@ def test_a_header_of_blocks_can_start_as_a_linear_one_and_then_learns_everywhere
     assert bool((weight[:, : -shape.channels].abs().sum(0) > 0).all()), "pooled features must be learned from"
 
 
+def test_a_header_starts_as_another_of_its_own_kind() -> None:
+    spec = HeaderSpec(kind="blocks", channels=8, pooling=2)
+    given, fresh, features = make_header(spec, IMAGE), make_header(spec, IMAGE), make_features(IMAGE)
+    with torch.no_grad():
+        given.last_linear.bias.add_(1.0)
+    assert not torch.equal(fresh(features), given(features))
+    fresh.start_as(given)
+    assert torch.equal(fresh(features), given(features))
+    with torch.no_grad():
+        fresh.last_linear.bias.add_(1.0)
+    assert not torch.equal(fresh(features), given(features))  # the given one stays as it was
+
+
 def test_only_headers_of_blocks_without_a_hidden_layer_start_as_a_linear_one() -> None:
     linear = make_header(HeaderSpec(kind="linear"), IMAGE)
     for spec in (HeaderSpec(kind="mlp"), HeaderSpec(kind="blocks", hidden=4, channels=8)):
-        with pytest.raises(ValueError, match="starts as a linear one"):
+        with pytest.raises(ValueError, match="as a linear one"):
             make_header(spec, IMAGE).start_as(linear)
     with pytest.raises(ValueError, match="'mlp'"):
         make_header(HeaderSpec(kind="blocks", channels=8), IMAGE).start_as(make_header(HeaderSpec(kind="mlp"), IMAGE))

@@ -8,7 +8,7 @@ import torch
 
 from fleetfit.artifacts import Ledger, MemoryFolder, RunFolder, StepFolder
 from fleetfit.cloud import form_clusters
-from fleetfit.config import Job
+from fleetfit.config import DeviceGroup, EnergyConfig, Job
 from fleetfit.data.partition import FleetData, Split, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
@@ -83,18 +83,11 @@ def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
 
     ``num_samples`` is filled in when the data is there.
     """
-    constants = job.fleet.energy
     devices: list[tuple[str | None, DeviceAttributes]] = []
     for group in job.fleet.devices:
+        energies = _energies(group, job.fleet.energy)
         for i in range(group.count):
-            watts = group.gpu_capacity[i % len(group.gpu_capacity)]
-            energy = EnergyModel(
-                power_watts=watts,
-                power_slope_watts=watts * constants.power_slope_share,
-                patch_power_watts=watts * constants.patch_power_share,
-                latency_seconds=constants.latency_seconds,
-                latency_slope_seconds=constants.latency_seconds * constants.latency_slope_share,
-            )
+            energy = energies[i % len(energies)]
             limit = group.storage_limit[i % len(group.storage_limit)]
             name = f"device{len(devices) + 1}"
             attributes = DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=energy, num_samples=0)
@@ -110,6 +103,22 @@ def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
         cluster: tuple(a.model_copy(update={"device_id": f"{cluster}-{i}"}) for i, a in enumerate(members, start=1))
         for cluster, members in clusters.items()
     }
+
+
+def _energies(group: DeviceGroup, constants: EnergyConfig) -> tuple[EnergyModel, ...]:
+    """Constants of a group's devices, to be dealt out in turn."""
+    if group.profile is not None:
+        return (group.profile.energy,)
+    return tuple(
+        EnergyModel(
+            power_watts=watts,
+            power_slope_watts=watts * constants.power_slope_share,
+            patch_power_watts=watts * constants.patch_power_share,
+            latency_seconds=constants.latency_seconds,
+            latency_slope_seconds=constants.latency_seconds * constants.latency_slope_share,
+        )
+        for watts in group.gpu_capacity or ()
+    )
 
 
 def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any]:

@@ -48,6 +48,36 @@ def reduce_contributions(
     raise ValueError(f"per must be 'sample' or 'set', got {per!r}")
 
 
+def curvature_probe(logits: Float[Tensor, "sample class"], signs: Float[Tensor, "sample class"]) -> Float[Tensor, ""]:
+    """A scalar whose squared contributions are, on average over random signs, the loss's curvature (Beyond).
+
+    Cross-entropy's Gauss-Newton matrix is J' (diag(p) - p p') J, with J the derivative of the logits. Its root times a
+    vector of random signs is A e = sqrt(p) e - p sum(sqrt(p) e), so one backward pass gives an unbiased estimate of the
+    whole diagonal (Hutchinson), whatever the number of classes.
+
+    Args:
+        logits: Differentiable.
+        signs: -1 or 1, independent.
+    """
+    share = logits.detach().softmax(dim=-1)
+    weight = share.sqrt() * signs
+    weight = weight - share * weight.sum(dim=-1, keepdim=True)
+    return (weight * logits).sum()
+
+
+def second_order_importance(slope: Float[Tensor, " unit"], curvature: Float[Tensor, " unit"]) -> Float[Tensor, " unit"]:
+    """The loss change on removal to second order, |-slope + curvature / 2| (Beyond Eq. 8).
+
+    A trained model is near a minimum, where the slope is small and says little; the next term of the Taylor series
+    says the rest.
+
+    Args:
+        slope: First derivative of the mean loss along each unit's gate at 1: Eq. 8 before its bars.
+        curvature: Second derivative, at least 0.
+    """
+    return (0.5 * curvature - slope).abs()
+
+
 def parameter_importance(gradient: Float[Tensor, "*axes"], value: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
     """Importance of each parameter of a header, Q_r = (g_r v_r)^2 (Eqs. 16-17); average it over batches (Eq. 18)."""
     return (gradient * value) ** 2

@@ -203,28 +203,37 @@ class Header(nn.Module):
         return logits
 
     @torch.no_grad()
-    def start_as(self, linear: "Header") -> None:
-        """Compute what a linear header computes, to be trained on from there (Beyond).
+    def start_as(self, other: "Header") -> None:
+        """Compute what another header computes, to be trained on from there (Beyond); see ``can_start_as``.
 
-        The classifier reads [CLS] with that header's weights, and everything else with weights of zero.
+        As a linear one: the classifier reads [CLS] with that header's weights, and everything else with zeros.
 
         Raises:
-            ValueError: this header has a hidden layer or no blocks' body, or the other is not linear.
+            ValueError: this header cannot start as the other.
         """
-        if not isinstance(self.body, BlocksBody) or self.classifier.first is not None or linear.spec.kind != "linear":
+        if not can_start_as(self.spec, other.spec):
             raise ValueError(
-                "only a header of blocks without a hidden layer starts as a linear one, "
-                f"got {self.spec.kind!r} with {self.spec.hidden} hidden units and {linear.spec.kind!r}"
+                "a header starts as one of its own kind, or one of blocks without a hidden layer as a linear one, "
+                f"got {self.spec.kind!r} with {self.spec.hidden} hidden units and {other.spec.kind!r}"
             )
+        if self.spec == other.spec:
+            self.load_state_dict(other.state_dict())
+            return
+        assert isinstance(self.body, BlocksBody)
         channels = self.shape.channels
         self.last_linear.weight.zero_()
-        self.last_linear.weight[:, -channels:] = linear.last_linear.weight / self.body.cls_gate
-        self.last_linear.bias.copy_(linear.last_linear.bias)
+        self.last_linear.weight[:, -channels:] = other.last_linear.weight / self.body.cls_gate
+        self.last_linear.bias.copy_(other.last_linear.bias)
 
     @property
     def last_linear(self) -> nn.Linear:
         """The final layer; a class prior goes into its bias."""
         return self.classifier.last
+
+
+def can_start_as(spec: HeaderSpec, other: HeaderSpec) -> bool:
+    """Whether a header of one specification can compute what one of another does, before it is trained."""
+    return spec == other or (other.kind == "linear" and spec.kind == "blocks" and spec.hidden == 0)
 
 
 def build_header(spec: HeaderSpec, shape: FeatureShape, num_classes: int) -> Header:
