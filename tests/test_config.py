@@ -81,6 +81,14 @@ def test_the_configuration_lies_over_the_small_model_of_its_family() -> None:
     assert config(family="deit") == config()
     assert "intermediate_size" not in config(family="dinov2")
     assert config(family="dinov2", config={"mlp_ratio": 3})["mlp_ratio"] == 3
+    assert config(family="bert", config={"vocab_size": 50}).items() >= {"vocab_size": 50, "hidden_size": 64}.items()
+    assert "hidden_size" not in config(family="distilbert")
+
+
+@pytest.mark.parametrize("family", ["vit", "bert", "distilbert"])
+def test_depths_are_those_of_the_family_whatever_it_calls_them(family: str) -> None:
+    deep = problems({"model": {"family": family}, "backbone": {"depths": [7]}})
+    assert deep == [f"backbone.depths must be <= the reference's {6 if family == 'vit' else 4} layers, got 7"]
 
 
 def test_a_pretrained_model_has_its_own_configuration() -> None:

@@ -320,7 +320,7 @@ def match(
         "pareto_grid": choose(
             objectives, grid.coordinates, on_front, job.backbone.grid_distance, job.backbone.grid_ties
         ),
-        "greedy_accuracy": greedy_accuracy(accuracy[inside]),
+        "greedy_accuracy": greedy_accuracy(accuracy[inside], loss[inside]),
         "greedy_size": greedy_size(size[inside]),
         "random": random_choice(len(inside), generator),
         "smallest": smallest(size[inside]),

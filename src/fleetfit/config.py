@@ -100,23 +100,42 @@ SMALL: dict[str, Any] = {
     "num_channels": 1,
     "initializer_range": 0.1,
 }
+SMALL_TEXT: dict[str, Any] = {
+    "vocab_size": 1000,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+SMALL_BERT: dict[str, Any] = {
+    **SMALL_TEXT,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "type_vocab_size": 1,
+}
 SMALL_CONFIGS: dict[str, dict[str, Any]] = {
     "vit": {**SMALL, "intermediate_size": 128},
     "deit": {**SMALL, "intermediate_size": 128},
     "dinov2": {**SMALL, "mlp_ratio": 2},
+    "bert": SMALL_BERT,
+    "roberta": {**SMALL_BERT, "pad_token_id": 1, "max_position_embeddings": 34},  # rows 0 and 1 are no positions
+    "distilbert": {**SMALL_TEXT, "dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 128},
 }
 
 
 class ModelConfig(Section):
     """The reference Transformer: built from its Hugging Face configuration, or pre-trained."""
 
-    family: Literal["vit", "deit", "dinov2"] = Field("vit", description="which family of models/families.py")
+    family: Literal["vit", "deit", "dinov2", "bert", "roberta", "distilbert"] = Field(
+        "vit", description="which family of models/families.py: the first three read images, the others text"
+    )
     pretrained: str = Field(
         "", description="start from these weights: a folder written by save_pretrained, or a hub id; empty: from config"
     )
     config: dict[str, Any] = Field(
         SMALL_CONFIGS["vit"],
-        description="keys of the family's Hugging Face configuration; those left out are a small model's for digits",
+        description="keys of the family's Hugging Face configuration; those left out are a small model's",
     )
     header: Literal["pooled", "linear"] = Field(
         "pooled",
@@ -304,7 +323,7 @@ class BackboneConfig(Section):
     weight_embeddings: float = Field(1.0, ge=0, description="lambda_2 of Eq. 9")
     choice: Literal["pareto_grid", "greedy_accuracy", "greedy_size", "random"] = "pareto_grid"
     size: Literal["exact", "zeta"] = Field("exact", description="objective f3: bytes as shipped, or the paper's zeta")
-    gamma_p: float = Field(0.12, gt=0, description="Eq. 11: the loss difference that does not matter")
+    gamma_p: float = Field(0.04, gt=0, description="Eq. 11: the loss difference that does not matter")
     grid_distance: Literal["euclidean", "l1"] = Field("euclidean", description="Eq. 13")
     grid_ties: Literal["cheaper", "loss"] = Field("cheaper", description="Eq. 13, of candidates in equally near cells")
     specialise_steps: int = Field(150, ge=0, description="training of the chosen sub-network alone before it is sent")
@@ -384,7 +403,8 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _depths(self) -> "Job":
-        layers = self.model.config.get("num_hidden_layers")  # of a pre-trained model it is not known yet
+        config = self.model.config  # of a pre-trained model it is not known yet
+        layers = config.get("num_hidden_layers", config.get("n_layers"))
         if isinstance(layers, int) and max(self.backbone.depths, default=1) > layers:
             deepest = max(self.backbone.depths)
             raise ValueError(f"backbone.depths must be <= the reference's {layers} layers, got {deepest}")

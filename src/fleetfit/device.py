@@ -36,7 +36,7 @@ from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.features import Features, FeatureShape
+from fleetfit.models.features import Features, FeatureShape, concatenated
 from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
 from fleetfit.randomness import named_generator
@@ -137,7 +137,9 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
     tensors = dict(memory.tensors)
     for name in ("train", "validation", "test"):
         features = _run(backbone, getattr(state.data, name))
-        tensors |= {f"features.{name}.output": features.output, f"features.{name}.penultimate": features.penultimate}
+        tensors |= put(f"features.{name}", {"output": features.output, "penultimate": features.penultimate})
+        if features.mask is not None:
+            tensors[f"features.{name}.mask"] = features.mask
     coarse = take(message.tensors, "header")
     tensors |= put("coarse", coarse) | put("header", coarse)
     memory = memory.model_copy(update={"tensors": tensors})
@@ -249,12 +251,11 @@ def _detached(header: Header) -> dict[str, Tensor]:
 
 def _run(backbone: Backbone, samples: Samples) -> Features:
     with torch.no_grad():
-        parts = [backbone(inputs) for inputs in samples.inputs.batches()]
-    return Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
+        return concatenated([backbone(inputs) for inputs in samples.inputs.batches()])
 
 
 def _features(memory: DeviceMemory, split: str) -> Features:
-    return Features(memory.tensors[f"features.{split}.output"], memory.tensors[f"features.{split}.penultimate"])
+    return Features(**take(memory.tensors, f"features.{split}"))
 
 
 def _counts(samples: Samples, num_classes: int) -> Tensor:

@@ -37,7 +37,7 @@ from fleetfit.method.similarity import (
 )
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.features import Features
+from fleetfit.models.features import Features, concatenated
 from fleetfit.models.header import header_from_state
 from fleetfit.randomness import derive_seed, named_generator
 from fleetfit.records import HeaderSpec, HeaderTrial, JsonDict, ValidationScores
@@ -96,8 +96,7 @@ def cached_features(backbone: Backbone, samples: Samples) -> CachedFeatures:
     """Features of a frozen backbone, computed once."""
     with torch.no_grad():
         parts = [backbone(inputs) for inputs in samples.inputs.batches()]
-    features = Features(torch.cat([p.output for p in parts]), torch.cat([p.penultimate for p in parts]))
-    return CachedFeatures(features, samples.labels)
+    return CachedFeatures(concatenated(parts), samples.labels)
 
 
 def with_views(samples: Samples, views: int, pixels: int, generator: torch.Generator) -> Samples:

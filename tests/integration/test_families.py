@@ -1,4 +1,4 @@
-"""Every family, and a pre-trained start, through a whole job: from digits to models on devices."""
+"""Every family, and a pre-trained start, through a whole job or its phases: from data to models on devices."""
 
 from pathlib import Path
 from typing import Any, get_args
@@ -8,18 +8,32 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import fleetfit
-from fleetfit.config import SMALL_CONFIGS, ModelConfig, make_job
-from fleetfit.data.partition import share_out
+from fleetfit import edge
+from fleetfit.config import SMALL_CONFIGS, BackboneConfig, HeaderConfig, ModelConfig, RefineConfig, make_job
+from fleetfit.data.partition import Split, share_out
+from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.sources import load_samples
+from fleetfit.device import DeviceMemory, DeviceState, handle, shipped_model
+from fleetfit.elastic_training import reorder_by, taylor_importance, train_elastic
 from fleetfit.engines import local
-from fleetfit.models.elastic import Backbone
+from fleetfit.header_search import search_header
+from fleetfit.messages import AttributesRequest, CoarseModel, Finish, Message, Propose, RefineRound, decode, encode, put
+from fleetfit.models.classifier import Classifier
+from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.families import FAMILIES
-from fleetfit.randomness import seeded_init
+from fleetfit.models.header import build_header
+from fleetfit.randomness import named_generator, seeded_init
+from fleetfit.records import BackboneShape, DeviceAttributes, EnergyModel, HeaderSpec
+from fleetfit.training import evaluate, fit
 
 torch.set_num_threads(1)
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 WHOLE = {**SIZES, "intermediate_size": 32, "image_size": 8, "num_channels": 1}
+
+
+IMAGES = [name for name, family in FAMILIES.items() if family.kind == "image"]
+TEXTS = [name for name, family in FAMILIES.items() if family.kind == "text"]
 
 
 def fields(cache: Path, **model: Any) -> dict[str, Any]:
@@ -50,7 +64,7 @@ def test_jobs_know_all_families() -> None:
     assert set(get_args(ModelConfig.model_fields["family"].annotation)) == set(FAMILIES) == set(SMALL_CONFIGS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IMAGES)
 def test_a_family_runs_through_a_whole_job(family: str, tmp_path: Path) -> None:
     summary = local.run(make_job(fields(tmp_path / "cache", family=family, config=SIZES)), tmp_path / "run")
     small, large = summary["clusters"]
@@ -63,13 +77,115 @@ def test_a_family_runs_through_a_whole_job(family: str, tmp_path: Path) -> None:
         assert path.stat().st_size == device["size_bytes"] <= device["limit_bytes"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", IMAGES)
 def test_every_family_has_a_small_model_for_digits(family: str) -> None:
     job = make_job({"model": {"family": family, "config": {"hidden_size": 32}}})
     backbone = Backbone(family, job.model.config)
     assert backbone.config["hidden_size"] == 32
     assert backbone.config["intermediate_size"] == (64 if family == "dinov2" else 128)
     assert backbone.input_shape == (1, 8, 8)
+
+
+def make_texts(family: str, number: int, name: str) -> Samples:
+    """Texts of 3 to 12 words in 16 places; a text of class c has two words of c, wherever they are."""
+    generator, padding = named_generator(0, "texts", name), SMALL_CONFIGS[family]["pad_token_id"]
+    labels = torch.arange(number) % 4
+    tokens = torch.full((number, 16), padding)
+    for i, c in enumerate(labels.tolist()):
+        length = int(torch.randint(3, 13, (1,), generator=generator))
+        tokens[i, :length] = torch.randint(20, 40, (length,), generator=generator)
+        tokens[i, 1 + torch.randperm(length - 1, generator=generator)[:2]] = 10 + c
+        tokens[i, 0], tokens[i, length - 1 if length > 5 else 0] = 2, 2
+    return Samples(Inputs.of(tokens), labels, tuple("abcd"), 60)
+
+
+@pytest.mark.parametrize("family", TEXTS)
+def test_a_family_of_texts_runs_through_all_phases(family: str) -> None:
+    train, validation = make_texts(family, 240, "train"), make_texts(family, 80, "validation")
+    config = SMALL_CONFIGS[family] | {"vocab_size": 40, "max_position_embeddings": 18 if family == "roberta" else 16}
+    with seeded_init(0, family):
+        backbone = Backbone(family, config)
+        model = Classifier(backbone, build_header(HeaderSpec(), backbone.feature_shape, 4))
+
+    def learn(model: Classifier, steps: int) -> float:
+        fit(
+            lambda rows: torch.nn.functional.cross_entropy(model(train.inputs[rows]), train.labels[rows]),
+            model.parameters(),
+            len(train),
+            steps=steps,
+            batch_size=32,
+            learning_rate=3e-3,
+            generator=named_generator(0, "reference"),
+        )
+        return evaluate(lambda rows: model(validation.inputs[rows]), validation.labels).accuracy
+
+    assert learn(model, 150) > 0.8
+
+    # The cloud: importance does not depend on how long the other texts are, and small sub-networks learn.
+    elastic, header = ElasticBackbone(backbone), model.header
+    taylor, alone = (taylor_importance(elastic, header, train, batch_size=size) for size in (64, 1))
+    for one, other in zip((*taylor.heads, *taylor.neurons), (*alone.heads, *alone.neurons), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    reorder_by(elastic, taylor)
+    small = BackboneShape(width=0.25, depth=2)
+    settings = BackboneConfig(widths=(0.25, 1.0), steps=60, batch_size=32, learning_rate=3e-3, distillation="joint")
+    train_elastic(elastic, header, train, settings, (2, 4), shift_pixels=0, seed=0)
+    cut = elastic.extract(small).eval()
+    result = evaluate(lambda rows: header(cut(validation.inputs[rows])), validation.labels)
+    assert result.accuracy > 0.5
+
+    # The edge: features are kept with their masks, and a header that reads all tokens is found.
+    cached = edge.cached_features(cut, train)
+    mask = train.inputs[:] != config["pad_token_id"]
+    assert cached.cached.mask is not None
+    assert torch.equal(cached.cached.mask, mask)
+    assert torch.equal(cached.features(torch.tensor([5, 3])).mask, mask[[5, 3]])
+    found = search_header(
+        "cnn_add",
+        cached,
+        edge.cached_features(cut, validation),
+        HeaderConfig(budget_steps=60, channels=8),
+        cut.feature_shape,
+        4,
+        10**6,
+        0,
+    )
+
+    # The device: so does its memory, also when it has been saved.
+    data = Split(make_texts(family, 32, "own"), make_texts(family, 12, "chosen on"), make_texts(family, 12, "test"))
+    attributes = DeviceAttributes(device_id="d", storage_limit_bytes=10**6, energy=EnergyModel(), num_samples=56)
+    state = DeviceState(attributes, data, DeviceMemory())
+    coarse = CoarseModel(
+        step=1,
+        family=family,
+        config=cut.config,
+        labels=tuple("abcd"),
+        header=found.header.spec,
+        refine=RefineConfig(rounds=1, epochs=2),
+        seed=0,
+        class_shares=(0.25,) * 4,
+        tensors=put("backbone", dict(cut.model.state_dict())) | put("header", dict(found.header.state_dict())),
+    )
+    steps: list[Message] = [
+        AttributesRequest(step=0),
+        coarse,
+        RefineRound(step=2, round=1),
+        Propose(step=3),
+        Finish(step=4, header="refined"),
+    ]
+    for message in steps:
+        state, reply = handle(state, message)
+        memory = decode(encode(state.memory), DeviceMemory)
+        state = DeviceState(attributes, data, memory)
+    assert memory.tensors["features.train.mask"].dtype == torch.bool
+    assert torch.equal(memory.tensors["features.train.mask"], data.train.inputs[:] != config["pad_token_id"])
+    shipped = shipped_model(memory)
+    whole = evaluate(lambda rows: shipped(data.test.inputs[rows]), data.test.labels)
+    assert reply.report.accuracy == pytest.approx(whole.accuracy)
+    assert reply.report.accuracy_coarse == pytest.approx(
+        evaluate(lambda rows: found.header(cut(data.test.inputs[rows])), data.test.labels).accuracy
+    )
+    assert whole.accuracy > 0.5
 
 
 def test_a_pretrained_model_runs_through_a_whole_job(tmp_path: Path) -> None:

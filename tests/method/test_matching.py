@@ -25,8 +25,10 @@ columns = st.integers(1, 12).flatmap(
 )
 
 
-def test_choices_by_hand_with_ties_by_index():
-    assert greedy_accuracy(np.array([0.5, 0.9, 0.9])) == 1
+def test_choices_by_hand():
+    accuracy = np.array([0.5, 0.9, 0.9, 0.8])
+    assert greedy_accuracy(accuracy, np.array([0.1, 0.4, 0.3, 0.2])) == 2
+    assert greedy_accuracy(accuracy, np.array([0.1, 0.3, 0.3, 0.2])) == 1
     assert greedy_size(np.array([10.0, 30.0, 20.0, 30.0])) == 1
     assert smallest(np.array([20.0, 10.0, 10.0])) == 1
 
@@ -72,7 +74,7 @@ def test_bad_arguments_name_rule_and_value():
     with pytest.raises(ValueError, match="num_candidates must be >= 1, got 0"):
         random_choice(0, torch.Generator())
     with pytest.raises(ValueError, match="at least 1 candidate"):
-        greedy_accuracy(np.zeros(0))
+        greedy_accuracy(np.zeros(0), np.zeros(0))
     with pytest.raises(ValueError, match="no NaN"):
         optimum(np.array([1.0, np.nan]), "lower")
     with pytest.raises(ValueError, match="must be finite"):

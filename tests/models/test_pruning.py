@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 IMAGE = FeatureShape(16, (4, 4))
 TEXT = FeatureShape(16, (1, 9))
 SPECS = [HeaderSpec(kind=kind, channels=8, pooling=2, hidden=8) for kind in FIXED_HEADERS]
+SPECS += [HeaderSpec(kind="blocks", channels=8, pooling=2)]  # its projection has the neurons
 SPECS += [
     HeaderSpec(
         kind="blocks",
@@ -26,7 +27,7 @@ SPECS += [
     )
     for seed, repeats in [(0, 1), (1, 2), (2, 1)]
 ]
-EVERY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}{s.repeats}")
+EVERY_SPEC = pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.kind}{len(s.blocks)}x{s.repeats}")
 
 
 def make_features(shape: FeatureShape) -> Features:

@@ -1,10 +1,12 @@
-"""How raw pixel values become a model's inputs: one record, kept with every model, applied here and nowhere else."""
+"""How raw pixel values or texts become a model's inputs: one record, kept with every model, applied here only."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Shaped
+from jaxtyping import Float32, Int64, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -87,3 +89,64 @@ class Preprocessing(Record):
             for numbers in (self.mean, self.std)
         )
         return f"numpy.float32(({values} / {self.maximum!r} - {mean}) / {std})"
+
+
+class TextPreprocessing(Record):
+    """The numbers of a text's tokens, special ones included, cut to one length and padded on the right."""
+
+    tokenizer: str = Field(repr=False, description="content of a tokenizer.json")
+    num_tokens: Annotated[int, Field(ge=2)]
+    pad_id: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _fits_its_tokenizer(self) -> "TextPreprocessing":
+        tokenizer = self._cached
+        if self.pad_id >= tokenizer.get_vocab_size():
+            raise ValueError(f"pad_id must be < the vocabulary's {tokenizer.get_vocab_size()}, got {self.pad_id}")
+        special = tokenizer.num_special_tokens_to_add(is_pair=False)
+        if self.num_tokens <= special:
+            raise ValueError(f"num_tokens must be > the {special} special tokens of every text, got {self.num_tokens}")
+        return self
+
+    @property
+    def _cached(self) -> Any:
+        return _cutting_tokenizer(self.tokenizer, self.num_tokens)
+
+    @property
+    def shape(self) -> tuple[int]:
+        """Tokens: one sample."""
+        return (self.num_tokens,)
+
+    def apply(self, texts: Sequence[str]) -> Int64[np.ndarray, "sample token"]:
+        """Model inputs from texts."""
+        numbers = np.full((len(texts), self.num_tokens), self.pad_id, np.int64)
+        for row, text in zip(numbers, texts, strict=True):
+            ids = self._cached.encode(text).ids
+            row[: len(ids)] = ids
+        return numbers
+
+    def num_too_long(self, texts: Sequence[str]) -> int:
+        """How many texts lose their end."""
+        return sum(bool(self._cached.encode(text).overflowing) for text in texts)
+
+    @property
+    def words(self) -> str:
+        """What is done, for a person."""
+        return (
+            f"numbers of the tokens that the tokenizer here cuts a text into, {self.num_tokens} at most, "
+            f"padded on the right with {self.pad_id}; [sample, {self.num_tokens}]"
+        )
+
+
+@lru_cache(maxsize=8)
+def _cutting_tokenizer(tokenizer_json: str, num_tokens: int) -> Any:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"tokenizer must be the content of a tokenizer.json: {error}") from error
+    if num_tokens > tokenizer.num_special_tokens_to_add(is_pair=False):  # otherwise an error of its own, elsewhere
+        tokenizer.enable_truncation(num_tokens)
+    tokenizer.no_padding()
+    return tokenizer

@@ -6,14 +6,15 @@ called on those views: its cost is its own, its gradients reach the full weights
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from fleetfit.models.families import Family, family_of, own_config
 from fleetfit.models.features import Features, FeatureShape
@@ -24,23 +25,53 @@ DepthOrder = Literal["spread", "first"]
 
 @dataclass(frozen=True)
 class BackboneOutput:
-    """Tokens: ``hidden[0]`` after the embeddings, ``hidden[i]`` after layer i, ``output`` after the final norm."""
+    """Tokens: ``hidden[0]`` after the embeddings, ``hidden[i]`` after layer i, ``output`` after the final norm.
+
+    ``mask`` is true for tokens that are there; of a text, the others are zero. None means all are.
+    """
 
     hidden: tuple[Float[Tensor, "batch token channel"], ...]
     output: Float[Tensor, "batch token channel"]
+    mask: Bool[Tensor, "batch token"] | None = None
 
     @property
     def features(self) -> Features:
         """What headers see: the output and the penultimate layer's tokens."""
-        return Features(self.output, self.hidden[-2])
+        return Features(self.output, self.hidden[-2], self.mask)
 
     def rows(self, rows: slice) -> "BackboneOutput":
         """The tokens of some samples."""
-        return BackboneOutput(tuple(h[rows] for h in self.hidden), self.output[rows])
+        mask = None if self.mask is None else self.mask[rows]
+        return BackboneOutput(tuple(h[rows] for h in self.hidden), self.output[rows], mask)
 
 
-def _as_output(result: Any) -> BackboneOutput:
+def _run_images(model: Callable[..., Any], config: JsonDict, images: Tensor) -> BackboneOutput:
+    result = model(images, output_hidden_states=True)
     return BackboneOutput(tuple(result.hidden_states), result.last_hidden_state)
+
+
+def _run_texts(model: Callable[..., Any], config: JsonDict, tokens: Int[Tensor, "batch token"]) -> BackboneOutput:
+    """Run token numbers, but no column that is padding in all rows: most texts are shorter than the longest possible.
+
+    What comes out has all columns, zero where there is padding, so that a sample's tokens do not depend on its batch.
+    """
+    length = tokens.shape[1]
+    # The first token is always there: attention over no token at all is not defined.
+    mask = (tokens != config["pad_token_id"]) | (torch.arange(length, device=tokens.device) == 0)
+    longest = length
+    if not torch.compiler.is_compiling():  # an exported model has one number of columns
+        longest = int(mask.any(0).nonzero()[-1]) + 1
+    here = mask[:, :longest]
+    result = model(tokens[:, :longest], attention_mask=here, output_hidden_states=True)
+    lost = ~here.unsqueeze(-1)
+    *hidden, output = (
+        pad(h.masked_fill(lost, 0.0), (0, 0, 0, length - longest))
+        for h in (*result.hidden_states, result.last_hidden_state)
+    )
+    return BackboneOutput(tuple(hidden), output, mask)
+
+
+RUN = {"image": _run_images, "text": _run_texts}
 
 
 def kept_heads(num_heads: int, width: float) -> int:
@@ -81,7 +112,7 @@ class Backbone(nn.Module):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: channels, rows, columns of an image."""
+        """Shape of one input: channels, rows, columns of an image; the number of tokens of a text."""
         return family_of(self.family).input_shape(self.model.config)
 
     @property
@@ -93,7 +124,7 @@ class Backbone(nn.Module):
         """All hidden states; of no sample at all too, which the attention of Transformers does not take."""
         if inputs.shape[0] == 0:  # len() would fix the batch size of an exported model
             return self.run(inputs.new_zeros(1, *inputs.shape[1:])).rows(slice(0))
-        return _as_output(self.model(inputs, output_hidden_states=True))
+        return RUN[family_of(self.family).kind](self.model, self.config, inputs)
 
     def forward(self, inputs: Tensor) -> Features:
         """Features for a header."""
@@ -204,14 +235,19 @@ class ElasticBackbone:
         if shape not in self._shells:
             with torch.device("meta"):
                 self._shells[shape] = self.family.build(self.cut_config(shape))
-        shell = self._shells[shape].train(self.backbone.training)
-        result = torch.func.functional_call(shell, self.sliced_state(shape), (inputs,), {"output_hidden_states": True})
-        return _as_output(result)
+        shell, state = self._shells[shape].train(self.backbone.training), self.sliced_state(shape)
+
+        def model(*args: Tensor, **options: Any) -> Any:
+            return torch.func.functional_call(shell, state, args, options)
+
+        return RUN[self.family.kind](model, self.backbone.config, inputs)
 
     def extract(self, shape: BackboneShape) -> Backbone:
         """A standalone, physically smaller copy of a sub-network."""
         cut = Backbone(self.backbone.family, self.cut_config(shape))
-        cut.model.load_state_dict({k: v.detach().clone() for k, v in self.sliced_state(shape).items()}, strict=True)
+        saved = cut.model.state_dict()  # some buffers are not
+        state = {k: v.detach().clone() for k, v in self.sliced_state(shape).items() if k in saved}
+        cut.model.load_state_dict(state, strict=True)
         return cut
 
     # -- gates: for importance and as the oracle of slicing -----------------------------------------------------------

@@ -2,9 +2,8 @@
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,8 +14,9 @@ from fleetfit.records import JsonDict
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "head_dim"),
     *("image_size", "patch_size", "num_channels"),
+    *("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "max_position_embeddings", "type_vocab_size"),
 )
-# No field of their classes: read by the attention of all families; the neurons of dinov2, see ``_dinov2``; a note.
+# No field of their classes: the size of a head, of all families; the neurons of dinov2, see ``_dinov2``; a note.
 MORE_KEYS = ("head_dim", "intermediate_size", "model_type")
 
 
@@ -54,7 +54,7 @@ def _checked(config_class: Any, config: JsonDict) -> Any:
         checked = config_class(**config)
     except Exception as error:  # Transformers raises classes of its own
         raise ValueError(f"model.config is not a valid {config_class.__name__}: {error}") from error
-    if checked.image_size < checked.patch_size:
+    if "image_size" in known and checked.image_size < checked.patch_size:
         raise ValueError(
             f"model.config.patch_size must be <= image_size {checked.image_size}, got {checked.patch_size}"
         )
@@ -104,13 +104,53 @@ def _dinov2(config: JsonDict) -> nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def _image_features(config: Any, num_prefix_tokens: int = 1) -> FeatureShape:
-    side = config.image_size // config.patch_size
-    return FeatureShape(config.hidden_size, (side, side), num_prefix_tokens)
+def _text_model(name: str, model_class: Any, config: JsonDict, **options: bool) -> Any:
+    """An encoder of tokens whose attention may have any number of heads of any size (``head_dim``).
+
+    The classes of Transformers know heads only that fill the embedding; fewer are put into a model of one head.
+    Without a word on dropout there is none: it is a setting of a training, and draws from PyTorch's global generator.
+    """
+    family = FAMILIES[name]
+    config = dict.fromkeys(family.dropouts, 0.0) | config
+    checked = _checked(model_class.config_class, config)
+    family.check_text(checked)
+    heads, head_dim = getattr(checked, family.num_heads), config.get("head_dim")
+    if head_dim is None or heads * head_dim == checked.hidden_size:
+        return _model(model_class, config, **options)
+    model = _model(model_class, config | {family.num_heads: 1}, **options)
+    setattr(model.config, family.num_heads, heads)
+    outer, inner = checked.hidden_size, heads * head_dim
+    sizes = dict.fromkeys(family.query_key_value, (outer, inner)) | {family.attention_output: (inner, outer)}
+    for layer in model.get_submodule(family.layers):
+        attention = layer.get_submodule(family.query_key_value[0].rpartition(".")[0])
+        attention.attention_head_size, attention.scaling = head_dim, head_dim**-0.5
+        for key, value in (("num_attention_heads", heads), ("n_heads", heads), ("all_head_size", inner)):
+            if hasattr(attention, key):
+                setattr(attention, key, value)
+        for path, size in sizes.items():
+            linear = nn.Linear(*size)
+            nn.init.normal_(linear.weight, std=checked.initializer_range)
+            nn.init.zeros_(linear.bias)
+            layer.set_submodule(path, linear)
+    return model
 
 
-def _image_inputs(config: Any) -> tuple[int, ...]:
-    return (config.num_channels, config.image_size, config.image_size)
+def _bert(config: JsonDict) -> nn.Module:
+    from transformers import BertModel
+
+    return _text_model("bert", BertModel, config, add_pooling_layer=False)  # type: ignore[no-any-return]
+
+
+def _distilbert(config: JsonDict) -> nn.Module:
+    from transformers import DistilBertModel
+
+    return _text_model("distilbert", DistilBertModel, config)  # type: ignore[no-any-return]
+
+
+def _roberta(config: JsonDict) -> nn.Module:
+    from transformers import RobertaModel
+
+    return _text_model("roberta", RobertaModel, config, add_pooling_layer=False)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -119,19 +159,22 @@ class Family:
 
     Attributes:
         build: Configuration -> a base model without a task head.
-        feature_shape: Configuration object -> the shape of the tokens.
-        input_shape: Configuration object -> the shape of one input.
+        kind: What an input is: an image, or the numbers of a text's tokens, padded on the right.
+        num_prefix_tokens: Tokens before the grid; the first is [CLS].
         layers: Path of the list of layers; the other module paths are inside a layer.
         query_key_value: Projections whose rows are heads.
         attention_output: Projection whose columns are heads; its input is O_h of Eq. 8.
         mlp_in: Linear layer whose rows are neurons.
         mlp_out: Linear layer whose columns are neurons; its input is the hidden activation.
         num_layers, num_heads, num_neurons: Configuration keys.
+        token_embedding, position_embedding: Of a text model: paths of its tables.
+        positions_after_padding: The first token's row of the position table is the one after number ``pad_token_id``.
+        dropouts: Of a text model: configuration keys.
     """
 
     build: Callable[[JsonDict], nn.Module]
-    feature_shape: Callable[[Any], FeatureShape] = _image_features
-    input_shape: Callable[[Any], tuple[int, ...]] = _image_inputs
+    kind: Literal["image", "text"] = "image"
+    num_prefix_tokens: int = 1
     layers: str = "layers"
     query_key_value: tuple[str, ...] = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
     attention_output: str = "attention.o_proj"
@@ -140,12 +183,83 @@ class Family:
     num_layers: str = "num_hidden_layers"
     num_heads: str = "num_attention_heads"
     num_neurons: str = "intermediate_size"
+    token_embedding: str = "embeddings.word_embeddings"
+    position_embedding: str = "embeddings.position_embeddings"
+    positions_after_padding: bool = False
+    dropouts: tuple[str, ...] = ()
+
+    def feature_shape(self, config: Any) -> FeatureShape:
+        """The shape of the tokens, of a configuration object."""
+        if self.kind == "text":
+            return FeatureShape(config.hidden_size, (1, self.num_tokens(config) - 1), self.num_prefix_tokens)
+        side = config.image_size // config.patch_size
+        return FeatureShape(config.hidden_size, (side, side), self.num_prefix_tokens)
+
+    def input_shape(self, config: Any) -> tuple[int, ...]:
+        """The shape of one input: channels, rows and columns of an image, or the number of tokens of a text."""
+        if self.kind == "text":
+            return (self.num_tokens(config),)
+        return (config.num_channels, config.image_size, config.image_size)
+
+    def first_position(self, config: Any) -> int:
+        """The row of the position table that a text's first token has."""
+        return int(config.pad_token_id) + 1 if self.positions_after_padding else 0
+
+    def num_tokens(self, config: Any) -> int:
+        """How long texts can be, [CLS] included: as long as there are positions."""
+        return int(config.max_position_embeddings) - self.first_position(config)
+
+    def check_text(self, config: Any) -> None:
+        """What Transformers does not check of a text model.
+
+        Raises:
+            ValueError: no number of the padding token, no position for a second token, or a decoder.
+        """
+        pad = config.pad_token_id
+        if type(pad) is not int or not 0 <= pad < config.vocab_size:
+            raise ValueError(
+                f"model.config.pad_token_id must be in 0..vocab_size - 1 = {config.vocab_size - 1}, got {pad}"
+            )
+        least = self.first_position(config) + 2
+        if config.max_position_embeddings < least:
+            raise ValueError(
+                f"model.config.max_position_embeddings must be >= {least}, for [CLS] and a token, "
+                f"got {config.max_position_embeddings}"
+            )
+        for key in ("is_decoder", "add_cross_attention"):
+            if getattr(config, key, False):
+                raise ValueError(f"model.config.{key} must be false: only encoders are supported")
 
 
+_BERT = Family(
+    build=_bert,
+    kind="text",
+    layers="encoder.layer",
+    query_key_value=("attention.self.query", "attention.self.key", "attention.self.value"),
+    attention_output="attention.output.dense",
+    mlp_in="intermediate.dense",
+    mlp_out="output.dense",
+    dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
 FAMILIES: dict[str, Family] = {
     "vit": Family(build=_vit),
-    "deit": Family(build=_deit, feature_shape=partial(_image_features, num_prefix_tokens=2)),  # [CLS], distillation
+    "deit": Family(build=_deit, num_prefix_tokens=2),  # [CLS], distillation
     "dinov2": Family(build=_dinov2, layers="encoder.layer"),
+    "bert": _BERT,
+    "roberta": replace(_BERT, build=_roberta, positions_after_padding=True),
+    "distilbert": Family(
+        build=_distilbert,
+        kind="text",
+        layers="transformer.layer",
+        query_key_value=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        attention_output="attention.out_lin",
+        mlp_in="ffn.lin1",
+        mlp_out="ffn.lin2",
+        num_layers="n_layers",
+        num_heads="n_heads",
+        num_neurons="hidden_dim",
+        dropouts=("dropout", "attention_dropout"),
+    ),
 }
 
 
@@ -158,3 +272,36 @@ def family_of(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"model.family must be one of {', '.join(FAMILIES)}, got {name!r}")
     return FAMILIES[name]
+
+
+def text_config(
+    name: str,
+    config: JsonDict,
+    *,
+    num_tokens: int | None = None,
+    vocab_size: int | None = None,
+    pad_token_id: int | None = None,
+) -> JsonDict:
+    """A text model's configuration for texts of so many tokens and a vocabulary of so many; None: as it is.
+
+    The other special tokens are not named in it: a model does not need their numbers.
+
+    Raises:
+        ValueError: the family's models do not read text.
+    """
+    from transformers import CONFIG_MAPPING
+
+    family = family_of(name)
+    if family.kind != "text":
+        raise ValueError(f"model.family = {name!r} reads images, which have no tokens of a vocabulary")
+    old = CONFIG_MAPPING[name](**config)
+    pad = old.pad_token_id if pad_token_id is None else pad_token_id
+    first = pad + 1 if family.positions_after_padding else 0
+    return {
+        **config,
+        "vocab_size": vocab_size or old.vocab_size,
+        "max_position_embeddings": first + (num_tokens or family.num_tokens(old)),
+        "pad_token_id": pad,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }

@@ -1,5 +1,6 @@
 """What a header sees of a backbone: the tokens of its last two layers, and how they lie on their grid."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +47,16 @@ class Features:
     def detached(self) -> "Features":
         """The same values, cut from the graph."""
         return replace(self, output=self.output.detach(), penultimate=self.penultimate.detach())
+
+
+def concatenated(parts: Sequence[Features]) -> Features:
+    """The features of all samples of some batches; masks too, where there are masks."""
+    masks = [part.mask for part in parts if part.mask is not None]
+    return Features(
+        torch.cat([part.output for part in parts]),
+        torch.cat([part.penultimate for part in parts]),
+        torch.cat(masks) if masks else None,
+    )
 
 
 def tokens_to_grid(

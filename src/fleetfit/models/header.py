@@ -117,7 +117,11 @@ class BlocksBody(nn.Module):
         channels, one_row = spec.channels, shape.grid[0] == 1
         self.cells = (min(spec.pooling, shape.grid[0]), min(spec.pooling, shape.grid[1]))
         self.num_features = channels * self.cells[0] * self.cells[1] + shape.channels
-        self.project_output = nn.Conv2d(shape.channels, channels, 1)
+        self.project_output: nn.Module
+        if spec.blocks or operations is not None:
+            self.project_output = nn.Conv2d(shape.channels, channels, 1)
+        else:  # its channels are all the neurons there are
+            self.project_output = ConvOp(channels, 1, one_row, inputs=shape.channels)
         needs_penultimate = operations is not None or any(1 in (b.input_1, b.input_2) for b in spec.blocks)
         # The output comes through the backbone's final LayerNorm, the penultimate layer's tokens do not.
         self.penultimate_norm = nn.LayerNorm(shape.channels) if needs_penultimate else None

@@ -5,11 +5,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.families import FAMILIES, own_keys
+from fleetfit.models.families import FAMILIES, family_of, own_keys, text_config
 from fleetfit.records import JsonDict
 
 log = logging.getLogger(__name__)
@@ -17,16 +20,20 @@ log = logging.getLogger(__name__)
 SHOWN = 3  # of the tensors that are wrong
 
 
-def load_pretrained(name: str, family: str) -> Backbone:
-    """The pre-trained model without its own task head, pooler and mask token, in 32 bits.
+def load_pretrained(
+    name: str, family: str, *, tokens: Int[Tensor, " token"] | None = None, num_tokens: int | None = None
+) -> Backbone:
+    """The pre-trained model without its own task head, pooler, mask token and dropout, in 32 bits.
 
     Args:
         name: A folder, or a hub id; a model of the hub is kept in Hugging Face's cache folder.
         family: What the job says that it is.
+        tokens: Of a text model: which rows of its vocabulary are kept, in their new order. None: all, as they are.
+        num_tokens: Of a text model: how long texts can be; later positions are left out. None: as many as it has.
 
     Raises:
         ValueError: not there, no network, another or no supported family, a pickle, a tensor missing or of a wrong
-            shape.
+            shape; tokens that are not in its vocabulary or lack the padding, more tokens than it has positions for.
     """
     said = f"model.pretrained = {name!r}"
     source, config = read_config(name)
@@ -35,6 +42,8 @@ def load_pretrained(name: str, family: str) -> Backbone:
         raise ValueError(f"{said} is a {found!r}, which is not supported; supported are {', '.join(FAMILIES)}")
     if found != family:
         raise ValueError(f"{said} is a {found!r}, but model.family is {family!r}; set model.family = {found!r}")
+    if config.get("position_embedding_type", "absolute") != "absolute":  # no key of the classes any more
+        raise ValueError(f"{said} has positions of type {config['position_embedding_type']!r}; only 'absolute' is read")
     try:
         backbone = Backbone(family, _kept(config, family))
     except ValueError as error:
@@ -64,7 +73,41 @@ def load_pretrained(name: str, family: str) -> Backbone:
         raise ValueError(f"{said} has wrong weights: {'; '.join(wrong[:SHOWN])}{more}")
     weights = loaded.state_dict()
     backbone.model.load_state_dict({key: weights[key] for key in own}, strict=True)
-    return backbone
+    if tokens is None and num_tokens is None:
+        return backbone
+    try:
+        return _trimmed(backbone, tokens, num_tokens)
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}") from error
+
+
+def _trimmed(backbone: Backbone, tokens: Int[Tensor, " token"] | None, num_tokens: int | None) -> Backbone:
+    """The same text model with fewer rows of its tables of tokens and positions."""
+    family = family_of(backbone.family)
+    old: Any = backbone.model.config
+    if family.kind != "text":
+        raise ValueError(f"a {backbone.family!r} reads images; it has no vocabulary to trim")
+    rows = torch.arange(old.vocab_size) if tokens is None else tokens.long()
+    if rows.ndim != 1 or len(set(rows.tolist())) != len(rows) or bool(((rows < 0) | (rows >= old.vocab_size)).any()):
+        raise ValueError(f"tokens to keep must be distinct and in 0..{old.vocab_size - 1}")
+    padding = (rows == old.pad_token_id).nonzero().flatten().tolist()
+    if not padding:
+        raise ValueError(f"tokens to keep must hold the padding's number {old.pad_token_id}")
+    has = family.num_tokens(old)
+    if num_tokens is not None and not 2 <= num_tokens <= has:
+        raise ValueError(f"it has positions for 2 to {has} tokens, got {num_tokens}")
+    config = text_config(
+        backbone.family, backbone.config, num_tokens=num_tokens, vocab_size=len(rows), pad_token_id=padding[0]
+    )
+    smaller = Backbone(backbone.family, config)
+    state = backbone.model.state_dict()
+    token_key, position_key = f"{family.token_embedding}.weight", f"{family.position_embedding}.weight"
+    state[token_key] = state[token_key][rows]
+    first, last = family.first_position(old), family.first_position(old) + (num_tokens or has)
+    unused = state[position_key].new_zeros(family.first_position(smaller.model.config), old.hidden_size)
+    state[position_key] = torch.cat([unused, state[position_key][first:last]])
+    smaller.model.load_state_dict(state, strict=True)
+    return smaller
 
 
 def fingerprint(name: str) -> str:
@@ -121,10 +164,10 @@ def _offline() -> str:
 
 
 def _kept(config: JsonDict, family: str) -> JsonDict:
-    """The family's own keys; label names, training settings and the like do not shape the model."""
+    """The family's own keys; label names, dropout, other training settings and the like do not shape the model."""
     from transformers import CONFIG_MAPPING
 
-    keys = own_keys(CONFIG_MAPPING[family])
+    keys = [key for key in own_keys(CONFIG_MAPPING[family]) if key not in FAMILIES[family].dropouts]
     other = [key for key in config if key not in keys]
     log.debug("config.json: not used: %s", ", ".join(other))
     return {key: value for key, value in config.items() if key in keys}

@@ -50,23 +50,24 @@ class Prunable(nn.Module, abc.ABC):
 class ConvOp(Prunable):
     """ReLU, then a convolution with the grid kept; on a grid of one row the kernel is (1, k).
 
-    After pruning the remaining channels go back to their places among all ``channels``; the others are zero.
+    With ``inputs`` it is a projection of so many channels, without the ReLU. After pruning the remaining channels go back to their places among all ``channels``; the others are zero.
     """
 
     kept: Int[Tensor, " kept"] | None
     places: Int[Tensor, " channel"] | None
 
-    def __init__(self, channels: int, kernel: int, one_row: bool) -> None:
+    def __init__(self, channels: int, kernel: int, one_row: bool, inputs: int | None = None) -> None:
         super().__init__()
         size = (1 if one_row else kernel, kernel)
         self.channels = channels
-        self.conv = nn.Conv2d(channels, channels, size, padding=(size[0] // 2, size[1] // 2))
+        self.projects = inputs is not None
+        self.conv = nn.Conv2d(inputs or channels, channels, size, padding=(size[0] // 2, size[1] // 2))
         self.register_buffer("kept", None)
         self.register_buffer("places", None, persistent=False)
 
-    def forward(self, grid: Float[Tensor, "batch channel row column"]) -> Float[Tensor, "batch channel row column"]:
+    def forward(self, grid: Float[Tensor, "batch input row column"]) -> Float[Tensor, "batch channel row column"]:
         """Convolve; all channels are in the output, the dropped ones as zeros."""
-        out: Tensor = self.conv(torch.relu(grid))
+        out: Tensor = self.conv(grid if self.projects else torch.relu(grid))
         if self.places is None:
             return out
         return torch.cat([out, torch.zeros_like(out[:, :1])], 1).index_select(1, self.places)
