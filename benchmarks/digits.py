@@ -200,7 +200,7 @@ def bench(seed: int) -> Bench:
     """Prepare one seed."""
     torch.set_num_threads(1)
     job = make_job({"seed": seed})
-    samples = load_samples(job.data)
+    samples = load_samples(job)
     fleet = fleet_of(job)
     data = share_out(samples, job.data, names_of(fleet), seed)
     return Bench(seed, job, data, samples, fleet, StepFolder(WORK / key() / str(seed), Ledger()))

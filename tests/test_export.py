@@ -46,7 +46,7 @@ BLOCKS = (
     Block(input_1=2, input_2=1, operation_1="conv1", operation_2="max_pool"),
 )
 LABELS = tuple(f"digit {i}" for i in range(10))
-SAMPLES = load_samples(Job().data)
+SAMPLES = load_samples(Job())
 
 
 def make_model(kind: str) -> Classifier:

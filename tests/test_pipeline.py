@@ -93,7 +93,7 @@ def job() -> Job:
 
 @pytest.fixture(scope="module")
 def data(job: Job) -> FleetData:
-    return share_out(load_samples(job.data), job.data, {"near": ["near-1"], "far": DEVICES}, job.seed)
+    return share_out(load_samples(job), job.data, {"near": ["near-1"], "far": DEVICES}, job.seed)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ CONFIG = {
 }
 LABELS = tuple(f"digit {i}" for i in range(10))
 RAW = load_digits().images  # [sample row column], 0..16
-SAMPLES = load_samples(Job().data)
+SAMPLES = load_samples(Job())
 FORM = Preprocessing(size=(8, 8), channels=1, maximum=16, mean=(0.5,), std=(0.5,))
 
 

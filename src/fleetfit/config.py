@@ -180,13 +180,42 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where samples come from and who gets which; the splits never overlap."""
 
-    source: Literal["digits"] = Field("digits", description="digits: scikit-learn's 8x8 handwritten digits")
+    source: Annotated[str, Field(min_length=1)] = Field(
+        "digits",
+        description="digits: scikit-learn's 8x8 handwritten digits; or a file, a folder, a pattern of files, the id of "
+        "a data set on the Hugging Face hub, or module:function",
+    )
+    root: str = Field(
+        "",
+        description="a data set of the hub that lies in this folder under its name is read from there; empty: the "
+        "folder that the variable FLEETFIT_DATA names, if it is set",
+    )
+    subset: str = Field("", description="which configuration, of a data set that has several")
+    splits: Annotated[tuple[str, ...], BeforeValidator(as_tuple)] = Field(
+        (), description="which of the source's splits are used, joined; empty: all that there are"
+    )
+    input_column: str = Field("", description="column of images or texts; empty: found by its type and name")
+    label_column: str = Field("", description="column of labels; empty: found by its type and name")
+    label_names: tuple[str, ...] = Field((), description="names of the labels 0, 1, ...; empty: as the source has them")
+    user_column: str = Field("", description='with split = "natural": whose a sample is')
+    limit: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="use so many samples at most, drawn by the seed, each class by its share"
+    )
+    max_tokens: Annotated[int, Field(ge=3)] | None = Field(
+        None,
+        description="longer texts are cut; default: long enough for 99 of 100 public texts, at most 128, and what the "
+        "model has positions for",
+    )
+    bad_image_share: Share = Field(0.01, description="images that cannot be read are left out, up to this share of all")
+    empty_text_share: Share = Field(0.01, description="the same for texts of nothing but space")
     public_share: Share = Field(0.40, description="cloud's public set D_c, of all samples")
     test_share: Share = Field(0.10, description="held-out public samples, for reporting only")
     edge_share: Share = Field(0.08, description="edges' shared sets together; the rest is the devices' private data")
     validation_share: float = Field(0.2, gt=0, lt=1, description="cut from each training side, to make all choices on")
     device_test_share: Share = Field(0.3, description="a device's private test split, for reporting only")
-    split: Literal["iid", "classes", "dirichlet"] = "classes"
+    split: Literal["iid", "classes", "dirichlet", "natural"] = Field(
+        "classes", description="among devices; natural: the samples of one user to one device"
+    )
     classes_per_device: int = Field(5, ge=1, description='with split = "classes"')
     alpha: float = Field(0.5, gt=0, description='with split = "dirichlet"')
 
@@ -195,6 +224,18 @@ class DataConfig(Section):
         total = self.public_share + self.test_share + self.edge_share
         if total >= 1:
             raise ValueError(f"public_share + test_share + edge_share must be < 1, got {total:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _whose(self) -> "DataConfig":
+        if self.split == "natural" and not self.user_column:
+            raise ValueError('user_column must be given with split = "natural": the column that says whose a sample is')
+        return self
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "DataConfig":
+        if len(set(self.label_names)) < len(self.label_names) or len(self.label_names) == 1:
+            raise ValueError(f"label_names must be two or more different names, got {list(self.label_names)}")
         return self
 
 
@@ -362,7 +403,7 @@ class RunConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the cloud's training; auto: bfloat16 on a GPU that has it, and else float32"
     )
-    cache: str = Field("~/.cache/fleetfit", description="trained references, by content hash")
+    cache: str = Field("~/.cache/fleetfit", description="trained references and decoded images, by content hash")
 
 
 class Job(Section):

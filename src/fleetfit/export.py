@@ -117,7 +117,7 @@ def export_devices(
     if kind == "onnx":
         need(*PACKAGES)
     job = load_job(run / "job.toml")
-    samples = load_samples(job.data)
+    samples = load_samples(job, progress)
     samples = public_test(samples, job.data, job.seed) if job.data.test_share else samples
     exports, problems = {}, []
     for number, name in enumerate(devices):

@@ -93,7 +93,7 @@ def run_cloud(
 
 def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: cloud.ProgressOf) -> Reference:
     """The trained reference, from the cache or into it; a training that was stopped is gone on with."""
-    key = _reference_key(job)
+    key = _reference_key(job, public)
     return cache.step(key, Reference, lambda: cloud.train_reference(job, public, progress, cache.bookmark(key)))
 
 
@@ -205,11 +205,14 @@ def _report(
     )
 
 
-def _reference_key(job: Job) -> str:
-    """Changes with what the reference depends on: its own settings, its start, which samples are public, the seed."""
+def _reference_key(job: Job, public: Split) -> str:
+    """Changes with what the reference depends on: its own settings, its start, the public samples, the seed."""
     start = fingerprint(job.model.pretrained) if job.model.pretrained else ""
     channels = job.header.channels if job.model.header == "pooled" else None  # of its own header
-    return f"reference/{content_hash(job.model.model_dump(), channels, start, _public_data(job), job.seed)}"
+    shares = job.data.model_dump(include={"public_share", "test_share", "edge_share", "validation_share"})
+    return (
+        f"reference/{content_hash(job.model.model_dump(), channels, start, public.train.fingerprint, shares, job.seed)}"
+    )
 
 
 def _num_patches(job: Job, reference: Reference) -> int:
@@ -217,8 +220,3 @@ def _num_patches(job: Job, reference: Reference) -> int:
     with torch.device("meta"):
         rows, columns = Backbone(job.model.family, reference.config).feature_shape.grid
     return rows * columns
-
-
-def _public_data(job: Job) -> dict[str, object]:
-    """The data settings that decide which samples are public; how the devices' share is split among them is not one."""
-    return job.data.model_dump(exclude={"split", "classes_per_device", "alpha", "device_test_share"})

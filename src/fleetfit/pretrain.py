@@ -77,7 +77,7 @@ def pretrain(job: Job, out: Path, progress: Progress = silent, command: str = ""
     check_replaceable(out, CARD_FILE)
     torch.set_num_threads(job.run.threads)
     progress("data", 0, 1, job.data.source)
-    samples = load_samples(job.data)
+    samples = load_samples(job, progress)
     devices = {cluster: [a.device_id for a in members] for cluster, members in fleet_of(job).items()}
     public = share_out(samples, job.data, devices, job.seed).public
     progress("data", 1, 1, f"{len(public.train)} samples to train on")

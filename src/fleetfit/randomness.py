@@ -25,7 +25,7 @@ def seeded_init(seed: int, *names: str | int) -> Iterator[None]:
     PyTorch's and Transformers' initialisers and dropout take no generator, so the global one is forked for the time
     being, and that of the GPU where one is used.
     """
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, *names))
         yield

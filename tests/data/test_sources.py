@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from fleetfit.config import DataConfig
+from fleetfit.config import Job
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.sources import load_samples
 
@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 def test_digits_are_scikit_learns_in_minus_one_to_one() -> None:
-    samples, digits = load_samples(DataConfig(source="digits")), load_digits()
+    samples, digits = load_samples(Job()), load_digits()
     assert len(samples) == 1797
     assert samples.inputs[:].shape == (1797, 1, 8, 8)
     assert samples.inputs[:].dtype == torch.float32
@@ -26,7 +26,7 @@ def test_digits_are_scikit_learns_in_minus_one_to_one() -> None:
 
 
 def test_loading_twice_is_the_same() -> None:
-    one, two = load_samples(DataConfig()), load_samples(DataConfig())
+    one, two = load_samples(Job()), load_samples(Job())
     assert torch.equal(one.inputs[:], two.inputs[:])
     assert torch.equal(one.labels, two.labels)
 

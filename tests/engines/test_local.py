@@ -115,7 +115,7 @@ def test_traffic_is_the_bytes_that_crossed_each_link_each_way(run: Run) -> None:
 
 def test_raw_data_is_what_the_devices_hold(run: Run) -> None:
     fleet = {c: [a.device_id for a in members] for c, members in fleet_of(run.job).items()}
-    data = share_out(load_samples(run.job.data), run.job.data, fleet, run.job.seed)
+    data = share_out(load_samples(run.job), run.job.data, fleet, run.job.seed)
     held = sum(len(d.train) + len(d.validation) + len(d.test) for d in data.devices.values())
     assert run.summary["traffic"]["raw_data_bytes"] == 64 * held
 
@@ -201,7 +201,7 @@ def test_messages_that_do_not_cross_links_are_refused() -> None:
 def test_a_repeated_message_meets_the_memory_it_met_before(run: Run, tmp_path: Path) -> None:
     """A kill between a device's answer and the edge's checkpoint: the edge asks again."""
     fleet = {c: [a.device_id for a in members] for c, members in fleet_of(run.job).items()}
-    data = share_out(load_samples(run.job.data), run.job.data, fleet, run.job.seed)
+    data = share_out(load_samples(run.job), run.job.data, fleet, run.job.seed)
     memories = MemoryFolder(tmp_path)
     answer = device_handler(attributes_of("small-1"), data.devices["small-1"], memories)
     mine = [decode_any(b) for b in run.blobs if decode_any(b).kind in DIRECTIONS["edge_to_device"]]
@@ -221,7 +221,7 @@ def test_a_repeated_message_meets_the_memory_it_met_before(run: Run, tmp_path: P
 
 
 def test_a_device_answers_devices_messages_only(run: Run, tmp_path: Path) -> None:
-    data = share_out(load_samples(run.job.data), run.job.data, {"c": ["c-1"]}, 0).devices["c-1"]
+    data = share_out(load_samples(run.job), run.job.data, {"c": ["c-1"]}, 0).devices["c-1"]
     answer = device_handler(attributes_of("c-1"), data, MemoryFolder(tmp_path))
     for message in (StatsRequest(), ClusterStats(devices=())):
         with pytest.raises(ValueError, match=f"device c-1: cannot answer a '{message.kind}'"):

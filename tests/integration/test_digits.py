@@ -65,7 +65,7 @@ class Digits:
             patch.setattr(local, "encode", encoding)
             self.summary = fleetfit.run(fields, self.out)
         fleet = {c: [a.device_id for a in members] for c, members in local.fleet_of(self.job).items()}
-        self.data: FleetData = share_out(load_samples(self.job.data), self.job.data, fleet, self.job.seed)
+        self.data: FleetData = share_out(load_samples(self.job), self.job.data, fleet, self.job.seed)
 
     def of(self, kind: type[Message]) -> Iterator[Any]:
         return (m for m in self.messages if isinstance(m, kind))

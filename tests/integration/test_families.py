@@ -10,8 +10,9 @@ from transformers import ViTConfig, ViTForImageClassification
 import fleetfit
 from fleetfit import edge
 from fleetfit.config import SMALL_CONFIGS, BackboneConfig, HeaderConfig, ModelConfig, RefineConfig, make_job
-from fleetfit.data.partition import Split
+from fleetfit.data.partition import Split, share_out
 from fleetfit.data.samples import Inputs, Samples
+from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle, shipped_model
 from fleetfit.elastic_training import reorder_by, taylor_importance, train_elastic
 from fleetfit.engines import local
@@ -215,10 +216,11 @@ def test_other_weights_in_the_same_folder_are_another_reference(tmp_path: Path) 
     from fleetfit.pipeline import _reference_key
 
     job = make_job(fields(tmp_path, pretrained=str(folder_of_a_vit(tmp_path / "vit"))))
-    before = _reference_key(job)
-    assert _reference_key(job) == before
+    public = share_out(load_samples(job), job.data, {"all": ["all-1"]}, 0).public
+    before = _reference_key(job, public)
+    assert _reference_key(job, public) == before
     folder_of_a_vit(tmp_path / "vit", hidden_size=32)
-    assert _reference_key(job) != before
+    assert _reference_key(job, public) != before
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ class Caught:
         self.folder = folder
         self.refine = job.refine
         devices = {c: [a.device_id for a in members] for c, members in local.fleet_of(job).items()}
-        self.data: FleetData = share_out(load_samples(job.data), job.data, devices, job.seed)
+        self.data: FleetData = share_out(load_samples(job), job.data, devices, job.seed)
         self.up = [(decode_any(b), b) for b in blobs if decode_any(b).kind in MAY_GO_UP]
         assert {m.kind for m, _ in self.up} == set(MAY_GO_UP)
 

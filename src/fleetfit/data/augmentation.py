@@ -38,8 +38,8 @@ def _shifted(
 def random_shift(
     images: Float[Tensor, "sample channel row column"], pixels: int, generator: torch.Generator
 ) -> Float[Tensor, "sample channel row column"]:
-    """Shift each image by up to ``pixels`` in both directions; the border repeats."""
-    if pixels == 0:
+    """Shift each image by up to ``pixels`` in both directions; the border repeats. Texts stay as they are."""
+    if pixels == 0 or images.ndim != 4:
         return images
     offsets = torch.randint(0, 2 * pixels + 1, (2, len(images)), generator=generator)
     return _shifted(images, pixels, offsets[0], offsets[1])

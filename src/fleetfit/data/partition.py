@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -83,9 +84,16 @@ def partition_rows(
     logging.getLogger("flwr_datasets").setLevel(logging.ERROR)
     partitioner = _partitioner(config, num_devices, num_classes, derive_seed(seed, "partition") % 2**31)
     order = torch.randperm(len(labels), generator=named_generator(seed, "partition", "order"))
-    partitioner.dataset = Dataset.from_dict({"row": order.tolist(), "label": labels[order].tolist()})
+
+    class Rows(Dataset):  # type: ignore[misc]
+        def select(self, indices: Any, **options: Any) -> Any:
+            """The same, of an array: ``datasets`` hashes the rows, of a list each number by itself."""
+            return super().select(np.asarray(indices, np.int64), **options)
+
+    table = Rows.from_dict({"row": order.numpy(), "label": labels[order].numpy()})
+    partitioner.dataset = table.with_format("numpy")  # without it, values are read one by one
     try:
-        return [torch.tensor(list(partitioner.load_partition(i)["row"]), dtype=torch.long) for i in range(num_devices)]
+        return [torch.from_numpy(partitioner.load_partition(i)["row"][:]) for i in range(num_devices)]
     except ValueError as error:
         raise ValueError(
             f"data.split: {len(labels)} samples cannot be split by {config.split!r} among {num_devices} devices: lower "

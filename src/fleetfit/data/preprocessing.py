@@ -13,6 +13,7 @@ from torch import Tensor
 from fleetfit.records import Record
 
 Side = Annotated[int, Field(ge=1)]
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 
 @lru_cache(maxsize=32)
@@ -22,13 +23,27 @@ def _by_channel(numbers: tuple[float, ...], torch_device: torch.device) -> Float
 
 
 class Preprocessing(Record):
-    """(value / maximum - mean) / std, channel by channel, of images of one size."""
+    """(value / maximum - mean) / std, channel by channel, of images of one size; and how images get that size."""
 
     size: tuple[Side, Side] = Field(description="rows, columns")
     channels: Literal[1, 3] = Field(description="1: grey, 3: red, green, blue")
     maximum: float = Field(gt=0, allow_inf_nan=False, description="the largest raw value; the smallest is 0")
     mean: tuple[float, ...]
     std: tuple[Annotated[float, Field(gt=0)], ...]
+    # The mean of the area that a pixel covers: what scikit-learn's digits were made by.
+    resample: Resample = Field("box", description="filter that brings an image of another size to this one")
+    resize: Side | tuple[Side, Side] | None = Field(
+        None,
+        description="to so many rows and columns, or the shorter side to so many, before the middle is cut out; "
+        "None: straight to the size",
+    )
+
+    @model_validator(mode="after")
+    def _nothing_is_cut_that_is_not_there(self) -> "Preprocessing":
+        sides = (self.resize, self.resize) if isinstance(self.resize, int) else self.resize or self.size
+        if sides[0] < self.size[0] or sides[1] < self.size[1]:
+            raise ValueError(f"resize must be at least the size {list(self.size)}, got {self.resize}")
+        return self
 
     @model_validator(mode="after")
     def _one_for_each_channel(self) -> "Preprocessing":
@@ -61,7 +76,15 @@ class Preprocessing(Record):
         """The formula for a person."""
         mean, std = (", ".join(f"{number:g}" for number in numbers) for numbers in (self.mean, self.std))
         shape = ", ".join(map(str, self.shape))
-        return f"pixel values / {self.maximum:g}, minus {mean}, divided by {std}; [sample, {shape}]"
+        return f"pixel values / {self.maximum:g}, minus {mean}, divided by {std}; [sample, {shape}]{self._how}"
+
+    @property
+    def _how(self) -> str:
+        """How an image gets its size, where that is not the mean of the area that a pixel covers."""
+        if self.resize is None:
+            return "" if self.resample == "box" else f"; images are resized ({self.resample})"
+        how = f"shorter side to {self.resize}" if isinstance(self.resize, int) else "to {} x {}".format(*self.resize)
+        return f"; images are resized ({self.resample}, {how}) and their middle is cut out"
 
     def numpy_code(self, values: str) -> str:
         """The formula as an expression in Python, for one who has numpy and no fleetfit."""

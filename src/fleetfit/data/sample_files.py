@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from fleetfit.data.pixels import to_pixels
 from fleetfit.data.preprocessing import Preprocessing
 
 
@@ -41,22 +42,13 @@ def _array(path: Path, form: Preprocessing) -> Shaped[np.ndarray, "sample channe
 
 
 def _image(path: Path, form: Preprocessing) -> Shaped[np.ndarray, "sample channel row column"]:
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     with path.open("rb") as file:
         try:
-            image = ImageOps.exif_transpose(Image.open(file))
-            if image.mode.startswith("I;16"):  # converting these clips them
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                coloured = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), coloured)
-            image = image.convert("L" if form.channels == 1 else "RGB")
-            # The mean of the area that a pixel covers: what scikit-learn's digits were made by.
-            image = image.resize((form.size[1], form.size[0]), Image.Resampling.BOX)
+            pixels = to_pixels(Image.open(file), form)
         except UnidentifiedImageError:
             raise ValueError(f"{path} is neither an image of a known kind nor a .npy file") from None
         except Exception as error:  # a decoder may raise anything at bytes that are no image
             raise ValueError(f"{path} is not an image that can be read: {error}") from None
-    pixels = np.asarray(image, np.float32).reshape(1, *form.size, form.channels)
-    return pixels.transpose(0, 3, 1, 2) / 255 * form.maximum
+    return pixels[None].astype(np.float32) / 255 * form.maximum

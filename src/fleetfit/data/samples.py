@@ -76,12 +76,25 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Samples:
-    """Model inputs and labels of some samples, and what a sample weighs at rest, on average."""
+    """Model inputs and labels of some samples.
+
+    Attributes:
+        inputs: Inputs of a model.
+        labels: Numbers of classes.
+        label_names: Of all classes of the task.
+        raw_bytes_per_sample: What a sample weighs at rest in its source, on average.
+        users: Whose each sample is, as numbers; None: not known.
+        fingerprint: Changes with the content of the source, and with how inputs and labels are made of it.
+        notes: Where the samples came from and what was left out, for a person.
+    """
 
     inputs: Inputs
     labels: Int[Tensor, " sample"]
     label_names: tuple[str, ...]
     raw_bytes_per_sample: int
+    users: Int[Tensor, " sample"] | None = None
+    fingerprint: str = ""
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -97,4 +110,6 @@ class Samples:
 
     def rows(self, rows: Int[Tensor, " row"]) -> "Samples":
         """Some of the samples."""
-        return replace(self, inputs=self.inputs.only(rows), labels=self.labels[moved(rows, self.labels.device)])
+        here = moved(rows, self.labels.device)
+        users = None if self.users is None else self.users[rows]
+        return replace(self, inputs=self.inputs.only(rows), labels=self.labels[here], users=users)

@@ -139,12 +139,12 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
     torch.set_num_threads(job.run.threads)
     with RunFolder(Path(out), job) as folder:
         progress("data", 0, 1, job.data.source)
-        samples = load_samples(job.data)
+        samples = load_samples(job, progress)
         fleet = fleet_of(job)
         data = share_out(
             samples, job.data, {c: [a.device_id for a in members] for c, members in fleet.items()}, job.seed
         )
-        progress("data", 1, 1, f"{len(samples)} samples")
+        progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes)))
         result = _run_tiers(job, folder, fleet, data, progress)
         summary = summarise(job, folder, data, result)
         write_models(job, folder, result, samples)

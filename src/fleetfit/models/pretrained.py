@@ -36,7 +36,7 @@ def load_pretrained(
             shape; tokens that are not in its vocabulary or lack the padding, more tokens than it has positions for.
     """
     said = f"model.pretrained = {name!r}"
-    source, config = _read_config(name)
+    source, config = read_config(name)
     found = config.get("model_type")
     if found not in FAMILIES:
         raise ValueError(f"{said} is a {found!r}, which is not supported; supported are {', '.join(FAMILIES)}")
@@ -116,7 +116,7 @@ def fingerprint(name: str) -> str:
     Raises:
         ValueError: not there.
     """
-    source, config = _read_config(name)
+    source, config = read_config(name)
     if not Path(source).is_dir():
         return str(config.get("_commit_hash"))
     digest = hashlib.sha256()
@@ -126,7 +126,7 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
-def _read_config(name: str) -> tuple[str, JsonDict]:
+def read_config(name: str) -> tuple[str, JsonDict]:
     """Where the model is, and its config.json."""
     from transformers import PreTrainedConfig
 
