@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from fleetfit.config import Job
 from fleetfit.data.augmentation import random_shift
 from fleetfit.data.partition import Split
+from fleetfit.data.text_forms import untrained_backbone
 from fleetfit.elastic_training import (
     LayerImportance,
     better_depth_order,
@@ -41,7 +42,6 @@ from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import build_header, header_from_state
-from fleetfit.models.pretrained import load_pretrained
 from fleetfit.randomness import derive_seed, named_generator, seeded_init
 from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, HeaderSpec, JsonDict, Record
 from fleetfit.training import evaluate, fit, steps_per_epoch
@@ -161,10 +161,7 @@ def train_reference(job: Job, public: Split, progress: ProgressOf) -> Reference:
     """
     model_config, train = job.model, public.train
     with seeded_init(job.seed, "reference"):
-        if model_config.pretrained:
-            backbone = load_pretrained(model_config.pretrained, model_config.family)
-        else:
-            backbone = Backbone(model_config.family, dict(model_config.config))
+        backbone = untrained_backbone(model_config, train.inputs.form)
         check_inputs(job, backbone, train.inputs.shape)
         shape_grid(job, backbone.num_layers)  # a depth that is not there is told now, not after the training
         shape = backbone.feature_shape

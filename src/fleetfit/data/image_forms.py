@@ -6,7 +6,7 @@ from typing import Any
 
 from fleetfit.config import ModelConfig
 from fleetfit.data.preprocessing import Preprocessing, Resample, Side
-from fleetfit.models.pretrained import read_config
+from fleetfit.models.pretrained import read_config_of
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def image_form(model: ModelConfig) -> Preprocessing:
     """
     if not model.pretrained:
         return _plain(model.config)
-    source, config = read_config(model.pretrained)
+    source, config = read_config_of(model.pretrained, model.family)
     processor = _processor(source, f"model.pretrained = {model.pretrained!r}")
     if processor is None:
         log.info("model.pretrained = %r has no image processor: pixels become -1..1", model.pretrained)

@@ -1,7 +1,7 @@
 """Who gets which samples: cloud (public), edges (shared), devices (private). They never overlap."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ def split_rows(samples: Samples, rows: Tensor, config: DataConfig, test_share: f
     return Split(samples.rows(train), samples.rows(validation), samples.rows(test))
 
 
-def cut_tiers(samples: Samples, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cut_tiers(samples: Sized, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row numbers of (the devices' private, public, public test, the edges' shared) samples."""
     shares = [config.public_share, config.test_share, config.edge_share]
     private, public, test, shared = cut_rows(

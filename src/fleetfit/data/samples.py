@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 
 BATCH = 256
 
@@ -19,15 +19,15 @@ class Inputs:
     Attributes:
         store: Pixels [sample channel row column] as bytes, token ids [sample token], or inputs that are ready.
         index: Which rows of the store these are.
-        form: How pixels become inputs; None: the store holds inputs.
+        form: How pixels become inputs, or how texts became token ids; None: the store holds inputs.
     """
 
     store: Shaped[Tensor, "stored ..."]
     index: Int[Tensor, " sample"]
-    form: Preprocessing | None = None
+    form: Preprocessing | TextPreprocessing | None = None
 
     @classmethod
-    def of(cls, store: Shaped[Tensor, "sample ..."], form: Preprocessing | None = None) -> "Inputs":
+    def of(cls, store: Shaped[Tensor, "sample ..."], form: Preprocessing | TextPreprocessing | None = None) -> "Inputs":
         """All rows of a store."""
         return cls(store, torch.arange(len(store)), form)
 
@@ -36,6 +36,8 @@ class Inputs:
 
     def __getitem__(self, rows: Int[Tensor, " row"] | slice) -> Shaped[Tensor, "row ..."]:
         values = self.store[self.index[rows]]
+        if isinstance(self.form, TextPreprocessing):
+            return values.long()
         return values if self.form is None else self.form.to_inputs(values)
 
     @property
