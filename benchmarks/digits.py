@@ -24,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from digits_tables import CHOICES, HEADER_BACKBONES, HEADER_METHODS, HEADER_SHAPES, SETTINGS, markdown
+from digits_tables import CHOICES, HEADER_BACKBONES, HEADER_METHODS_OF, HEADER_SHAPES, SETTINGS, markdown
 from scipy.stats import spearmanr
 
 from fleetfit.artifacts import Ledger, StepFolder, content_hash, write_atomically
@@ -43,6 +43,7 @@ from fleetfit.cloud import (
     train_reference,
 )
 from fleetfit.config import PAPER, Job, make_job
+from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
@@ -303,7 +304,9 @@ def header_part(b: Bench) -> dict[str, Any]:
     cluster = next(iter(b.fleet))
     edge = b.data.edges[cluster]
     config = b.job.header
-    views = with_views(edge.train, config.views, 1, named_generator(b.seed, "views", cluster))
+    views = with_views(
+        edge.train, config.views, Augmentation(shift_pixels=1), named_generator(b.seed, "views", cluster)
+    )
     figures: dict[str, Any] = {}
     made = {v: elastic_of(b.job_of(v), b.elastic(v), 10) for v in HEADER_BACKBONES}
     for variant, (width, depth) in itertools.product(HEADER_BACKBONES, HEADER_SHAPES):
@@ -311,7 +314,7 @@ def header_part(b: Bench) -> dict[str, Any]:
         backbone = elastic.extract(BackboneShape(width=width, depth=depth)).eval()
         train, validation = cached_features(backbone, views), cached_features(backbone, edge.validation)
         test = cached_features(backbone, unseen)
-        for method in HEADER_METHODS:
+        for method in HEADER_METHODS_OF[variant]:
             result = search_header(
                 method.removesuffix(" alone"),
                 train,

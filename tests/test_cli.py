@@ -473,7 +473,16 @@ def test_help_teaches(shell: Any) -> None:
     top = shell("--help").stdout
     assert all(
         word in top
-        for word in ("run", "report", "export", "predict", "profile", "doctor", "fleetfit run recipes/digits.toml")
+        for word in (
+            "run",
+            "report",
+            "export",
+            "predict",
+            "pretrain",
+            "profile",
+            "doctor",
+            "fleetfit run recipes/digits.toml",
+        )
     )
     text = shell("run", "--help").stdout
     for word in ("report.html", "devices/<device>/", "--dry-run", "To go on", "fleetfit run recipes/digits.toml"):

@@ -30,7 +30,16 @@ from fleetfit.cloud import (
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
-from fleetfit.messages import BackboneAssignment, ClusterReport, ClusterStats, Message, StatsRequest, silent, take
+from fleetfit.messages import (
+    BackboneAssignment,
+    Bookmark,
+    ClusterReport,
+    ClusterStats,
+    Message,
+    StatsRequest,
+    silent,
+    take,
+)
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
@@ -157,9 +166,9 @@ def test_a_reference_in_the_cache_is_not_trained_again(
 ) -> None:
     calls: list[int] = []
 
-    def counted(job: Job, public: Split, progress: cloud.ProgressOf) -> Reference:
+    def counted(job: Job, public: Split, progress: cloud.ProgressOf, bookmark: Bookmark) -> Reference:
         calls.append(job.seed)
-        return train_reference(job, public, progress)
+        return train_reference(job, public, progress, bookmark)
 
     monkeypatch.setattr(cloud, "train_reference", counted)
 
@@ -178,6 +187,9 @@ def test_a_reference_in_the_cache_is_not_trained_again(
     run("four", make(seed=7))
     run("five", make(model={**FIELDS["model"], "epochs": 1}))
     assert calls == [0, 7, 0]
+    # The channels are its own header's too.
+    run("six", make(header={"channels": 3}))
+    assert calls == [0, 7, 0, 0]
 
 
 def test_the_grid_of_shapes_is_every_width_at_every_depth() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fleetfit import edge
 from fleetfit.config import HeaderConfig, Job, RefineConfig, make_job
+from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.edge import EdgeState, HeaderResult
@@ -384,7 +385,7 @@ def test_the_search_repeats_itself_and_depends_on_the_seed() -> None:
 
 def test_with_views_the_images_come_first_and_labels_follow_them() -> None:
     samples = make_split().train
-    more = edge.with_views(samples, 3, 1, named_generator(0, "views"))
+    more = edge.with_views(samples, 3, Augmentation(shift_pixels=1), named_generator(0, "views"))
     assert len(more) == 72
     torch.testing.assert_close(more.inputs[:24], samples.inputs[:])
     assert more.labels.tolist() == samples.labels.tolist() * 3

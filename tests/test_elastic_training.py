@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from fleetfit.config import BackboneConfig
+from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.elastic_training import (
     LayerImportance,
@@ -312,7 +313,9 @@ def test_elastic_training_lowers_what_it_minimises(
     elastic.backbone.train()
     before = mean_losses(elastic, header, reference)
     told: list[tuple[int, int]] = []
-    train_elastic(elastic, header, TRAIN, config, DEPTHS, 0, 0, lambda step, steps, loss: told.append((step, steps)))
+    train_elastic(
+        elastic, header, TRAIN, config, DEPTHS, Augmentation(), 0, lambda step, steps, loss: told.append((step, steps))
+    )
     after = mean_losses(elastic, header, reference)
     assert told == [(i, 30) for i in range(1, 31)]
     assert after["logits"] < 0.8 * before["logits"]
@@ -350,7 +353,7 @@ def test_the_papers_first_stage_is_of_full_depth_and_the_second_learns_from_the_
         TRAIN,
         config,
         DEPTHS,
-        0,
+        Augmentation(),
         0,
         lambda *_: weights.append(elastic.backbone.model.layers[0].mlp.fc1.weight.detach().clone()),
     )
@@ -371,7 +374,9 @@ def test_the_same_seed_gives_the_same_weights(reference: Classifier, config: Bac
         elastic = ElasticBackbone(model.backbone)
         elastic.backbone.train()
         torch.rand(noise)  # nothing depends on the global generator
-        train_elastic(elastic, model.header, TRAIN, config.model_copy(update={"steps": 6}), DEPTHS, 1, seed)
+        train_elastic(
+            elastic, model.header, TRAIN, config.model_copy(update={"steps": 6}), DEPTHS, Augmentation(1), seed
+        )
         return dict(Classifier(elastic.backbone, model.header).state_dict())
 
     one, again, other = train(0, 1), train(0, 5), train(1, 1)
@@ -394,7 +399,7 @@ def test_the_seed_decides_which_shapes_are_trained(reference: Classifier, monkey
         runs.clear()
         model = copy.deepcopy(reference)
         config = JOINT.model_copy(update={"steps": 5})
-        train_elastic(ElasticBackbone(model.backbone), model.header, TRAIN, config, DEPTHS, 0, seed)
+        train_elastic(ElasticBackbone(model.backbone), model.header, TRAIN, config, DEPTHS, Augmentation(), seed)
         return list(runs)
 
     assert shapes(0) == shapes(0) != shapes(1)
@@ -408,7 +413,7 @@ def test_specialising_betters_one_sub_network_and_nothing_else(reference: Classi
         cut = Classifier(elastic.extract(shape), copy.deepcopy(model.header))
         teacher = copy.deepcopy(reference).train()
         before = evaluate(lambda rows: cut(TRAIN.inputs[rows]), TRAIN.labels).loss
-        specialise(cut.train(), teacher, TRAIN, JOINT, 0, 0, name)
+        specialise(cut.train(), teacher, TRAIN, JOINT, Augmentation(), 0, name)
         assert not any(module.training for module in teacher.modules()), "dropout would teach noise"
         for name, tensor in teacher.state_dict().items():
             assert torch.equal(tensor, reference.state_dict()[name])

@@ -1,6 +1,7 @@
 """The only fit and evaluate loops: they reach known optima, see every row, and say when a loss is not finite."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,19 @@ from sklearn.metrics import accuracy_score, log_loss
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fleetfit.randomness import named_generator
-from fleetfit.training import TrainingDiverged, batches, evaluate, fit, predict, score, steps_per_epoch
+from fleetfit import training
+from fleetfit.messages import TrainingState, decode, encode
+from fleetfit.randomness import named_generator, seeded_init
+from fleetfit.training import (
+    ParameterAverage,
+    TrainingDiverged,
+    batches,
+    evaluate,
+    fit,
+    predict,
+    score,
+    steps_per_epoch,
+)
 
 torch.set_num_threads(1)
 
@@ -31,7 +43,7 @@ def test_least_squares_reaches_the_normal_equations(clip: float) -> None:
     def loss_of(rows: Tensor) -> Tensor:
         return ((x[rows] @ weight - y[rows]) ** 2).mean()
 
-    last = fit(
+    fitted = fit(
         loss_of,
         [weight],
         60,
@@ -43,7 +55,7 @@ def test_least_squares_reaches_the_normal_equations(clip: float) -> None:
     )
     optimum = torch.linalg.lstsq(x, y).solution
     assert torch.allclose(weight, optimum, atol=1e-4)
-    assert last == pytest.approx(float(((x @ optimum - y) ** 2).mean()), rel=1e-3)
+    assert fitted.last == pytest.approx(float(((x @ optimum - y) ** 2).mean()), rel=1e-3)
 
 
 def test_softmax_regression_reaches_scikit_learns_optimum() -> None:
@@ -110,7 +122,7 @@ def test_fit_sees_every_row_in_every_epoch(num_samples: int, batch_size: int) ->
 
 def test_progress_is_told_each_step_and_the_tail_is_returned() -> None:
     weight, told = torch.tensor([4.0], requires_grad=True), []
-    last = fit(
+    fitted = fit(
         lambda rows: weight.abs().sum(),
         [weight],
         4,
@@ -121,7 +133,8 @@ def test_progress_is_told_each_step_and_the_tail_is_returned() -> None:
         after_step=lambda step, steps, loss: told.append((step, steps, loss)),
     )
     assert [t[:2] for t in told] == [(i, 30) for i in range(1, 31)]
-    assert last == pytest.approx(sum(t[2] for t in told[27:]) / 3)
+    assert fitted.losses == tuple(t[2] for t in told)
+    assert fitted.last == pytest.approx(sum(t[2] for t in told[27:]) / 3)
     assert told[-1][2] < told[0][2]
 
 
@@ -276,3 +289,222 @@ def test_predicting_keeps_no_graph() -> None:
     logits = predict(lambda rows: rows[:, None] * weight, 5, batch_size=2)
     assert not logits.requires_grad
     assert torch.equal(logits, torch.arange(5.0)[:, None].expand(5, 3))
+
+
+# -- averages ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_average_is_the_recursion_by_hand() -> None:
+    weight = torch.tensor([1.0, 2.0], requires_grad=True)
+    frozen = torch.ones(3)
+    average, expected = ParameterAverage([weight, frozen], 0.3), np.array([1.0, 2.0])
+    for step in range(1, 9):
+        with torch.no_grad():
+            weight.mul_(1.5)
+        average.update()
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * weight.detach().numpy()
+    (value,) = average.values
+    assert value.numpy() == pytest.approx(expected, rel=1e-5)
+    own = weight.detach().clone()
+    with average.in_place():
+        assert torch.equal(weight.detach(), value)
+    assert torch.equal(weight.detach(), own)
+    average.keep()
+    assert torch.equal(weight.detach(), value)
+
+
+def test_an_average_is_less_noisy_than_the_last_step() -> None:
+    """A rate that stays high on a noisy loss: the weight jumps around its optimum, the average does not."""
+
+    def train(decay: float) -> float:
+        noise, weight = generator("noise"), torch.zeros(50, requires_grad=True)
+        average = ParameterAverage([weight], decay)
+        fit(
+            lambda rows: ((weight - 1 - torch.randn(50, generator=noise)) ** 2).sum(),
+            [weight],
+            1,
+            steps=400,
+            batch_size=1,
+            learning_rate=0.05,
+            warmup_share=0.999,
+            generator=generator(),
+            average=average,
+        )
+        average.keep()
+        return float(((weight - 1) ** 2).mean().detach())
+
+    assert train(0.95) < 0.7 * train(0.0)
+
+
+# -- looking at losses ------------------------------------------------------------------------------------------------
+
+
+def test_away_from_the_cpu_losses_are_fetched_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told, and what is trained, is the same."""
+
+    def train(look_every: int) -> tuple[list[Any], Tensor]:
+        monkeypatch.setattr(training, "_look_every", lambda torch_device: look_every)
+        weight, told = torch.ones(3, requires_grad=True), []
+        fit(
+            lambda rows: ((weight - rows.float().mean()) ** 2).sum(),
+            [weight],
+            9,
+            steps=50,
+            batch_size=4,
+            learning_rate=0.1,
+            generator=generator(),
+            after_step=lambda *step: told.append(step),
+        )
+        return told, weight.detach()
+
+    (told, weight), (told_late, weight_late) = train(1), train(20)
+    assert told_late == told
+    assert [step for step, _, _ in told] == list(range(1, 51))
+    assert torch.equal(weight, weight_late)
+
+
+def test_nothing_else_is_fetched_from_the_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of the device "meta" have no values: fetching one is an error, wherever it happens."""
+    looks: list[int] = []
+
+    def look(self: Any) -> None:
+        looks.append(len(self.unseen))
+        self.values += [0.0] * len(self.unseen)
+        self.unseen = []
+
+    monkeypatch.setattr(training._Losses, "look", look)
+    meta = torch.device("meta")
+    x, labels, model = torch.ones(40, 3, device=meta), torch.ones(40, dtype=torch.long, device=meta), nn.Linear(3, 2)
+    model = model.to(meta)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        assert rows.device == meta
+        return cross_entropy(model(x[rows]), labels[rows])
+
+    fit(
+        loss_of,
+        model.parameters(),
+        40,
+        steps=50,
+        batch_size=16,
+        learning_rate=0.01,
+        generator=generator(),
+        average=ParameterAverage(model.parameters(), 0.9),
+        after_step=lambda step, steps, loss: None,
+    )
+    assert looks == [20, 20, 10]
+    with pytest.raises(RuntimeError, match="meta"):
+        float(model.weight.detach().sum())
+
+
+def test_the_accelerator_is_looked_at_seldom() -> None:
+    assert training._look_every(torch.device("cpu")) == 1
+    assert training._look_every(torch.device("cuda", 0)) == training.LOOK_EVERY == 20
+
+
+def test_a_divergence_between_looks_names_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_look_every", lambda torch_device: 20)
+    weight, calls = torch.ones(1, requires_grad=True), [0]
+
+    def loss_of(rows: Tensor) -> Tensor:
+        calls[0] += 1
+        return (weight * (math.nan if calls[0] == 7 else 1.0)).sum()
+
+    with pytest.raises(TrainingDiverged, match="the loss became nan at step 7 of 30"):
+        fit(loss_of, [weight], 4, steps=30, batch_size=4, learning_rate=0.1, generator=generator())
+    assert calls[0] == 20
+
+
+# -- going on ---------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Nothing in the program may catch this."""
+
+
+class Kept:
+    """A bookmark that is due every so many epochs, and ends the training after some of them."""
+
+    where = "here"
+
+    def __init__(self, every: int = 1, killed_at: int = 0) -> None:
+        self.every = every
+        self.killed_at = killed_at
+        self.epochs = 0
+        self.blob: bytes | None = None
+
+    def load(self) -> TrainingState | None:
+        return None if self.blob is None else decode(self.blob, TrainingState)
+
+    def due(self) -> bool:
+        self.epochs += 1
+        if self.epochs == self.killed_at:
+            raise Killed
+        return self.epochs % self.every == 0
+
+    def save(self, state: TrainingState) -> None:
+        self.blob = encode(state)
+
+
+def train_kept(kept: Kept | None, ema: bool = True, size: int = 3, steps: int = 25) -> tuple[list[Tensor], list[float]]:
+    """Dropout, chance in the loss, and a batch that is cut off at the end: all that a training can draw."""
+    with seeded_init(0, "model"):
+        model = nn.Sequential(nn.Linear(size, 8), nn.Dropout(0.3), nn.Linear(8, 2), nn.LayerNorm(2))
+    x, noise = torch.randn(30, size, generator=generator("x")), generator("noise")
+    average = ParameterAverage(model.parameters(), 0.9) if ema else None
+    fitted = fit(
+        lambda rows: cross_entropy(
+            model(x[rows] + torch.randn(len(rows), size, generator=noise)), (x[rows, 0] > 0).long()
+        ),
+        model.parameters(),
+        30,
+        steps=steps,
+        batch_size=7,
+        learning_rate=0.01,
+        weight_decay=0.1,
+        generator=generator(),
+        average=average,
+        bookmark=kept,
+        also_drawn_from=(noise,),
+        name="the reference",
+    )
+    tensors = [p.detach() for p in model.parameters()] + (average.values if average else [])
+    return tensors, list(fitted.losses)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize(("every", "killed_at"), [(1, 1), (1, 2), (1, 4), (2, 4), (3, 2)])
+def test_a_training_that_was_killed_and_gone_on_with_is_bit_equal(ema: bool, every: int, killed_at: int) -> None:
+    whole = train_kept(None, ema)
+    kept = Kept(every, killed_at)
+    with pytest.raises(Killed):
+        train_kept(kept, ema)
+    torch.manual_seed(77)  # the global generator is nobody's business
+    tensors, losses = train_kept(kept, ema)
+    assert losses == whole[1]
+    assert all(torch.equal(a, b) for a, b in zip(tensors, whole[0], strict=True))
+
+
+def test_keeping_changes_nothing() -> None:
+    kept = Kept()
+    tensors, losses = train_kept(kept)
+    whole = train_kept(None)
+    assert losses == whole[1]
+    assert all(torch.equal(a, b) for a, b in zip(tensors, whole[0], strict=True))
+    state = kept.load()
+    assert state is not None
+    assert state.step == 20  # of 25, in epochs of 5: the end of the training is not kept
+
+
+@pytest.mark.parametrize("other", [{"size": 4}, {"ema": False}, {"steps": 3}])
+def test_a_bookmark_of_another_training_is_an_error(other: dict[str, Any]) -> None:
+    kept = Kept()
+    train_kept(kept)
+    if other == {"ema": False}:
+        blob, kept = kept.blob, Kept()
+        train_kept(kept, ema=False)
+        other = {}
+        assert blob != kept.blob
+    with pytest.raises(ValueError, match=r"^the reference: here is of another training \(.+\); delete it$"):
+        train_kept(kept, **other)

@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from fleetfit.config import Job, load_job
 from fleetfit.data.preprocessing import Form, TextPreprocessing
 from fleetfit.data.tokenizer_files import tokenizer_files, with_tokenizer
-from fleetfit.messages import Message, decode, encode, first_problem, read_metadata, take
+from fleetfit.messages import Message, TrainingState, decode, encode, first_problem, read_metadata, take
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
@@ -40,6 +40,7 @@ from fleetfit.records import HeaderSpec, JsonDict, Record
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 MODEL_FORMAT = 1
+KEEP_TRAINING_SECONDS = 120.0
 ONNX_FILE = "model.onnx"
 TORCH_FILE = "model.pt2"
 
@@ -65,6 +66,12 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def check_replaceable(path: Path, mark: str) -> None:
+    """Raises ValueError if ``path`` is there and holds no file ``mark``, so that something else would be lost."""
+    if path.exists() and not (path / mark).is_file():
+        raise ValueError(f"{path} is there already and was not made by this command; choose another --out")
+
+
 @contextmanager
 def whole_folder(path: Path, mark: str) -> Iterator[Path]:
     """A folder to write into, which takes its name when all is well, and is gone when not.
@@ -77,8 +84,7 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
         ValueError: there is something else of this name.
         OSError: the disk is full, or the folder cannot be written; whatever was there before is untouched.
     """
-    if path.exists() and not (path / mark).is_file():
-        raise ValueError(f"{path} is there already and was not made by this command; choose another --out")
+    check_replaceable(path, mark)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         new, old = Path(temporary, "new"), Path(temporary, "old")
@@ -106,6 +112,51 @@ class Ledger:
         return {link: number - traffic[link] for link, number in self.traffic.items() if number != traffic[link]}
 
 
+class TrainingFile:
+    """A long training's state as a file, written at most every few minutes; there until the training is finished.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.earlier_seconds = 0.0
+        self._started = self._saved = time.perf_counter()
+
+    @property
+    def where(self) -> str:
+        """The file's name."""
+        return str(self.path)
+
+    def load(self) -> TrainingState | None:
+        """What was kept, if anything.
+
+        Raises:
+            ValueError: the file is corrupt, truncated or foreign; names it.
+        """
+        if not self.path.exists():
+            return None
+        state = decode(self.path.read_bytes(), TrainingState, f"{self.path} (delete it to train afresh)")
+        self.earlier_seconds = state.seconds
+        logger.info("going on from step %d, kept in %s", state.step, self.path)
+        return state
+
+    def due(self) -> bool:
+        """Whether the file is some minutes old."""
+        return time.perf_counter() - self._saved >= KEEP_TRAINING_SECONDS
+
+    def save(self, state: TrainingState) -> None:
+        """Write the state, and how long it took to get there."""
+        seconds = self.earlier_seconds + time.perf_counter() - self._started
+        write_atomically(self.path, encode(state.model_copy(update={"seconds": seconds})))
+        self._saved = time.perf_counter()
+
+    def forget(self) -> None:
+        """The training is finished."""
+        self.path.unlink(missing_ok=True)
+
+
 class StepFolder:
     """Finished steps as files: computed once, read back after a kill with what they had cost.
 
@@ -125,6 +176,11 @@ class StepFolder:
         self.ledger = ledger
         self.on_step = on_step
         self._told: set[str] = set()
+        self._bookmarks: dict[str, TrainingFile] = {}
+
+    def bookmark(self, name: str) -> TrainingFile:
+        """Where the training inside a step is kept until the step is finished; its seconds count as the step's."""
+        return self._bookmarks.setdefault(name, TrainingFile(self.folder / f"{name}.training.safetensors"))
 
     def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
         """The saved result of a step, or compute and save it. The phase is the name's first part.
@@ -151,9 +207,13 @@ class StepFolder:
         else:
             before, start = self.ledger.traffic.copy(), time.perf_counter()
             value = compute()
-            seconds, traffic = time.perf_counter() - start, self.ledger.since(before)
+            training = self._bookmarks.pop(name, None)
+            seconds = time.perf_counter() - start + (training.earlier_seconds if training else 0.0)
+            traffic = self.ledger.since(before)
             cost_json = json.dumps({"seconds": seconds, "traffic": traffic})
             write_atomically(path, encode(value, cost=cost_json))
+            if training is not None:
+                training.forget()
         self._told.add(name)
         self.ledger.seconds[name.partition("/")[0]] += seconds  # type: ignore[assignment]
         if self.on_step is not None:

@@ -1,4 +1,4 @@
-"""The command line: ``fleetfit run | report | export | predict | profile | doctor``.
+"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | doctor``.
 
 The only place that prints; results on stdout, all else on stderr.
 
@@ -11,6 +11,7 @@ try:
     import contextlib
     import json
     import os
+    import shlex
     from collections import Counter
     from collections.abc import Mapping
     from pathlib import Path
@@ -115,6 +116,7 @@ def run(
       refine.rounds           rounds of the devices' collaboration
       refine.epochs           a device's training epochs in a round
       run.threads             CPU threads
+      run.torch_device        auto, cpu, cuda, mps
       run.cache               where trained references are kept
     """
     with reporting(debug, resumable=not dry_run) as signals:
@@ -370,6 +372,69 @@ def predict(
         names = [f"{p.input}[{p.row}]" if num_rows[p.input] > 1 else p.input for p in predictions]
         for name, found in zip(names, predictions, strict=True):
             typer.echo(f"{name:<{max(map(len, names))}}  {found.label}  {_percent(found.probability)}")
+
+
+# -- pretrain ---------------------------------------------------------------------------------------------------------
+
+
+@app.command(no_args_is_help=True)
+def pretrain(
+    job: JobFile,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="DIR", help="The checkpoint folder. Default: models/<name of JOB>."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the job; repeat for more."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Train the reference of a job, and write it as a checkpoint.
+
+    [bold]JOB[/bold] is a job file. Its reference is trained on the public samples as [bold]fleetfit run[/bold]
+    would, and kept in the same cache: a run of the same job then finds it there.
+    The folder has the base model as Transformers knows it, its header, and what is
+    known of both (card.json, README.md). [bold]model.pretrained[/bold] = DIR in another
+    job starts from it.
+
+    [bold]Examples[/bold]
+
+      fleetfit pretrain recipes/digits.toml
+      fleetfit pretrain my.toml -s model.epochs=300 -s model.mixup=0.2 -o models/mine
+
+    [bold]To go on[/bold] after Ctrl-C or a crash, give the same command again: a long training is
+    kept every few minutes, at the end of an epoch.
+    """
+    with reporting(
+        debug, resumable=True, go_on="the same command goes on from the last epoch that was kept"
+    ) as signals:
+        from fleetfit.config import load_job
+
+        resolved = load_job(job, tuple(overrides or ()))
+        folder = out if out is not None else Path("models", job.stem)
+        words = ["fleetfit", "pretrain", str(job), "--out", str(folder)]
+        words += [word for text in overrides or () for word in ("--set", text)]
+        with Phases(signals, f"checkpoint folder {folder}", enabled=not quiet) as phases:
+            phases("libraries", 0, 1)
+            with signals.after_this():
+                from fleetfit.pretrain import pretrain as make
+
+            phases("libraries", 1, 1)
+            card = make(resolved, folder, phases, shlex.join(words))
+        if as_json:
+            typer.echo(card.model_dump_json(indent=2))
+        elif not quiet:
+            console = _stdout()
+            console.print()
+            console.print(
+                f"{_percent(card.test_accuracy)} on {len(card.labels)} classes of the public test, "
+                f"{card.parameters:,} parameters, {format_bytes(card.size_bytes)}"
+            )
+            console.print(f"model:   {folder}", soft_wrap=True)
+            console.print(f"use:     model.pretrained = {json.dumps(str(folder))} in a job", soft_wrap=True)
 
 
 # -- profile ----------------------------------------------------------------------------------------------------------

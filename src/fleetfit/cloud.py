@@ -1,6 +1,8 @@
 """The cloud: reference in, one backbone per cluster out (Phase 1, Algorithm 1). Sees public data and attributes."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import ClassVar
 
 import numpy as np
@@ -10,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fleetfit.config import Job
-from fleetfit.data.augmentation import random_shift
+from fleetfit.data.augmentation import Augmentation, mix
 from fleetfit.data.partition import Split
+from fleetfit.data.samples import Samples
 from fleetfit.data.text_forms import untrained_backbone
 from fleetfit.elastic_training import (
     LayerImportance,
@@ -25,7 +28,8 @@ from fleetfit.elastic_training import (
     taylor_importance,
     train_elastic,
 )
-from fleetfit.messages import BackboneAssignment, ClusterStats, Message, put, take
+from fleetfit.hardware import autocast, hardware_words, torch_device_of
+from fleetfit.messages import BackboneAssignment, Bookmark, ClusterStats, Message, put, take
 from fleetfit.method.energy import cluster_energy_joules
 from fleetfit.method.matching import (
     greedy_accuracy,
@@ -42,11 +46,13 @@ from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import build_header, header_from_state
+from fleetfit.models.pretrained_header import load_header
 from fleetfit.randomness import derive_seed, named_generator, seeded_init
 from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, HeaderSpec, JsonDict, Record
-from fleetfit.training import evaluate, fit, steps_per_epoch
+from fleetfit.training import ParameterAverage, Scores, evaluate, fit, rate_share, steps_per_epoch
 
 ProgressOf = Callable[[int, int, str], None]
+VALIDATE_EVERY_SECONDS = 60.0  # of a long training, for who watches it
 
 OWN_POOLING = 4  # cells a side
 TEXT_CHANNELS = 64  # one cell has to carry what sixteen do
@@ -62,6 +68,7 @@ class Reference(Message):
     validation_accuracy: float
     accuracy: float = Field(description="on the held-out public test split")
     curve: tuple[float, ...] = Field((), description="training loss, some fifty points")
+    hardware: str = Field("", description="that it was trained on")
 
 
 class Elastic(Message):
@@ -152,51 +159,143 @@ def check_inputs(job: Job, backbone: Backbone, has: tuple[int, ...]) -> None:
         )
 
 
-def train_reference(job: Job, public: Split, progress: ProgressOf) -> Reference:
+def train_reference(job: Job, public: Split, progress: ProgressOf, bookmark: Bookmark | None = None) -> Reference:
     """Build the reference from its configuration, or load it pre-trained, and train it on the public split.
 
+    Args:
+        job: The resolved job.
+        public: D_c.
+        progress: Told of every step.
+        bookmark: Where a long training is kept, to be gone on with.
+
     Raises:
-        ValueError: the model cannot be built or loaded, or does not take the data's inputs.
+        ValueError: the model cannot be built or loaded, or does not take the data's inputs; or there is nothing to
+            train and no header.
         TrainingDiverged: the loss is not finite.
     """
-    model_config, train = job.model, public.train
-    with seeded_init(job.seed, "reference"):
-        backbone = untrained_backbone(model_config, train.inputs.form)
-        check_inputs(job, backbone, train.inputs.shape)
-        shape_grid(job, backbone.num_layers)  # a depth that is not there is told now, not after the training
-        shape = backbone.feature_shape
-        model = Classifier(backbone, build_header(own_header(job, shape), shape, train.num_classes))
-    shifts = named_generator(job.seed, "reference", "shifts")
-
-    def loss_of(rows: Tensor) -> Tensor:
-        inputs = random_shift(train.inputs[rows], model_config.shift_pixels, shifts)
-        return cross_entropy(model(inputs), train.labels[rows], label_smoothing=model_config.label_smoothing)
-
-    curve = CurveKeeper(progress)
-    fit(
-        loss_of,
-        model.parameters(),
-        len(train),
-        steps=model_config.epochs * steps_per_epoch(len(train), model_config.batch_size),
-        batch_size=model_config.batch_size,
-        learning_rate=model_config.learning_rate,
-        weight_decay=model_config.weight_decay,
-        generator=named_generator(job.seed, "reference", "order"),
-        after_step=curve,
-        name="reference",
-    )
+    model = _untrained_reference(job, public.train)
+    torch_device = torch_device_of(job.run.torch_device)
+    model, public = model.to(torch_device), public.to(torch_device)
+    curve = _fit_reference(job, model, public, progress, bookmark) if job.model.epochs else ()
     model.eval()
-    validation = evaluate(lambda rows: model(public.validation.inputs[rows]), public.validation.labels)
-    test = evaluate(lambda rows: model(public.test.inputs[rows]), public.test.labels)
+    validation, test = scores_of(model, public.validation), scores_of(model, public.test)
     return Reference(
-        config=backbone.config,
+        config=model.backbone.config,
         parameters=num_parameters(model),
         validation_loss=validation.loss,
         validation_accuracy=validation.accuracy,
         accuracy=test.accuracy,
-        curve=tuple(curve.points),
+        curve=curve,
+        hardware=hardware_words(torch_device, job.run.threads),
         tensors=_tensors(model),
     )
+
+
+def _untrained_reference(job: Job, train: Samples) -> Classifier:
+    """The whole model as its training begins: pre-trained, with its header where classes agree, or fresh."""
+    config = job.model
+    with seeded_init(job.seed, "reference"):
+        backbone = untrained_backbone(config, train.inputs.form)
+        check_inputs(job, backbone, train.inputs.shape)
+        shape_grid(job, backbone.num_layers)  # a depth that is not there is told now, not after the training
+        shape = backbone.feature_shape
+        spec = own_header(job, shape)
+        header = load_header(config.pretrained, spec, shape, train.label_names) if config.pretrained else None
+        if header is None and not config.epochs:
+            raise ValueError(
+                f"model.epochs = 0 takes the reference as it is, but model.pretrained = {config.pretrained!r} has no "
+                f"header of this kind (model.header, header.channels) for the data's {train.num_classes} classes; "
+                "set model.epochs >= 1 to train one"
+            )
+        return Classifier(backbone, header or build_header(spec, shape, train.num_classes))
+
+
+def _fit_reference(
+    job: Job, model: Classifier, public: Split, progress: ProgressOf, bookmark: Bookmark | None
+) -> tuple[float, ...]:
+    """Train the whole model in place, and keep the average of its weights where the job says so; returns the curve."""
+    config, train = job.model, public.train
+    torch_device = public.train.labels.device
+    augmentation = Augmentation(config.shift_pixels, config.flip, config.cutout_pixels)
+    shifts = named_generator(job.seed, "reference", "shifts")
+    average = ParameterAverage(model.parameters(), config.ema) if config.ema else None
+    per_epoch = steps_per_epoch(len(train), config.batch_size)
+    note = ReferenceNote(model, average, public.validation)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        inputs, labels = augmentation(train.inputs[rows], shifts), train.labels[rows]
+        mixed = mix(inputs, config.mixup, config.cutmix, shifts)
+        with autocast(torch_device, job.run.precision):
+            logits = model(inputs if mixed is None else mixed.images)
+            loss = cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            if mixed is None:
+                return loss
+            partner = cross_entropy(logits, labels[mixed.partner], label_smoothing=config.label_smoothing)
+        return mixed.share * loss + (1 - mixed.share) * partner
+
+    def tell(step: int, steps: int, loss: float) -> None:
+        epoch = 1 + (step - 1) // per_epoch
+        rate = config.learning_rate * rate_share(step - 1, steps, config.warmup_share)
+        progress(step, steps, f"epoch {epoch} of {config.epochs}, loss {loss:.3f}, rate {rate:.1e}{note.validation}")
+
+    model.train()
+    fitted = fit(
+        loss_of,
+        model.parameters(),
+        len(train),
+        steps=config.epochs * per_epoch,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_share=config.warmup_share,
+        weight_decay=config.weight_decay,
+        generator=named_generator(job.seed, "reference", "order"),
+        average=average,
+        after_step=tell,
+        after_epoch=note.renew,
+        bookmark=bookmark,
+        also_drawn_from=(shifts,),
+        name="reference",
+    )
+    if average is not None:
+        average.keep()
+    return curve_of(fitted.losses)
+
+
+class ReferenceNote:
+    """What is told of a long training: the validation accuracy, computed now and then."""
+
+    def __init__(self, model: Classifier, average: ParameterAverage | None, samples: Samples) -> None:
+        self.model = model
+        self.average = average
+        self.samples = samples
+        self.validation = ""
+        self._computed = time.perf_counter()
+
+    def renew(self, step: int) -> None:
+        """After an epoch: look again, unless it is not long ago; short trainings are not held up."""
+        if len(self.samples) == 0 or time.perf_counter() - self._computed < VALIDATE_EVERY_SECONDS:
+            return
+        self.model.eval()
+        with self.average.in_place() if self.average else nullcontext():
+            self.validation = f", validation {scores_of(self.model, self.samples).accuracy:.1%}"
+        self.model.train()
+        self._computed = time.perf_counter()
+
+
+def label_keeping(job: Job) -> Augmentation:
+    """What is done to public images after the reference; a student learns enough from other views of them."""
+    return Augmentation(job.model.shift_pixels, job.model.flip)
+
+
+def scores_of(model: Classifier, samples: Samples) -> Scores:
+    """Loss and accuracy of a whole model."""
+    return evaluate(lambda rows: model(samples.inputs[rows]), samples.labels)
+
+
+def curve_of(losses: Sequence[float]) -> tuple[float, ...]:
+    """About fifty points of a training's losses."""
+    every = max(1, len(losses) // 50)
+    return tuple(round(loss, 5) for loss in losses[every - 1 :: every])
 
 
 def classifier_of(job: Job, result: Reference | Elastic, num_classes: int) -> Classifier:
@@ -244,7 +343,7 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
     elastic.backbone.train()
     curve = CurveKeeper(progress)
     depths = sorted({shape.depth for shape in shapes})
-    train_elastic(elastic, header, public.train, config, depths, job.model.shift_pixels, job.seed, curve)
+    train_elastic(elastic, header, public.train, config, depths, label_keeping(job), job.seed, curve)
     return Elastic(
         config=elastic.backbone.config,
         depth_order=elastic.depth_order,
@@ -363,7 +462,7 @@ def cut_and_specialise(
             teacher,
             public.train,
             job.backbone,
-            job.model.shift_pixels,
+            label_keeping(job),
             job.seed,
             name,
             lambda step, steps, loss: progress(step, steps, f"{cluster}: {name}"),
@@ -401,4 +500,4 @@ def form_clusters(
 def _tensors(model: Classifier) -> dict[str, Tensor]:
     backbone: Mapping[str, Tensor] = model.backbone.model.state_dict()
     header: Mapping[str, Tensor] = model.header.state_dict()
-    return {n: t.detach().clone() for n, t in (put("backbone", backbone) | put("header", header)).items()}
+    return {n: t.detach().cpu().clone() for n, t in (put("backbone", backbone) | put("header", header)).items()}

@@ -148,12 +148,22 @@ class ModelConfig(Section):
     frequent_tokens: int = Field(
         2000, ge=0, description="trimmed: how many other tokens are kept, the most frequent ones"
     )
-    epochs: Steps = Field(60, description="training epochs of the reference on the public split")
+    epochs: int = Field(
+        60, ge=0, description="training epochs of the reference on the public split; 0: pretrained as it is"
+    )
     batch_size: Steps = 32
     learning_rate: float = Field(1.5e-3, gt=0)
+    warmup_share: float = Field(0.1, ge=0, lt=1, description="share of the steps with a rising rate; then a cosine")
     weight_decay: float = Field(0.05, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     shift_pixels: int = Field(1, ge=0, description="augmentation: random shifts of up to this many pixels")
+    flip: bool = Field(False, description="augmentation: left and right may be swapped")
+    cutout_pixels: int = Field(0, ge=0, description="of the reference: side of a square of each image that is blanked")
+    mixup: float = Field(0.0, ge=0, description="of the reference: alpha of mixup; 0: none")
+    cutmix: float = Field(0.0, ge=0, description="of the reference: alpha of cutmix; with mixup, by turns; 0: none")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="of the reference: keep the moving average of its weights; its decay, 0: none"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -162,6 +172,8 @@ class ModelConfig(Section):
         if not isinstance(value, dict) or not isinstance(value.get("config", {}), dict):
             return value
         given = value.get("config", {})
+        if value.get("epochs") == 0 and not value.get("pretrained"):
+            raise ValueError("epochs must be >= 1 without pretrained, got 0")
         if value.get("pretrained"):
             if given:
                 raise ValueError("config must be left out with pretrained, which has its own")
@@ -391,6 +403,12 @@ class RunConfig(Section):
     """How to run, not what."""
 
     threads: Steps = Field(1, description="CPU threads; on small models one is fastest")
+    torch_device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="hardware of all phases; auto: a GPU with CUDA where there is one, and else the CPU"
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the cloud's training; auto: bfloat16 on a GPU that has it, and else float32"
+    )
     cache: str = Field("~/.cache/fleetfit", description="trained references and decoded images, by content hash")
 
 

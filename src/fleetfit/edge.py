@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fleetfit.config import Job, RefineConfig
-from fleetfit.data.augmentation import shifted_views
+from fleetfit.data.augmentation import Augmentation, views_of
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.header_search import search_header
@@ -99,9 +99,9 @@ def cached_features(backbone: Backbone, samples: Samples) -> CachedFeatures:
     return CachedFeatures(concatenated(parts), samples.labels)
 
 
-def with_views(samples: Samples, views: int, pixels: int, generator: torch.Generator) -> Samples:
-    """The samples and shifted copies of them."""
-    inputs = shifted_views(samples.inputs[:], views, pixels, generator)
+def with_views(samples: Samples, views: int, augmentation: Augmentation, generator: torch.Generator) -> Samples:
+    """The samples and randomly changed copies of them."""
+    inputs = views_of(samples.inputs[:], views, augmentation, generator)
     return replace(samples, inputs=Inputs.of(inputs), labels=samples.labels.repeat(views))
 
 
@@ -121,7 +121,7 @@ def find_header(
     shape, num_classes = backbone.feature_shape, len(assignment.labels)
     distilled = header_from_state(assignment.header, shape, num_classes, take(assignment.tensors, "header"))
     generator = named_generator(job.seed, "views", assignment.cluster)
-    train = with_views(data.train, config.views, job.model.shift_pixels, generator)
+    train = with_views(data.train, config.views, Augmentation(job.model.shift_pixels, job.model.flip), generator)
     validation = data.validation if len(data.validation) else data.train
     trains_backbone = not config.freeze_backbone and config.search == "enas"
     sources: tuple[FeatureSource, FeatureSource] = (

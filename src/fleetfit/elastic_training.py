@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fleetfit.config import BackboneConfig
-from fleetfit.data.augmentation import random_shift
+from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.samples import Samples
 from fleetfit.method.distillation import distillation_loss, joint_loss
 from fleetfit.method.importance import (
@@ -200,7 +200,7 @@ def train_elastic(
     train: Samples,
     config: BackboneConfig,
     depths: Sequence[int],
-    shift_pixels: int,
+    augmentation: Augmentation,
     seed: int,
     after_step: StepCallback | None = None,
 ) -> None:
@@ -214,7 +214,7 @@ def train_elastic(
         TrainingDiverged: the loss is not finite.
     """
     if config.distillation == "joint":
-        _stage(elastic, header, train, config, depths, shift_pixels, config.steps, seed, "joint", after_step)
+        _stage(elastic, header, train, config, depths, augmentation, config.steps, seed, "joint", after_step)
         return
     first = max(1, config.steps // 2)
     second = max(1, config.steps - first)
@@ -225,8 +225,8 @@ def train_elastic(
         return lambda step, _, loss: after_step(start + step, first + second, loss)
 
     full_depth = (elastic.num_layers,)
-    _stage(elastic, header, train, config, full_depth, shift_pixels, first, seed, "width", counted_from(0))
-    _stage(elastic, header, train, config, depths, shift_pixels, second, seed, "width-depth", counted_from(first))
+    _stage(elastic, header, train, config, full_depth, augmentation, first, seed, "width", counted_from(0))
+    _stage(elastic, header, train, config, depths, augmentation, second, seed, "width-depth", counted_from(first))
 
 
 def _stage(
@@ -235,7 +235,7 @@ def _stage(
     train: Samples,
     config: BackboneConfig,
     depths: Sequence[int],
-    shift_pixels: int,
+    augmentation: Augmentation,
     steps: int,
     seed: int,
     stage: str,
@@ -246,7 +246,7 @@ def _stage(
     shifts = named_generator(seed, "elastic", stage, "shifts")
 
     def loss_of(rows: Tensor) -> Tensor:
-        inputs, labels = random_shift(train.inputs[rows], shift_pixels, shifts), train.labels[rows]
+        inputs, labels = augmentation(train.inputs[rows], shifts), train.labels[rows]
         with torch.no_grad():
             taught = teacher.backbone.run(inputs)
             teacher_logits = teacher.header(taught.features)
@@ -290,7 +290,7 @@ def specialise(
     teacher: Classifier,
     train: Samples,
     config: BackboneConfig,
-    shift_pixels: int,
+    augmentation: Augmentation,
     seed: int,
     name: str,
     after_step: StepCallback | None = None,
@@ -303,7 +303,7 @@ def specialise(
     shifts = named_generator(seed, "specialise", name, "shifts")
 
     def loss_of(rows: Tensor) -> Tensor:
-        inputs = random_shift(train.inputs[rows], shift_pixels, shifts)
+        inputs = augmentation(train.inputs[rows], shifts)
         with torch.no_grad():
             teacher_logits = teacher(inputs)
         return joint_loss(model(inputs), teacher_logits, train.labels[rows], config.weight_logits)

@@ -286,11 +286,43 @@ class Link(Protocol):
         """Send each member its message; return the replies by member, in the order of ``messages``."""
 
 
+class TrainingState(Message):
+    """A long training at the end of an epoch: all that decides how it goes on.
+
+    Tensors: ``parameter.<i>``, ``average.<i>``, ``optimizer.<i>.<name>``, ``generator.<i>`` (their states) and
+    ``losses`` (of all steps so far).
+    """
+
+    kind: ClassVar[str] = "training_state"
+    step: int = Field(ge=1)
+    seconds: float = Field(0.0, ge=0, description="what it has taken so far")
+
+
+class Bookmark(Protocol):
+    """Where one long training is kept, to be gone on with after a kill."""
+
+    @property
+    def where(self) -> str:
+        """Its name for a person."""
+
+    def load(self) -> TrainingState | None:
+        """What was kept, if anything."""
+
+    def due(self) -> bool:
+        """Whether it is time to keep it again."""
+
+    def save(self, state: TrainingState) -> None:
+        """Keep this, instead of what was kept before."""
+
+
 class Checkpoints(Protocol):
     """Finished steps that survive a kill."""
 
     def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
         """The saved result of this step, or compute and save it."""
+
+    def bookmark(self, name: str) -> Bookmark:
+        """Where the training inside this step is kept until the step is finished."""
 
 
 class Progress(Protocol):

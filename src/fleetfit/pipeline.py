@@ -65,13 +65,7 @@ def run_cloud(
     def of(phase: str) -> cloud.ProgressOf:
         return lambda done, total, note: progress(phase, done, total, note)
 
-    reference = steps.step(
-        "reference/cloud",
-        Reference,
-        lambda: cache.step(
-            _reference_key(job, public), Reference, lambda: cloud.train_reference(job, public, of("reference"))
-        ),
-    )
+    reference = steps.step("reference/cloud", Reference, lambda: cached_reference(job, public, cache, of("reference")))
     elastic = steps.step(
         "elastic/cloud", Elastic, lambda: cloud.make_elastic(job, reference, public, of("elastic training"))
     )
@@ -95,6 +89,12 @@ def run_cloud(
         )
     reports = edges.ask(assignments, ClusterReport)
     return FleetResult(reference, elastic, candidates, choices, reports)
+
+
+def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: cloud.ProgressOf) -> Reference:
+    """The trained reference, from the cache or into it; a training that was stopped is gone on with."""
+    key = _reference_key(job, public)
+    return cache.step(key, Reference, lambda: cloud.train_reference(job, public, progress, cache.bookmark(key)))
 
 
 def gather_stats(cluster: str, devices: Link, steps: Checkpoints) -> ClusterStats:
@@ -208,8 +208,11 @@ def _report(
 def _reference_key(job: Job, public: Split) -> str:
     """Changes with what the reference depends on: its own settings, its start, the public samples, the seed."""
     start = fingerprint(job.model.pretrained) if job.model.pretrained else ""
+    channels = job.header.channels if job.model.header == "pooled" else None  # of its own header
     shares = job.data.model_dump(include={"public_share", "test_share", "edge_share", "validation_share"})
-    return f"reference/{content_hash(job.model.model_dump(), start, public.train.fingerprint, shares, job.seed)}"
+    return (
+        f"reference/{content_hash(job.model.model_dump(), channels, start, public.train.fingerprint, shares, job.seed)}"
+    )
 
 
 def _num_patches(job: Job, reference: Reference) -> int:

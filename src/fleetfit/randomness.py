@@ -20,10 +20,12 @@ def named_generator(seed: int, *names: str | int) -> torch.Generator:
 
 @contextmanager
 def seeded_init(seed: int, *names: str | int) -> Iterator[None]:
-    """Initialise modules reproducibly inside; the caller's global generator is restored afterwards.
+    """Initialise modules, or drop out, reproducibly inside; the caller's global generators are restored afterwards.
 
-    PyTorch's and Transformers' initialisers take no generator, so the global one is forked for the time being.
+    PyTorch's and Transformers' initialisers and dropout take no generator, so the global one is forked for the time
+    being, and that of the GPU where one is used.
     """
-    with torch.random.fork_rng(devices=[]):
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, *names))
         yield

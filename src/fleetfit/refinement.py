@@ -64,7 +64,7 @@ def train_header(
             loss = loss + refine.anchor * sum(((p - anchor[n]) ** 2).sum() for n, p in parameters.items())
         return loss
 
-    def remask(step: int, steps: int, loss: float) -> None:
+    def remask() -> None:
         if masked:
             apply_masks(header, masked)
 
@@ -77,7 +77,7 @@ def train_header(
         learning_rate=refine.learning_rate,
         weight_decay=WEIGHT_DECAY,
         generator=generator,
-        after_step=remask,
+        each_step=remask,
         name=name,
     )
     return sums

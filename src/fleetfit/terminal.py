@@ -16,6 +16,8 @@ from typing import Any
 import typer
 
 GO_ON = "the same command goes on from the last finished step"
+SLOW_SECONDS = 10.0  # a phase that takes longer is told when it will end
+LINE_EVERY_SECONDS = 60.0  # of a slow phase, where there is no terminal to show a bar
 WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 QUIET_LIBRARIES = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -73,7 +75,7 @@ class Signals:
 
 
 @contextlib.contextmanager
-def reporting(debug: bool, resumable: bool = False) -> Iterator[Signals]:
+def reporting(debug: bool, resumable: bool = False, go_on: str = GO_ON) -> Iterator[Signals]:
     """Turn whatever goes wrong in a command into one message and an exit code; a traceback with debug only."""
     signals = Signals()
     try:
@@ -86,20 +88,20 @@ def reporting(debug: bool, resumable: bool = False) -> Iterator[Signals]:
         if debug:
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt) or signals.received is not None:
-            typer.secho(f"stopped; {GO_ON}" if resumable else "stopped", err=True, fg="yellow")
+            typer.secho(f"stopped; {go_on}" if resumable else "stopped", err=True, fg="yellow")
             raise typer.Exit(128 + (signals.received or signal.SIGINT)) from None
         typer.secho("error: ", err=True, fg="red", bold=True, nl=False)
-        typer.echo(error_text(error, resumable), err=True)
+        typer.echo(error_text(error, resumable, go_on), err=True)
         raise typer.Exit(1) from None
 
 
-def error_text(error: BaseException, resumable: bool) -> str:
+def error_text(error: BaseException, resumable: bool, go_on: str = GO_ON) -> str:
     """What went wrong, for a person: a sentence, and what to do."""
     if isinstance(error, OSError) and error.strerror:
         where = ": ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         text = f"{where}: {error.strerror}" if where else error.strerror
         if resumable and error.errno in WRITE_ERRORS:
-            text += f"\nwhat was finished stays; when this is put right, {GO_ON}"
+            text += f"\nwhat was finished stays; when this is put right, {go_on}"
         return text
     if isinstance(error, ImportError):
         return f"{error}\n`fleetfit doctor` tells what is missing"
@@ -122,8 +124,8 @@ def calm_libraries(debug: bool) -> None:
 class Phases:
     """The progress callback: on a terminal a bar for the phase at work, elsewhere a line when a phase starts.
 
-    A finished phase leaves one line, with how long it was since the one before it. A note "who: what" names whose
-    phase it is.
+    A finished phase leaves one line, with how long it was since the one before it. A phase that takes long is told when
+    it will end; where there is no bar, in a line a minute. A note "who: what" names whose phase it is.
     """
 
     def __init__(self, signals: Signals, opening: str = "", enabled: bool = True) -> None:
@@ -149,6 +151,7 @@ class Phases:
         self.current: tuple[str, str] | None = None
         self.finished: tuple[str, str] | None = None
         self.done = 0
+        self.begun = (0.0, 0)
         self.drawn = 0.0
         self.since = time.perf_counter()
 
@@ -172,11 +175,24 @@ class Phases:
         now = time.perf_counter()
         if key != self.current:
             self._begin(key, total)
+            self.begun, self.drawn = (now, done), now if not self.live else self.drawn
         if self.live and (now - self.drawn > 0.05 or done <= 1):
-            self.bar.update(self.task, completed=min(done, total), total=total, note=what)
+            note = ", ".join(filter(None, (what, self._left(now, done, total))))
+            self.bar.update(self.task, completed=min(done, total), total=total, note=note)
+            self.drawn = now
+        elif not self.live and now - self.drawn > LINE_EVERY_SECONDS and done < total:
+            told = (f"{100 * done / total:.0f} %", what, self._left(now, done, total))
+            self.console.print(f"{' '.join(key).strip()}: {', '.join(filter(None, told))}")
             self.drawn = now
         if done >= total:
             self._finish(key, done, "" if colon else what, now)
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        """When a slow phase will end, as it went so far; what was read back at its beginning does not count."""
+        since, first = self.begun
+        if now - since < SLOW_SECONDS or not first < done < total:
+            return ""
+        return f"{format_duration((total - done) * (now - since) / (done - first))} left"
 
     def _begin(self, key: tuple[str, str], total: int) -> None:
         self.current, self.finished = key, None

@@ -1,10 +1,22 @@
-"""Shifts of images: a roll whose edge repeats; the images themselves come first."""
+"""Augmentation against NumPy: shifts are rolls, flips are flips, cutouts squares, mixtures means and boxes."""
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import beta, kstest
 
-from fleetfit.data.augmentation import _shifted, random_shift, shifted_views
+from fleetfit.data.augmentation import (
+    CUTOUT_VALUE,
+    Augmentation,
+    _shifted,
+    cutmix,
+    mix,
+    mixup,
+    random_cutout,
+    random_flip,
+    random_shift,
+    views_of,
+)
 from fleetfit.randomness import named_generator
 
 torch.set_num_threads(1)
@@ -79,7 +91,7 @@ def test_nothing_to_shift() -> None:
 @pytest.mark.parametrize("views", [1, 2, 5])
 def test_views_begin_with_the_images_and_keep_their_order(views: int) -> None:
     images = make_images()
-    out = shifted_views(images, views, 1, named_generator(0, "views"))
+    out = views_of(images, views, Augmentation(shift_pixels=1), named_generator(0, "views"))
     assert out.shape == (views * 4, 2, 5, 7)
     assert torch.equal(out[:4], images)
     for i, view in enumerate(out):
@@ -87,3 +99,121 @@ def test_views_begin_with_the_images_and_keep_their_order(views: int) -> None:
         assert any(np.array_equal(view.numpy(), rolled(of, down, right)) for down in (-1, 0, 1) for right in (-1, 0, 1))
     if views > 2:
         assert not torch.equal(out[4:8], out[8:12])
+
+
+# -- flips and cutouts ------------------------------------------------------------------------------------------------
+
+
+def test_a_flip_is_numpys_and_about_every_second_image_has_one() -> None:
+    images = make_images(400)
+    out = random_flip(images, named_generator(0, "flips"))
+    flipped = [not torch.equal(a, b) for a, b in zip(out, images, strict=True)]
+    for image, view, swapped in zip(images, out, flipped, strict=True):
+        assert np.array_equal(view.numpy(), np.flip(image.numpy(), axis=2) if swapped else image.numpy())
+    assert 160 < sum(flipped) < 240
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 3, 4, 20])
+def test_a_cutout_is_one_square_around_a_pixel(pixels: int) -> None:
+    rows, columns = 5, 7
+    images = 1 + make_images(300).abs()
+    out = random_cutout(images, pixels, named_generator(0, "cutouts"))
+    possible = set()
+    for row in range(rows):
+        for column in range(columns):
+            blank = np.zeros((rows, columns), bool)
+            top, left = max(0, row - pixels // 2), max(0, column - pixels // 2)
+            blank[top : row - pixels // 2 + pixels, left : column - pixels // 2 + pixels] = True
+            possible.add(blank.tobytes())
+    seen = {(view == CUTOUT_VALUE).all(0).numpy().tobytes() for view in out}
+    assert seen <= possible
+    assert len(seen) > 0.9 * len(possible)
+    there = out != CUTOUT_VALUE
+    assert torch.equal(out[there], images[there])
+
+
+def test_an_augmentation_is_its_parts_in_turn() -> None:
+    images, one, other = make_images(20), named_generator(0, "all"), named_generator(0, "all")
+    shifted = random_shift(images, 1, one)
+    expected = random_cutout(random_flip(shifted, one), 2, one)
+    assert torch.equal(Augmentation(1, True, 2)(images, other), expected)
+    assert Augmentation()(images, other) is images
+
+
+@pytest.mark.parametrize(
+    "inputs", [torch.arange(12).reshape(3, 4), torch.ones(3, 4), torch.ones(3, 1, 4, 4, dtype=torch.uint8)]
+)
+def test_what_is_no_image_stays_as_it_is_and_draws_nothing(inputs: torch.Tensor) -> None:
+    generator = named_generator(0, "tokens")
+    before = generator.get_state()
+    assert Augmentation(2, True, 3)(inputs, generator) is inputs
+    assert mix(inputs, 1.0, 1.0, generator) is None
+    assert torch.equal(generator.get_state(), before)
+
+
+# -- mixtures ---------------------------------------------------------------------------------------------------------
+
+
+def test_mixup_is_a_weighted_mean_of_partners() -> None:
+    images = make_images(6).double()
+    mixed = mixup(images, 0.5, named_generator(0, "mixup"))
+    assert sorted(mixed.partner.tolist()) == list(range(6))
+    for i, other in enumerate(mixed.partner.tolist()):
+        expected = mixed.share * images[i].numpy() + (1 - mixed.share) * images[other].numpy()
+        assert np.allclose(mixed.images[i].numpy(), expected)
+
+
+def test_cutmix_takes_a_box_from_the_partner_and_counts_its_area() -> None:
+    images = torch.arange(6.0)[:, None, None, None].expand(6, 2, 8, 8).contiguous()
+    generator, shares = named_generator(0, "cutmix"), []
+    for _ in range(200):
+        mixed = cutmix(images, 1.0, generator)
+        box = None
+        for i, other in enumerate(mixed.partner.tolist()):
+            assert set(mixed.images[i].unique().tolist()) <= {float(i), float(other)}
+            if other == i:
+                continue
+            assert torch.equal(mixed.images[i, 0], mixed.images[i, 1])
+            foreign = (mixed.images[i, 0] == other).numpy()
+            assert box is None or np.array_equal(foreign, box)
+            box = foreign
+        if box is not None:
+            rows, columns = box.any(1).nonzero()[0], box.any(0).nonzero()[0]
+            assert box.sum() == len(rows) * len(columns)
+            assert not len(rows) or box[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            assert mixed.share == pytest.approx(1 - box.mean())
+        shares.append(mixed.share)
+    assert min(shares) < 0.3
+    assert max(shares) > 0.9
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 5.0])
+def test_shares_are_distributed_as_beta(alpha: float) -> None:
+    generator, images = named_generator(0, "shares"), make_images(2, 1, 1, 1)
+    shares = [mixup(images, alpha, generator).share for _ in range(1000)]
+    assert kstest(shares, beta(alpha, alpha).cdf).pvalue > 0.01
+
+
+def test_mixup_and_cutmix_take_turns() -> None:
+    images, generator = (
+        torch.arange(4.0)[:, None, None, None].expand(4, 1, 4, 4).contiguous(),
+        named_generator(0, "mix"),
+    )
+    assert mix(images, 0.0, 0.0, generator) is None
+    kinds = []
+    for _ in range(200):
+        mixed = mix(images, 1.0, 1.0, generator)
+        assert mixed is not None
+        kinds.append(bool((mixed.images == mixed.images.round()).all()))  # a box of whole numbers, or means of them
+    assert 60 < sum(kinds) < 140
+    assert all((m := mix(images, 0.0, 1.0, generator)) and (m.images == m.images.round()).all() for _ in range(20))
+    assert all((m := mix(images, 1.0, 0.0, generator)) and 0 < m.share < 1 for _ in range(20))
+
+
+def test_mixtures_repeat_with_the_seed() -> None:
+    images = make_images(8)
+    for alphas in ((1.0, 0.0), (0.0, 1.0)):
+        one, again, other = (mix(images, *alphas, named_generator(seed, "mix")) for seed in (0, 0, 1))
+        assert one is not None and again is not None and other is not None  # noqa: PT018
+        assert torch.equal(one.images, again.images)
+        assert not torch.equal(one.images, other.images)

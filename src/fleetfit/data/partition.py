@@ -26,6 +26,10 @@ class Split:
     validation: Samples
     test: Samples
 
+    def to(self, torch_device: torch.device) -> "Split":
+        """The same for a model on this hardware."""
+        return Split(self.train.to(torch_device), self.validation.to(torch_device), self.test.to(torch_device))
+
 
 @dataclass(frozen=True)
 class FleetData:

@@ -16,6 +16,12 @@ Side = Annotated[int, Field(ge=1)]
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 
+@lru_cache(maxsize=32)
+def _by_channel(numbers: tuple[float, ...], torch_device: torch.device) -> Float32[Tensor, "channel 1 1"]:
+    """Made once: a GPU would otherwise be waited for at every look-up of samples."""
+    return torch.tensor(numbers, dtype=torch.float32, device=torch_device).view(-1, 1, 1)
+
+
 class Preprocessing(Record):
     """(value / maximum - mean) / std, channel by channel, of images of one size; and how images get that size."""
 
@@ -62,9 +68,7 @@ class Preprocessing(Record):
         self, values: Shaped[Tensor, "sample channel row column"]
     ) -> Float32[Tensor, "sample channel row column"]:
         """The same of tensors, on whatever device they are."""
-        mean, std = (
-            values.new_tensor(numbers, dtype=torch.float32).view(-1, 1, 1) for numbers in (self.mean, self.std)
-        )
+        mean, std = (_by_channel(numbers, values.device) for numbers in (self.mean, self.std))
         return (values.float() / self.maximum - mean) / std
 
     @property

@@ -8,6 +8,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
+from fleetfit.hardware import fits_on, moved
 
 BATCH = 256
 
@@ -20,22 +21,28 @@ class Inputs:
         store: Pixels [sample channel row column] as bytes, token ids [sample token], or inputs that are ready.
         index: Which rows of the store these are.
         form: How pixels become inputs, or how texts became token ids; None: the store holds inputs.
+        torch_device: Where inputs go when they are looked up; None: they are there, where the store is.
     """
 
     store: Shaped[Tensor, "stored ..."]
     index: Int[Tensor, " sample"]
     form: Preprocessing | TextPreprocessing | None = None
+    torch_device: torch.device | None = None
 
     @classmethod
     def of(cls, store: Shaped[Tensor, "sample ..."], form: Preprocessing | TextPreprocessing | None = None) -> "Inputs":
         """All rows of a store."""
-        return cls(store, torch.arange(len(store)), form)
+        return cls(store, torch.arange(len(store), device=store.device), form)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, rows: Int[Tensor, " row"] | slice) -> Shaped[Tensor, "row ..."]:
+        if isinstance(rows, Tensor):
+            rows = moved(rows, self.index.device)
         values = self.store[self.index[rows]]
+        if self.torch_device is not None:
+            values = moved(values, self.torch_device)
         if isinstance(self.form, TextPreprocessing):
             return values.long()
         return values if self.form is None else self.form.to_inputs(values)
@@ -47,7 +54,21 @@ class Inputs:
 
     def only(self, rows: Int[Tensor, " row"]) -> "Inputs":
         """Some of these; the store is shared."""
-        return replace(self, index=self.index[rows])
+        return replace(self, index=self.index[moved(rows, self.index.device)])
+
+    def to(self, torch_device: torch.device) -> "Inputs":
+        """The same for a model on this hardware.
+
+        What these rows take is moved there as a whole where there is room, and else batch by batch: then each look-up
+        waits for its row numbers to come back.
+        """
+        if torch_device == self.store.device:
+            return self
+        own_bytes = len(self) * self.store[:1].nbytes
+        if not fits_on(torch_device, own_bytes):
+            return replace(self, torch_device=torch_device)
+        # Their own rows only: the store is that of all owners.
+        return Inputs.of(moved(self.store[self.index], torch_device), self.form)
 
     def batches(self, size: int = BATCH) -> Iterator[Shaped[Tensor, "row ..."]]:
         """All inputs in order, at least one batch, which may be empty."""
@@ -85,7 +106,12 @@ class Samples:
         """Classes of the task, present here or not."""
         return len(self.label_names)
 
+    def to(self, torch_device: torch.device) -> "Samples":
+        """The same for a model on this hardware."""
+        return replace(self, inputs=self.inputs.to(torch_device), labels=moved(self.labels, torch_device))
+
     def rows(self, rows: Int[Tensor, " row"]) -> "Samples":
         """Some of the samples."""
+        here = moved(rows, self.labels.device)
         users = None if self.users is None else self.users[rows]
-        return replace(self, inputs=self.inputs.only(rows), labels=self.labels[rows], users=users)
+        return replace(self, inputs=self.inputs.only(rows), labels=self.labels[here], users=users)

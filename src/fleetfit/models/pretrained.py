@@ -43,7 +43,7 @@ def load_pretrained(
         backbone = Backbone(family, _kept(config, family))
     except ValueError as error:
         raise ValueError(f"{said}: {error}") from error
-    with _silence():
+    with silence():
         try:
             loaded, report = type(backbone.model).from_pretrained(  # type: ignore[attr-defined]
                 source,
@@ -211,8 +211,8 @@ def _conversion(source: str) -> str:
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """No bars and no table of tensors; what matters of it is an error here."""
+def silence() -> Iterator[None]:
+    """Transformers without bars and tables of tensors; what matters of them is an error here."""
     from transformers.utils import logging as transformers_logging
 
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()

@@ -50,7 +50,8 @@ class Prunable(nn.Module, abc.ABC):
 class ConvOp(Prunable):
     """ReLU, then a convolution with the grid kept; on a grid of one row the kernel is (1, k).
 
-    With ``inputs`` it is a projection of so many channels, without the ReLU. After pruning the remaining channels go back to their places among all ``channels``; the others are zero.
+    With ``inputs`` it is a projection of so many channels, without the ReLU. After pruning the remaining channels go
+    back to their places among all ``channels``; the others are zero.
     """
 
     kept: Int[Tensor, " kept"] | None
