@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +46,7 @@ def load_samples(job: Job, progress: Progress = silent) -> Samples:
     if job.data.source == "digits":
         if kind == "text":
             raise ValueError(f"data.source = 'digits' has images, but model.family = {job.model.family!r} reads texts")
-        return _digits()
+        return _some(_digits(), job)
     if job.model.pretrained:
         read_config_of(job.model.pretrained, job.model.family)  # is it there, and does it read what the family reads?
     cache = Path(job.run.cache).expanduser()
@@ -54,9 +54,7 @@ def load_samples(job: Job, progress: Progress = silent) -> Samples:
     column, label_column = find_columns(table, job.data, kind)
     labels, names = read_labels(table, label_column, job.data)
     users = read_users(table, job.data.user_column) if job.data.user_column else None
-    rows = torch.arange(len(labels))
-    if job.data.limit is not None and job.data.limit < len(labels):
-        rows = draw_by_class(labels, job.data.limit, named_generator(job.seed, "data", "limit"))
+    rows = _drawn(labels, job)
     found = MADE[kind](job, table, column, rows, cache, progress)
     used = rows[found.rows]
     if len(set(labels[used].tolist())) < 2:
@@ -141,6 +139,21 @@ MADE: dict[Kind, Callable[[Job, Table, str, Int[Tensor, " row"], Path, Progress]
     "image": _images,
     "text": _texts,
 }
+
+
+def _drawn(labels: Int[Tensor, " sample"], job: Job) -> Int[Tensor, " row"]:
+    if job.data.limit is None or job.data.limit >= len(labels):
+        return torch.arange(len(labels))
+    return draw_by_class(labels, job.data.limit, named_generator(job.seed, "data", "limit"))
+
+
+def _some(digits: Samples, job: Job) -> Samples:
+    for key in ("input_column", "label_column", "user_column"):
+        if getattr(job.data, key):
+            raise ValueError(f"data.{key} = {getattr(job.data, key)!r}: data.source = 'digits' has no columns")
+    if job.data.limit is None:
+        return digits
+    return replace(digits.rows(_drawn(digits.labels, job)), fingerprint=f"digits {job.data.limit} {job.seed}")
 
 
 def _digits() -> Samples:
