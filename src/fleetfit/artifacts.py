@@ -29,7 +29,8 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 
 from fleetfit.config import Job, load_job
-from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.preprocessing import Form, TextPreprocessing
+from fleetfit.data.tokenizer_files import tokenizer_files, with_tokenizer
 from fleetfit.messages import Message, TrainingState, decode, encode, first_problem, read_metadata, take
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
@@ -259,7 +260,7 @@ class ModelCard(Record):
     width: float
     depth: int
     inputs: str = Field(description="what the model expects")
-    preprocessing: Preprocessing | None = Field(None, description="the same for programs; None: not known")
+    preprocessing: Form | None = Field(None, description="the same for programs; None: not known")
     size_bytes: int
     limit_bytes: int
     accuracy: float | None = Field(description="on the device's private test split")
@@ -320,11 +321,18 @@ class RunFolder:
         return MemoryFolder(self.path / "memory" / device_id)
 
     def write_device(self, model: Classifier, card: ModelCard) -> None:
-        """Write devices/<id>/: the tensors first, then the card that makes them loadable."""
+        """Write devices/<id>/: the tensors first, then the card that makes them loadable.
+
+        The tokenizer of a text model goes into files of its own, not into the card.
+        """
         folder = self.path / "devices" / card.device_id
         tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
         write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        write_atomically(folder / "model.json", card.model_dump_json(indent=2) + "\n")
+        if isinstance(card.preprocessing, TextPreprocessing):
+            for name, content in tokenizer_files(card.preprocessing).items():
+                write_atomically(folder / name, content)
+        fields = card.model_dump_json(indent=2, exclude={"preprocessing": {"tokenizer"}})
+        write_atomically(folder / "model.json", fields + "\n")
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows as CSV; the first row's keys are the columns."""
@@ -344,7 +352,9 @@ class RunFolder:
 
 
 def load_model(folder: str | Path) -> Classifier:
-    """Rebuild a device's model from its folder: inputs [sample channel row column] -> logits [sample class].
+    """Rebuild a device's model from its folder: inputs -> logits [sample class].
+
+    Inputs are pixels [sample channel row column], or the numbers of texts' tokens [sample token].
 
     Raises:
         ValueError: a file is missing, corrupt or of another format; the folder holds an export that needs no fleetfit.
@@ -382,7 +392,7 @@ def read_card(folder: Path) -> ModelCard:
     """
     path = folder / "model.json"
     try:
-        card = ModelCard.model_validate_json(path.read_text(encoding="utf-8"))
+        card = ModelCard.model_validate_json(_with_tokenizer(path.read_text(encoding="utf-8"), folder))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no device folder: {path} is missing") from None
     except ValidationError as error:
@@ -392,6 +402,16 @@ def read_card(folder: Path) -> ModelCard:
     if card.format != MODEL_FORMAT:
         raise ValueError(f"{path} has format {card.format}, this fleetfit reads {MODEL_FORMAT}")
     return card
+
+
+def _with_tokenizer(text: str, folder: Path) -> str:
+    try:
+        fields = json.loads(text)
+    except ValueError:
+        return text  # told by the one who validates it
+    if not isinstance(fields, dict) or "preprocessing" not in fields:
+        return text
+    return json.dumps({**fields, "preprocessing": with_tokenizer(fields["preprocessing"], folder)})
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fleetfit.config import Job
 from fleetfit.data.augmentation import Augmentation, mix
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Samples
+from fleetfit.data.text_forms import untrained_backbone
 from fleetfit.elastic_training import (
     LayerImportance,
     better_depth_order,
@@ -45,7 +46,6 @@ from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import build_header, header_from_state
-from fleetfit.models.pretrained import load_pretrained
 from fleetfit.models.pretrained_header import load_header
 from fleetfit.randomness import derive_seed, named_generator, seeded_init
 from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, HeaderSpec, JsonDict, Record
@@ -195,10 +195,7 @@ def _untrained_reference(job: Job, train: Samples) -> Classifier:
     """The whole model as its training begins: pre-trained, with its header where classes agree, or fresh."""
     config = job.model
     with seeded_init(job.seed, "reference"):
-        if config.pretrained:
-            backbone = load_pretrained(config.pretrained, config.family)
-        else:
-            backbone = Backbone(config.family, dict(config.config))
+        backbone = untrained_backbone(config, train.inputs.form)
         check_inputs(job, backbone, train.inputs.shape)
         shape_grid(job, backbone.num_layers)  # a depth that is not there is told now, not after the training
         shape = backbone.feature_shape

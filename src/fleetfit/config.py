@@ -142,6 +142,12 @@ class ModelConfig(Section):
         description="the reference's own header, which is distilled with the backbone. linear: reads [CLS]; pooled: "
         "reads a pooled grid of projected tokens too, without which narrow and shallow backbones are far worse",
     )
+    vocabulary: Literal["trimmed", "full"] = Field(
+        "trimmed", description="of a pre-trained text model: keep the tokens that public texts use, or all"
+    )
+    frequent_tokens: int = Field(
+        2000, ge=0, description="trimmed: how many other tokens are kept, the most frequent ones"
+    )
     epochs: int = Field(
         60, ge=0, description="training epochs of the reference on the public split; 0: pretrained as it is"
     )

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, Shaped
 from pydantic import Field
 
 from fleetfit.artifacts import (
@@ -31,8 +31,10 @@ from fleetfit.artifacts import (
 )
 from fleetfit.config import load_job
 from fleetfit.data.partition import public_test
+from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
+from fleetfit.data.tokenizer_files import TOKENIZER_FILE, tokenizer_files
 from fleetfit.messages import Progress, silent
 from fleetfit.models.classifier import Classifier
 from fleetfit.onnx_model import INPUT, OUTPUT, PACKAGES, OnnxCard, OnnxModel, need
@@ -44,7 +46,7 @@ TOLERANCE = 1e-4
 BATCHES = (1, 2, 7, None)  # None: all samples at once
 MARK = "export.json"
 
-Inputs = Float32[np.ndarray, "sample ..."]
+Inputs = Shaped[np.ndarray, "sample ..."]
 Logits = Float32[np.ndarray, "sample class"]
 
 
@@ -154,8 +156,9 @@ def export_device(source: Path, folder: Path, samples: Samples, kind: Format, qu
             else:
                 file = new / "model.safetensors"
                 write_atomically(file, (source / file.name).read_bytes())
-            if kind != "onnx":
-                write_atomically(new / "model.json", (source / "model.json").read_bytes())
+            beside = tokenizer_files(card.preprocessing) if isinstance(card.preprocessing, TextPreprocessing) else {}
+            for name in (*beside, *(["model.json"] if kind != "onnx" else [])):
+                write_atomically(new / name, (source / name).read_bytes())
             if kind == "safetensors":
                 copied = load_model(new)
                 difference = _difference(lambda x: copied(torch.from_numpy(x)).numpy(), inputs, expected)
@@ -305,6 +308,8 @@ def _slim(model: Any, metadata: dict[str, str]) -> bytes:
 def _readme(card: ModelCard, shape: Sequence[int], quantize: Quantize | None) -> str:
     """How to run the model without fleetfit and without torch; a test runs the lines."""
     form = card.preprocessing
+    if isinstance(form, TextPreprocessing):
+        return _readme_of_texts(card, quantize)
     values = f'numpy.zeros((1, {", ".join(map(str, shape))}), "float32")'
     return f"""# {card.device_id}
 
@@ -314,6 +319,21 @@ A model made by fleetfit {own_version()}{", its weights as int8" if quantize els
 import json, numpy, onnxruntime  # pip install numpy onnxruntime
 model, pixels = onnxruntime.InferenceSession("{ONNX_FILE}"), {values}  # yours here
 logits = model.run(None, {{"{INPUT}": {form.numpy_code("pixels") if form else "pixels"}}})[0]
+print([json.loads(model.get_modelmeta().custom_metadata_map["labels"])[i] for i in logits.argmax(1)])
+```
+"""
+
+
+def _readme_of_texts(card: ModelCard, quantize: Quantize | None) -> str:
+    return f"""# {card.device_id}
+
+A model made by fleetfit {own_version()}{", its weights as int8" if quantize else ""}. Inputs: {card.inputs}.
+
+```python
+import json, numpy, onnxruntime, tokenizers  # pip install numpy onnxruntime tokenizers
+model, texts = onnxruntime.InferenceSession("{ONNX_FILE}"), ["a text", "and another"]  # yours here
+tokens = [t.ids for t in tokenizers.Tokenizer.from_file("{TOKENIZER_FILE}").encode_batch(texts)]
+logits = model.run(None, {{"{INPUT}": numpy.array(tokens, "int64")}})[0]
 print([json.loads(model.get_modelmeta().custom_metadata_map["labels"])[i] for i in logits.argmax(1)])
 ```
 """

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped
 
-from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.preprocessing import Form
+from fleetfit.data.tokenizer_files import with_tokenizer
 from fleetfit.records import Record
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -33,22 +34,23 @@ class OnnxCard(Record):
     device_id: str
     labels: tuple[str, ...]
     inputs: str
-    preprocessing: Preprocessing | None
+    preprocessing: Form | None
     fleetfit_version: str
 
     def to_metadata(self) -> dict[str, str]:
-        """Texts by key: labels and preprocessing as JSON, the others as they are."""
-        fields = self.model_dump(mode="json")
+        """Texts by key: labels and preprocessing as JSON, the others as they are; a tokenizer stays outside."""
+        fields = self.model_dump(mode="json", exclude={"preprocessing": {"tokenizer"}})
         return {key: value if isinstance(value, str) else json.dumps(value) for key, value in fields.items()}
 
     @classmethod
-    def from_metadata(cls, metadata: dict[str, str]) -> "OnnxCard":
-        """Read back.
+    def from_metadata(cls, metadata: dict[str, str], folder: Path) -> "OnnxCard":
+        """Read back; a tokenizer from the folder that the model is in.
 
         Raises:
-            ValueError: not what ``to_metadata`` writes.
+            ValueError: not what ``to_metadata`` writes, or the tokenizer is missing.
         """
         parsed = {key: json.loads(metadata.get(key, "null")) for key in ("labels", "preprocessing")}
+        parsed["preprocessing"] = with_tokenizer(parsed["preprocessing"], folder)
         texts = {key: metadata.get(key) for key in ("device_id", "inputs", "fleetfit_version")}
         return cls.model_validate({**parsed, **texts})
 
@@ -75,11 +77,11 @@ class OnnxModel:
         except Exception as error:  # ONNX Runtime has exceptions of its own, without a common base
             raise ValueError(f"{path} is corrupt: {error}") from None
         try:
-            self.card = OnnxCard.from_metadata(self._session.get_modelmeta().custom_metadata_map)
+            self.card = OnnxCard.from_metadata(self._session.get_modelmeta().custom_metadata_map, path.parent)
         except ValueError as error:
             raise ValueError(f"{path} is no model that fleetfit exported: {error}") from None
 
-    def logits(self, inputs: Float32[np.ndarray, "sample *shape"]) -> Float32[np.ndarray, "sample class"]:
+    def logits(self, inputs: Shaped[np.ndarray, "sample *shape"]) -> Float32[np.ndarray, "sample class"]:
         """Logits."""
         result: np.ndarray = self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(inputs)})[0]
         return result

@@ -1,15 +1,16 @@
-"""Labels for files, by a device's model or by one that was exported to ONNX."""
+"""Labels for files and texts, by a device's model or by one that was exported to ONNX."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped
 
 from fleetfit.artifacts import ONNX_FILE, load_model, read_card
-from fleetfit.data.preprocessing import Preprocessing
-from fleetfit.data.sample_files import read_samples
+from fleetfit.data.preprocessing import Form, TextPreprocessing
+from fleetfit.data.sample_files import read_samples, read_texts
 from fleetfit.onnx_model import OnnxModel
 from fleetfit.records import Record
 
@@ -25,45 +26,60 @@ class Prediction(Record):
     probability: float
 
 
-def predict(folder: Path, inputs: Sequence[Path]) -> list[Prediction]:
-    """Predict every sample of some files; all files are read before the first prediction.
+def predict(folder: Path, inputs: Sequence[str | Path]) -> list[Prediction]:
+    """Predict every sample of some inputs; all are read before the first prediction.
 
     Args:
         folder: A device's folder, or one of ``fleetfit export``.
-        inputs: Image files, or .npy files of raw values.
+        inputs: Of a model that reads images: image files, or .npy files of raw values. Of one that reads texts: .txt
+            files with a text in each line, or texts themselves.
 
     Raises:
-        ValueError: no model there, one that does not say what its inputs are, or a file that is no sample of its kind.
+        ValueError: no model there, one that does not say what its inputs are, a file that is no sample of its kind, or
+            an empty text.
         OSError: a file cannot be opened.
         ImportError: the model is in ONNX, and ONNX Runtime is not installed.
     """
     logits_of, labels, form = _model(folder)
     if form is None:
         raise ValueError(f"{folder} does not say how images become its inputs: written by an older fleetfit?")
-    files = [read_samples(path, form) for path in inputs]
+    read = [_read(name, form) for name in inputs]
     predictions = []
-    for path, samples in zip(inputs, files, strict=True):
-        parts = [logits_of(form.apply(samples[i : i + BATCH])) for i in range(0, len(samples), BATCH)]
-        for row, shares in enumerate(_probabilities(np.concatenate(parts))):
+    for name, (rows, samples) in zip(inputs, read, strict=True):
+        parts = [logits_of(_ready(samples[i : i + BATCH], form)) for i in range(0, len(samples), BATCH)]
+        for row, shares in zip(rows, _probabilities(np.concatenate(parts)), strict=True):
             if not np.isfinite(shares).all():
-                raise ValueError(f"{folder}: the model's output for {path} is not finite: its weights are damaged")
+                raise ValueError(f"{folder}: the model's output for {name} is not finite: its weights are damaged")
             best = int(shares.argmax())
-            found = Prediction(input=str(path), row=row, label=labels[best], probability=float(shares[best]))
+            found = Prediction(input=str(name), row=row, label=labels[best], probability=float(shares[best]))
             predictions.append(found)
     return predictions
 
 
-Logits = Callable[[Float32[np.ndarray, "sample ..."]], Float32[np.ndarray, "sample class"]]
+def _read(name: str | Path, form: Form) -> tuple[Sequence[int], Any]:
+    """The samples of one input, and their numbers in it."""
+    if isinstance(form, TextPreprocessing):
+        texts = read_texts(str(name))
+        return list(texts), list(texts.values())
+    samples = read_samples(Path(name), form)
+    return range(len(samples)), samples
 
 
-def _model(folder: Path) -> tuple[Logits, tuple[str, ...], Preprocessing | None]:
+def _ready(samples: Any, form: Form) -> Shaped[np.ndarray, "sample ..."]:
+    return form.apply(samples)
+
+
+Logits = Callable[[Shaped[np.ndarray, "sample ..."]], Float32[np.ndarray, "sample class"]]
+
+
+def _model(folder: Path) -> tuple[Logits, tuple[str, ...], Form | None]:
     if (folder / ONNX_FILE).exists():
         exported = OnnxModel(folder / ONNX_FILE)
         return exported.logits, exported.card.labels, exported.card.preprocessing
     model, card = load_model(folder), read_card(folder)
 
     @torch.no_grad()
-    def logits(inputs: Float32[np.ndarray, "sample ..."]) -> Float32[np.ndarray, "sample class"]:
+    def logits(inputs: Shaped[np.ndarray, "sample ..."]) -> Float32[np.ndarray, "sample class"]:
         result: np.ndarray = model(torch.from_numpy(inputs)).numpy()
         return result
 

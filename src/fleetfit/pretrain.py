@@ -25,9 +25,11 @@ from fleetfit.artifacts import (
 )
 from fleetfit.cloud import Reference, classifier_of, scores_of
 from fleetfit.config import Job
+from fleetfit.data.image_forms import image_processor
 from fleetfit.data.partition import Split, share_out
-from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.data.sources import load_samples
+from fleetfit.data.tokenizer_files import tokenizer_files
 from fleetfit.engines.local import fleet_of
 from fleetfit.hardware import torch_device_of
 from fleetfit.messages import Progress, silent
@@ -39,7 +41,6 @@ from fleetfit.records import JsonDict, Record
 
 CARD_FILE = "card.json"
 LIBRARIES = ("torch", "transformers")
-BOX = 4  # Pillow's number of the filter that fleetfit's own preprocessing scales images by
 
 
 class CheckpointCard(Record):
@@ -101,7 +102,10 @@ def _write(job: Job, folder: Path, reference: Reference, public: Split, seconds:
         path.chmod(0o644)  # Transformers leaves the weights, and nothing else, to their owner alone
     write_atomically(folder / HEADER_FILE, header_bytes(model.header, labels))
     if isinstance(form, Preprocessing):
-        write_atomically(folder / "preprocessor_config.json", json.dumps(_image_processor(form), indent=2) + "\n")
+        write_atomically(folder / "preprocessor_config.json", json.dumps(image_processor(form), indent=2) + "\n")
+    if isinstance(form, TextPreprocessing):
+        for name, content in tokenizer_files(form).items():
+            write_atomically(folder / name, content)
     write_atomically(folder / "job.toml", job.to_toml())
     # What is told is that of the files, read as a job that starts from them reads them.
     backbone = load_pretrained(str(folder), job.model.family)
@@ -131,22 +135,6 @@ def _write(job: Job, folder: Path, reference: Reference, public: Split, seconds:
     )
     write_atomically(folder / CARD_FILE, card.model_dump_json(indent=2) + "\n")
     return card
-
-
-def _image_processor(form: Preprocessing) -> JsonDict:
-    """The same preprocessing in the words of Transformers."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": form.channels == 3,
-        "do_resize": True,
-        "size": {"height": form.size[0], "width": form.size[1]},
-        "resample": BOX,
-        "do_rescale": True,
-        "rescale_factor": 1 / form.maximum,
-        "do_normalize": True,
-        "image_mean": list(form.mean),
-        "image_std": list(form.std),
-    }
 
 
 def _readme(card: CheckpointCard, out: Path) -> str:

@@ -4,9 +4,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fleetfit.config import ModelConfig
 from fleetfit.data.preprocessing import Preprocessing, Resample, Side
-from fleetfit.models.pretrained import read_config
+from fleetfit.messages import first_problem
+from fleetfit.models.pretrained import read_config_of
+from fleetfit.records import JsonDict
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +27,7 @@ def image_form(model: ModelConfig) -> Preprocessing:
     """
     if not model.pretrained:
         return _plain(model.config)
-    source, config = read_config(model.pretrained)
+    source, config = read_config_of(model.pretrained, model.family)
     processor = _processor(source, f"model.pretrained = {model.pretrained!r}")
     if processor is None:
         log.info("model.pretrained = %r has no image processor: pixels become -1..1", model.pretrained)
@@ -31,7 +35,29 @@ def image_form(model: ModelConfig) -> Preprocessing:
     try:
         return _of_processor(processor, config)
     except ValueError as error:
-        raise ValueError(f"model.pretrained = {model.pretrained!r}: its image processor: {error}") from error
+        why = first_problem(error) if isinstance(error, ValidationError) else error
+        raise ValueError(f"model.pretrained = {model.pretrained!r}: its image processor: {why}") from error
+
+
+def image_processor(form: Preprocessing) -> JsonDict:
+    """The same in the words of Transformers: the content of preprocessor_config.json."""
+    numbers = {name: number for number, name in FILTERS.items()}
+    resize = form.size if form.resize is None else form.resize
+    sides = {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]}
+    cut = {"do_center_crop": True, "crop_size": {"height": form.size[0], "width": form.size[1]}}
+    return {
+        "image_processor_type": "ViTImageProcessor" if form.resize is None else "BitImageProcessor",
+        "do_convert_rgb": form.channels == 3,
+        "do_resize": True,
+        "size": sides,
+        "resample": numbers[form.resample],
+        **(cut if form.resize is not None else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / form.maximum,
+        "do_normalize": True,
+        "image_mean": list(form.mean),
+        "image_std": list(form.std),
+    }
 
 
 def _plain(config: dict[str, Any]) -> Preprocessing:

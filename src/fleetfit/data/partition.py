@@ -1,7 +1,8 @@
 """Who gets which samples: cloud (public), edges (shared), devices (private). They never overlap."""
 
 import logging
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch import Tensor
 from fleetfit.config import DataConfig
 from fleetfit.data.samples import Samples
 from fleetfit.randomness import derive_seed, named_generator
+
+log = logging.getLogger(__name__)
+
+SHOWN = 5  # of the classes that no device has
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,27 @@ class Split:
 
 @dataclass(frozen=True)
 class FleetData:
-    """Every owner's samples: ``public`` is the cloud's, ``edges`` by cluster, ``devices`` by device."""
+    """Every owner's samples: ``public`` is the cloud's, ``edges`` by cluster, ``devices`` by device.
+
+    ``notes`` tell a person what nobody has.
+    """
 
     public: Split
     edges: Mapping[str, Split]
     devices: Mapping[str, Split]
+    notes: tuple[str, ...] = ()
 
 
 def _partitioner(config: DataConfig, num_devices: int, num_classes: int, seed: int) -> Any:
-    from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, PathologicalPartitioner
+    from flwr_datasets.partitioner import (
+        DirichletPartitioner,
+        IidPartitioner,
+        NaturalIdPartitioner,
+        PathologicalPartitioner,
+    )
 
+    if config.split == "natural":
+        return NaturalIdPartitioner("user")
     if config.split == "iid" or (config.split == "classes" and config.classes_per_device >= num_classes):
         return IidPartitioner(num_devices)
     if config.split == "classes":
@@ -64,10 +80,34 @@ def _partitioner(config: DataConfig, num_devices: int, num_classes: int, seed: i
     )
 
 
+def _device_of_user(users: Int[Tensor, " sample"], config: DataConfig, num_devices: int, seed: int) -> dict[int, int]:
+    """One user, one device: the users with the most samples, dealt out by the seed. The others have no device.
+
+    Raises:
+        ValueError: fewer users than devices.
+    """
+    generator = named_generator(seed, "partition", "users")
+    numbers, counts = torch.unique(users, return_counts=True)
+    if len(numbers) < num_devices:
+        raise ValueError(
+            f"data.user_column = {config.user_column!r}: the devices' private share is of {len(numbers)} users, fewer "
+            f"than the {num_devices} devices; lower the number of devices"
+        )
+    order = torch.randperm(len(numbers), generator=generator)
+    order = order[counts[order].argsort(descending=True, stable=True)][:num_devices]
+    order = order[torch.randperm(num_devices, generator=generator)]
+    return {int(user): device for device, user in enumerate(numbers[order])}
+
+
 def partition_rows(
-    labels: Int[Tensor, " sample"], config: DataConfig, num_devices: int, num_classes: int, seed: int
+    labels: Int[Tensor, " sample"],
+    config: DataConfig,
+    num_devices: int,
+    num_classes: int,
+    seed: int,
+    users: Int[Tensor, " sample"] | None = None,
 ) -> list[Int[Tensor, " row"]]:
-    """Row numbers for each device: iid, a number of classes per device, or Dirichlet(alpha) shares of classes.
+    """Row numbers for each device: iid, a number of classes per device, Dirichlet(alpha) shares of classes, or a user.
 
     Raises:
         ValueError: fewer samples than devices, or a split that leaves a device without samples.
@@ -84,16 +124,24 @@ def partition_rows(
     logging.getLogger("flwr_datasets").setLevel(logging.ERROR)
     partitioner = _partitioner(config, num_devices, num_classes, derive_seed(seed, "partition") % 2**31)
     order = torch.randperm(len(labels), generator=named_generator(seed, "partition", "order"))
+    columns = {}
+    if config.split == "natural":
+        assert users is not None, "a natural split without users is no valid job"
+        device_of = _device_of_user(users, config, num_devices, seed)
+        order = order[[int(user) in device_of for user in users[order]]]
+        columns = {"user": np.array([device_of[int(user)] for user in users[order]])}
 
     class Rows(Dataset):  # type: ignore[misc]
         def select(self, indices: Any, **options: Any) -> Any:
             """The same, of an array: ``datasets`` hashes the rows, of a list each number by itself."""
             return super().select(np.asarray(indices, np.int64), **options)
 
-    table = Rows.from_dict({"row": order.numpy(), "label": labels[order].numpy()})
+    table = Rows.from_dict({"row": order.numpy(), "label": labels[order].numpy(), **columns})
     partitioner.dataset = table.with_format("numpy")  # without it, values are read one by one
     try:
-        return [torch.from_numpy(partitioner.load_partition(i)["row"][:]) for i in range(num_devices)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # classes that no device has are noted by the caller
+            return [torch.from_numpy(partitioner.load_partition(i)["row"][:]) for i in range(num_devices)]
     except ValueError as error:
         raise ValueError(
             f"data.split: {len(labels)} samples cannot be split by {config.split!r} among {num_devices} devices: lower "
@@ -122,7 +170,7 @@ def split_rows(samples: Samples, rows: Tensor, config: DataConfig, test_share: f
     return Split(samples.rows(train), samples.rows(validation), samples.rows(test))
 
 
-def cut_tiers(samples: Samples, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cut_tiers(samples: Sized, config: DataConfig, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row numbers of (the devices' private, public, public test, the edges' shared) samples."""
     shares = [config.public_share, config.test_share, config.edge_share]
     private, public, test, shared = cut_rows(
@@ -165,9 +213,26 @@ def share_out(
         for cluster, rows in zip(devices_by_cluster, shared.tensor_split(len(devices_by_cluster)), strict=True)
     }
     names = [device for devices in devices_by_cluster.values() for device in devices]
-    parts = partition_rows(samples.labels[private], config, len(names), samples.num_classes, seed)
+    users = None if samples.users is None else samples.users[private]
+    parts = partition_rows(samples.labels[private], config, len(names), samples.num_classes, seed, users)
     devices = {
         name: split_rows(samples, private[part], config, config.device_test_share, seed, "device", name)
         for name, part in zip(names, parts, strict=True)
     }
-    return FleetData(public_split, edges, devices)
+    return FleetData(public_split, edges, devices, _not_shared_out(samples, private, parts))
+
+
+def _not_shared_out(samples: Samples, private: Tensor, parts: Sequence[Tensor]) -> tuple[str, ...]:
+    """What of the private samples no device has, in words."""
+    left = len(private) - sum(map(len, parts))
+    if not left:
+        return ()
+    shared = private[torch.cat(list(parts))]
+    classes = set(samples.labels[private].tolist()) - set(samples.labels[shared].tolist())
+    listed = ", ".join(samples.label_names[c] for c in sorted(classes)[:SHOWN])
+    notes = [f"{left} private samples are no device's"]
+    if classes:
+        more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+        notes.append(f"{len(classes)} classes are on no device ({listed}{more})")
+    log.warning("data.split: %s", "; ".join(notes))
+    return tuple(notes)

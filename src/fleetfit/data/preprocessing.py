@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, Shaped
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from fleetfit.records import Record
@@ -140,6 +140,17 @@ class TextPreprocessing(Record):
             f"numbers of the tokens that the tokenizer here cuts a text into, {self.num_tokens} at most, "
             f"padded on the right with {self.pad_id}; [sample, {self.num_tokens}]"
         )
+
+
+def _form_kind(value: Any) -> str:
+    fields = value if isinstance(value, dict) else value.__dict__
+    return "text" if "num_tokens" in fields else "image"
+
+
+# How a model's inputs are made, whatever they are; saved forms of images say no kind.
+Form = Annotated[
+    Annotated[Preprocessing, Tag("image")] | Annotated[TextPreprocessing, Tag("text")], Discriminator(_form_kind)
+]
 
 
 @lru_cache(maxsize=8)

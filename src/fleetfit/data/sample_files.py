@@ -1,4 +1,4 @@
-"""Samples out of files that a person has: images of any size and kind, and .npy arrays of raw values."""
+"""Samples that a person has: images of any size and kind, .npy arrays of raw values, texts in files or as they are."""
 
 from pathlib import Path
 
@@ -52,3 +52,25 @@ def _image(path: Path, form: Preprocessing) -> Shaped[np.ndarray, "sample channe
         except Exception as error:  # a decoder may raise anything at bytes that are no image
             raise ValueError(f"{path} is not an image that can be read: {error}") from None
     return pixels[None].astype(np.float32) / 255 * form.maximum
+
+
+def read_texts(name: str) -> dict[int, str]:
+    """The lines of a .txt file that are not empty, by number from 0; anything else is one text itself.
+
+    Raises:
+        ValueError: there is no text in it, or it is not UTF-8; names the file.
+        OSError: the file cannot be opened.
+    """
+    path = Path(name)
+    if not name.endswith(".txt") or (len(name.split()) > 1 and not path.exists()):
+        if not name.strip():
+            raise ValueError("a text must not be empty")
+        return {0: name}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from None
+    texts = {number: line for number, line in enumerate(lines) if line.strip()}
+    if not texts:
+        raise ValueError(f"{path} has no line with a text")
+    return texts

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.hardware import fits_on, moved
 
 BATCH = 256
@@ -20,17 +20,17 @@ class Inputs:
     Attributes:
         store: Pixels [sample channel row column] as bytes, token ids [sample token], or inputs that are ready.
         index: Which rows of the store these are.
-        form: How pixels become inputs; None: the store holds inputs.
+        form: How pixels become inputs, or how texts became token ids; None: the store holds inputs.
         torch_device: Where inputs go when they are looked up; None: they are there, where the store is.
     """
 
     store: Shaped[Tensor, "stored ..."]
     index: Int[Tensor, " sample"]
-    form: Preprocessing | None = None
+    form: Preprocessing | TextPreprocessing | None = None
     torch_device: torch.device | None = None
 
     @classmethod
-    def of(cls, store: Shaped[Tensor, "sample ..."], form: Preprocessing | None = None) -> "Inputs":
+    def of(cls, store: Shaped[Tensor, "sample ..."], form: Preprocessing | TextPreprocessing | None = None) -> "Inputs":
         """All rows of a store."""
         return cls(store, torch.arange(len(store), device=store.device), form)
 
@@ -43,6 +43,8 @@ class Inputs:
         values = self.store[self.index[rows]]
         if self.torch_device is not None:
             values = moved(values, self.torch_device)
+        if isinstance(self.form, TextPreprocessing):
+            return values.long()
         return values if self.form is None else self.form.to_inputs(values)
 
     @property

@@ -144,7 +144,7 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
         data = share_out(
             samples, job.data, {c: [a.device_id for a in members] for c, members in fleet.items()}, job.seed
         )
-        progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes)))
+        progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *data.notes)))
         result = _run_tiers(job, folder, fleet, data, progress)
         summary = summarise(job, folder, data, result)
         write_models(job, folder, result, samples)

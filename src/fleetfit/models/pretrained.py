@@ -36,12 +36,7 @@ def load_pretrained(
             shape; tokens that are not in its vocabulary or lack the padding, more tokens than it has positions for.
     """
     said = f"model.pretrained = {name!r}"
-    source, config = read_config(name)
-    found = config.get("model_type")
-    if found not in FAMILIES:
-        raise ValueError(f"{said} is a {found!r}, which is not supported; supported are {', '.join(FAMILIES)}")
-    if found != family:
-        raise ValueError(f"{said} is a {found!r}, but model.family is {family!r}; set model.family = {found!r}")
+    source, config = read_config_of(name, family)
     if config.get("position_embedding_type", "absolute") != "absolute":  # no key of the classes any more
         raise ValueError(f"{said} has positions of type {config['position_embedding_type']!r}; only 'absolute' is read")
     try:
@@ -124,6 +119,22 @@ def fingerprint(name: str) -> str:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def read_config_of(name: str, family: str) -> tuple[str, JsonDict]:
+    """Where the model is, and its config.json.
+
+    Raises:
+        ValueError: not there, or of another or no supported family.
+    """
+    said = f"model.pretrained = {name!r}"
+    source, config = read_config(name)
+    found = config.get("model_type")
+    if found not in FAMILIES:
+        raise ValueError(f"{said} is a {found!r}, which is not supported; supported are {', '.join(FAMILIES)}")
+    if found != family:
+        raise ValueError(f"{said} is a {found!r}, but model.family is {family!r}; set model.family = {found!r}")
+    return source, config
 
 
 def read_config(name: str) -> tuple[str, JsonDict]:

@@ -1,0 +1,187 @@
+"""Columns and labels: found where they are clear, asked for where not; labels that do not match are told."""
+
+from typing import Any
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
+
+from fleetfit.config import DataConfig
+from fleetfit.data.columns import Kind, draw_by_class, find_columns, read_labels, read_users
+from fleetfit.data.tables import Table
+from fleetfit.randomness import named_generator
+
+TYPES = {
+    "image": Image(),
+    "class": ClassLabel(names=["a", "b"]),
+    "text": Value("string"),
+    "long text": Value("large_string"),
+    "int": Value("int64"),
+    "float": Value("float32"),
+    "list": Sequence(Value("int64")),
+}
+
+
+def table(**columns: str) -> Table:
+    """An empty table of columns of these types."""
+    features = Features({name: TYPES[kind] for name, kind in columns.items()})
+    return Table(Dataset.from_dict({name: [] for name in columns}, features=features), "", "")
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "found"),
+    [
+        ("image", {"image": "image", "label": "class"}, ("image", "label")),
+        ("image", {"x": "image", "kind": "class"}, ("x", "kind")),
+        ("image", {"img": "image", "fine_label": "class", "coarse_label": "class"}, ("img", "fine_label")),
+        ("image", {"thumb": "image", "image": "image", "id": "int", "target": "int"}, ("image", "target")),
+        ("image", {"pixels": "list", "other": "list", "y": "int"}, ("pixels", "y")),
+        ("image", {"path": "text", "title": "text", "label": "text"}, ("path", "label")),
+        ("text", {"text": "text", "label": "class"}, ("text", "label")),
+        ("text", {"anything": "long text", "intent": "text"}, ("anything", "intent")),
+        ("text", {"id": "text", "sentence": "text", "Label": "int"}, ("sentence", "Label")),
+        ("text", {"question": "text", "text": "text", "category": "text", "class": "class"}, ("text", "class")),
+        ("text", {"title": "text", "label": "list", "class": "int"}, ("title", "class")),
+    ],
+)
+def test_columns_are_found_by_type_and_name(kind: Kind, columns: dict[str, str], found: tuple[str, str]) -> None:
+    assert find_columns(table(**columns), DataConfig(), kind) == found
+
+
+def test_given_columns_win_and_users_are_no_texts() -> None:
+    columns = {"text": "text", "title": "text", "label": "class", "topic": "text", "who": "text"}
+    given = DataConfig(input_column="title", label_column="topic")
+    assert find_columns(table(**columns), given, "text") == ("title", "topic")
+    own = DataConfig(user_column="who")
+    assert find_columns(table(words="text", who="text", label="class"), own, "text") == ("words", "label")
+    # A label that is a text is not the input, nor the other way round.
+    assert find_columns(table(first="text", second="text"), DataConfig(label_column="first"), "text")[0] == "second"
+    assert find_columns(table(text="text", label="text"), DataConfig(input_column="label", label_column="text"), "text")
+
+
+CLEAR = {"image": "image", "label": "class"}
+CLEAR_HAS = "there are image (image), label (class label)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns", "keys", "says"),
+    [
+        (
+            "text",
+            {"a": "text", "b": "text", "label": "class"},
+            {},
+            "data.input_column must be given: several columns may hold texts: a, b. "
+            "The data has a (text), b (text), label (class label)",
+        ),
+        (
+            "text",
+            {"x": "image", "label": "class"},
+            {},
+            "data.input_column must be given: no column holds texts; the model reads texts. "
+            "The data has x (image), label (class label)",
+        ),
+        (
+            "image",
+            {"words": "text", "label": "class"},
+            {},
+            "data.input_column must be given: no column holds images; the model reads images. "
+            "The data has words (text), label (class label)",
+        ),
+        (
+            "image",
+            {"image": "image"},
+            {},
+            "data.label_column must be given: no column holds labels. The data has image (image)",
+        ),
+        (
+            "image",
+            {"image": "image", "a": "class", "b": "class"},
+            {},
+            "data.label_column must be given: several columns may hold labels: a, b. "
+            "The data has image (image), a (class label), b (class label)",
+        ),
+        ("image", CLEAR, {"input_column": "img"}, f"data.input_column = 'img' is no column of the data; {CLEAR_HAS}"),
+        ("image", CLEAR, {"user_column": "who"}, f"data.user_column = 'who' is no column of the data; {CLEAR_HAS}"),
+    ],
+)
+def test_what_is_not_clear_is_asked_for(kind: Kind, columns: dict[str, str], keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        find_columns(table(**columns), DataConfig(**keys), kind)
+    assert str(caught.value) == says
+
+
+# -- labels -----------------------------------------------------------------------------------------------------------
+
+
+def labels(values: list[Any], names: tuple[str, ...] = (), of: Any = None) -> tuple[list[int], tuple[str, ...]]:
+    features = Features({"label": of}) if of is not None else None
+    rows = Dataset.from_dict({"label": values}, features=features)
+    numbers, found = read_labels(Table(rows, "", ""), "label", DataConfig(label_names=names))
+    assert numbers.dtype == torch.long
+    return numbers.tolist(), found
+
+
+def test_labels_become_numbers_with_names() -> None:
+    assert labels([1, 0, 1], of=ClassLabel(names=["cat", "dog"])) == ([1, 0, 1], ("cat", "dog"))
+    assert labels([1, 0, 1], ("x", "y"), ClassLabel(names=["cat", "dog"])) == ([1, 0, 1], ("x", "y"))
+    assert labels(["dog", "cat", "dog"]) == ([1, 0, 1], ("cat", "dog"))
+    assert labels(["dog", "cat", "dog"], ("dog", "owl", "cat")) == ([0, 2, 0], ("dog", "owl", "cat"))
+    assert labels([7, 3, 10, 7]) == ([1, 0, 2, 1], ("3", "7", "10"))
+    assert labels([1, 0, 1], ("no", "yes", "perhaps")) == ([1, 0, 1], ("no", "yes", "perhaps"))
+    assert labels([1.0, 0.0]) == ([1, 0], ("0", "1"))
+    assert labels([True, False]) == ([1, 0], ("False", "True"))
+    # A class that no sample has is one all the same.
+    assert labels([2, 0], of=ClassLabel(names=["a", "b", "c"])) == ([2, 0], ("a", "b", "c"))
+
+
+MISSING = "labels are missing, the first in row {}; if a split has none, leave it out with data.splits"
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "of", "says"),
+    [
+        ([1, None, 0, None], (), None, f": 2 of 4 {MISSING.format(1)}"),
+        ([1, 0, -1], (), ClassLabel(names=["a", "b"]), f": 1 of 3 {MISSING.format(2)}"),
+        (["a", "", "b"], (), None, f": 1 of 3 {MISSING.format(1)}"),
+        ([1.0, float("nan")], (), None, f": 1 of 2 {MISSING.format(1)}"),
+        ([0.5, 1.0], (), None, " must hold whole numbers or texts, got 0.5 among them"),
+        ([[1], [2]], (), None, " must hold whole numbers or texts, got [1] among them"),
+        ([0, 1, 5, -2], ("a", "b"), None, " must be in 0..1, for 2 names, got -2, 5"),
+        (["a", "c", "d"], ("a", "b"), None, " holds 'c', 'd', which data.label_names does not have"),
+        (list(range(20)), (), None, " holds 20 different numbers in 20 rows: is it the label?"),
+        ([3, 3, 3], (), None, ": all 3 samples are of one class, '3'"),
+        (["x", "x"], ("x", "y"), None, ": all 2 samples are of one class, 'x'"),
+    ],
+)
+def test_labels_that_do_not_do(values: list[Any], names: tuple[str, ...], of: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        labels(values, names, of)
+    assert str(caught.value) == f"data.label_column = 'label'{says}"
+
+
+def test_as_many_names_as_classes() -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.label_names has 3 names, but data\.label_column = 'label' has 2 class"
+    ):
+        labels([0, 1], ("a", "b", "c"), ClassLabel(names=["a", "b"]))
+
+
+def test_users_are_numbered_whatever_they_are_called() -> None:
+    rows = Dataset.from_dict({"who": ["eve", "bob", "eve", "amy"]})
+    assert read_users(Table(rows, "", ""), "who").tolist() == [2, 1, 2, 0]
+    rows = Dataset.from_dict({"who": ["eve", None, "eve"]})
+    with pytest.raises(ValueError, match=r"data\.user_column = 'who': 1 of 3 values are missing"):
+        read_users(Table(rows, "", ""), "who")
+
+
+def test_drawing_keeps_shares() -> None:
+    of = torch.cat([torch.full((n,), c) for c, n in enumerate((600, 300, 90, 10))])
+    of = of[torch.randperm(1000, generator=named_generator(0, "order"))]
+    for limit in (2, 10, 100, 999):
+        rows = draw_by_class(of, limit, named_generator(0, "draw"))
+        assert len(rows) == len(set(rows.tolist())) == limit
+        assert rows.tolist() == sorted(rows.tolist())
+        counts = of[rows].bincount(minlength=4)
+        assert (counts - limit * torch.tensor([0.6, 0.3, 0.09, 0.01])).abs().max() <= 1
+    one, other = (draw_by_class(of, 100, named_generator(seed, "draw")) for seed in (0, 1))
+    assert not torch.equal(one, other)
