@@ -47,6 +47,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "class_prior": False,
         "balanced_training": False,
         "importance": "parameter",
+        "prune_share": 0.2,
         "guard": False,
     },
 }
@@ -395,7 +396,9 @@ class RefineConfig(Section):
         True, description="with class_prior: train with the prior in the logits, so that weights need not learn it"
     )
     importance: Literal["gate", "neuron", "parameter"] = Field("gate", description="Eqs. 16-18 or beyond")
-    prune_share: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="share of header neurons dropped in all")
+    prune_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of header neurons dropped in all; the few channels of a pooled header are all needed"
+    )
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
 
 
