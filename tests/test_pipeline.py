@@ -105,7 +105,7 @@ def assignment(job: Job, data: FleetData) -> BackboneAssignment:
         family="vit",
         config=reference.config,
         labels=data.public.train.label_names,
-        header=HeaderSpec(),
+        header=cloud.classifier_of(job, reference, 10).header.spec,
         tensors=reference.tensors,
     )
 

@@ -48,7 +48,7 @@ def make(folder: Path, **model: object) -> Job:
 
 def public_of(job: Job) -> Split:
     devices = {c: [a.device_id for a in members] for c, members in local.fleet_of(job).items()}
-    return local.share_out(load_samples(job.data), job.data, devices, job.seed).public
+    return local.share_out(load_samples(job), job.data, devices, job.seed).public
 
 
 def quiet(done: int, total: int, note: str) -> None:
@@ -105,7 +105,7 @@ def test_the_folders_accuracies_are_those_of_its_files(made: tuple[Path, Job, Ch
 
 def test_the_image_processor_of_transformers_makes_the_same_inputs(made: tuple[Path, Job, CheckpointCard]) -> None:
     folder, job, _ = made
-    samples = load_samples(job.data)
+    samples = load_samples(job)
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     pixels = samples.inputs.store[:5].numpy()
     images = [p.transpose(1, 2, 0) for p in pixels]

@@ -508,3 +508,37 @@ def test_a_bookmark_of_another_training_is_an_error(other: dict[str, Any]) -> No
         assert blob != kept.blob
     with pytest.raises(ValueError, match=r"^the reference: here is of another training \(.+\); delete it$"):
         train_kept(kept, **other)
+
+
+# -- rows of like length ----------------------------------------------------------------------------------------------
+
+
+def test_with_lengths_an_epoch_still_has_every_row_once_in_batches_of_like_length() -> None:
+    lengths = torch.randint(3, 60, (1000,), generator=torch.Generator().manual_seed(0))
+
+    def epoch(seed: int, of: torch.Tensor | None) -> list[torch.Tensor]:
+        return list(batches(1000, 32, torch.Generator().manual_seed(seed), lengths=of))
+
+    rows = epoch(1, lengths)
+    assert torch.cat(rows).sort().values.tolist() == list(range(1000))
+    assert {len(r) for r in rows} == {len(r) for r in epoch(1, None)}
+
+    def waste(rows: list[torch.Tensor]) -> float:
+        return float(sum(lengths[r].max() * len(r) for r in rows) / lengths.sum())
+
+    assert waste(rows) < 1.2 < 1.7 < waste(epoch(1, None))
+    firsts = [float(lengths[r].float().mean()) for r in rows]
+    assert firsts != sorted(firsts)  # long and short ones take turns
+    assert not torch.equal(torch.cat(rows), torch.cat(epoch(2, lengths)))
+
+
+def test_predictions_with_lengths_are_those_without() -> None:
+    lengths = torch.tensor([5, 1, 4, 1, 3, 9, 2])
+    asked: list[torch.Tensor] = []
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        asked.append(rows)
+        return rows[:, None] * torch.tensor([1.0, 10.0])
+
+    assert torch.equal(predict(logits, 7, 3, lengths=lengths), logits(torch.arange(7)))
+    assert [lengths[rows].tolist() for rows in asked[:3]] == [[1, 1, 2], [3, 4, 5], [9]]

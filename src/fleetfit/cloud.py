@@ -243,6 +243,7 @@ def _fit_reference(
         loss_of,
         model.parameters(),
         len(train),
+        lengths=train.inputs.lengths,
         steps=config.epochs * per_epoch,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
@@ -289,7 +290,7 @@ def label_keeping(job: Job) -> Augmentation:
 
 def scores_of(model: Classifier, samples: Samples) -> Scores:
     """Loss and accuracy of a whole model."""
-    return evaluate(lambda rows: model(samples.inputs[rows]), samples.labels)
+    return evaluate(lambda rows: model(samples.inputs[rows]), samples.labels, lengths=samples.inputs.lengths)
 
 
 def curve_of(losses: Sequence[float]) -> tuple[float, ...]:

@@ -154,7 +154,11 @@ def reorder_by(elastic: ElasticBackbone, importance: LayerImportance) -> None:
 
 def evaluate_shape(elastic: ElasticBackbone, header: Header, samples: Samples, shape: BackboneShape) -> Scores:
     """Scores of one sub-network with the shared header."""
-    logits = predict(lambda rows: header(elastic.run(samples.inputs[rows], shape).features), len(samples))
+    logits = predict(
+        lambda rows: header(elastic.run(samples.inputs[rows], shape).features),
+        len(samples),
+        lengths=samples.inputs.lengths,
+    )
     return score(logits, samples.labels)
 
 
@@ -275,6 +279,7 @@ def _stage(
         loss_of,
         [*elastic.backbone.parameters(), *header.parameters()],
         len(train),
+        lengths=train.inputs.lengths,
         steps=steps,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,
@@ -312,6 +317,7 @@ def specialise(
         loss_of,
         model.parameters(),
         len(train),
+        lengths=train.inputs.lengths,
         steps=config.specialise_steps,
         batch_size=config.batch_size,
         learning_rate=config.learning_rate,

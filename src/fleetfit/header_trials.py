@@ -181,8 +181,9 @@ def spec_name(spec: HeaderSpec) -> str:
     """A short name for tables: kind, number of blocks and channels, pooling, hidden units."""
     if spec.kind != "blocks":
         return spec.kind
-    blocks = f"{len(spec.blocks)} block{'' if len(spec.blocks) == 1 else 's'}" if spec.blocks else "no block"
-    return f"{blocks} of {spec.channels}, pooling {spec.pooling}" + (f", hidden {spec.hidden}" if spec.hidden else "")
+    number = len(spec.blocks)
+    body = f"{number} block{'' if number == 1 else 's'} of {spec.channels}" if number else f"pooled {spec.channels}"
+    return f"{body}, pooling {spec.pooling}" + (f", hidden {spec.hidden}" if spec.hidden else "")
 
 
 def nothing_fits(search: Search) -> ValueError:

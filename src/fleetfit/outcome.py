@@ -112,7 +112,7 @@ def summarise(
                 energy_joules=choice.energy_joules[choice.chosen],
                 loss=candidate.loss,
                 accuracy=candidate.accuracy,
-                header=result.reports[cluster].header.kind,
+                header=result.reports[cluster].header.name,
             )
         )
     devices = [

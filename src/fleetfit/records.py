@@ -86,6 +86,13 @@ class HeaderSpec(Record):
     pooling: int = Field(1, ge=1, description="final pooling to pooling x pooling cells")
     hidden: int = Field(0, ge=0, description="units of the final MLP's hidden layer; 0 = one linear layer")
 
+    @property
+    def name(self) -> str:
+        """What people call it: searched, pooled (one of no block), or the fixed kind."""
+        if self.kind != "blocks":
+            return self.kind
+        return "searched" if self.blocks else "pooled"
+
 
 class ValidationScores(Record):
     """Sums over a validation split, so that those of several devices add up: samples, nats, and right answers."""

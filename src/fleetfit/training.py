@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -16,6 +17,7 @@ from fleetfit.randomness import seeded_init
 
 StepCallback = Callable[[int, int, float], None]
 
+POOL_BATCHES = 16
 LOOK_EVERY = 20  # steps; each look at a loss makes the program wait for the accelerator
 CPU = torch.device("cpu")
 
@@ -47,16 +49,26 @@ class Scores:
 
 
 def batches(
-    num_samples: int, batch_size: int, generator: torch.Generator, torch_device: torch.device = CPU
+    num_samples: int,
+    batch_size: int,
+    generator: torch.Generator,
+    torch_device: torch.device = CPU,
+    lengths: Int[Tensor, " sample"] | None = None,
 ) -> Iterator[Tensor]:
     """Row numbers of one shuffled epoch; a last batch of one row joins its neighbour, unless all are of one row.
 
-    They are drawn on the CPU, and moved once for the whole epoch.
+    They are drawn on the CPU, and moved once for the whole epoch. With ``lengths``, rows of like length come together:
+    sorted inside pools of some batches, whose order is by chance again. A batch of texts is as slow as its longest.
     """
-    order = moved(torch.randperm(num_samples, generator=generator), torch_device)
-    rows = list(torch.split(order, batch_size))
+    order = torch.randperm(num_samples, generator=generator)
+    if lengths is not None:
+        pools = torch.split(order, POOL_BATCHES * batch_size)
+        order = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
+    rows = list(torch.split(moved(order, torch_device), batch_size))
     if batch_size > 1 and len(rows) > 1 and len(rows[-1]) == 1:
         rows[-2:] = [torch.cat(rows[-2:])]
+    if lengths is not None:
+        rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     yield from rows
 
 
@@ -119,6 +131,7 @@ def fit(
     batch_size: int,
     learning_rate: float,
     generator: torch.Generator,
+    lengths: Int[Tensor, " sample"] | None = None,
     weight_decay: float = 0.0,
     warmup_share: float = 0.1,
     gradient_clip: float = 1.0,
@@ -144,6 +157,7 @@ def fit(
         batch_size: Rows a step.
         learning_rate: Peak rate.
         generator: Decides the order of the rows.
+        lengths: Rows of like length share a batch; see ``batches``.
         weight_decay: AdamW's.
         warmup_share: Share of the steps with a rising rate.
         gradient_clip: Largest norm of the gradient.
@@ -176,7 +190,7 @@ def fit(
             raise ValueError(f"{name}: {bookmark.where} is of another training ({error}); delete it") from error
     while step < steps:
         with seeded_init(generator.initial_seed(), "epoch from step", step):
-            for rows in batches(num_samples, batch_size, generator, torch_device):
+            for rows in batches(num_samples, batch_size, generator, torch_device, lengths):
                 optimizer.zero_grad(set_to_none=True)
                 loss = loss_of(rows)
                 if loss.requires_grad:
@@ -318,11 +332,19 @@ def _copy(source: Sequence[Tensor], target: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def predict(
-    logits_of: Callable[[Tensor], Tensor], num_samples: int, batch_size: int = 256, torch_device: torch.device = CPU
+    logits_of: Callable[[Tensor], Tensor],
+    num_samples: int,
+    batch_size: int = 256,
+    torch_device: torch.device = CPU,
+    lengths: Int[Tensor, " sample"] | None = None,
 ) -> Tensor:
-    """Logits of all rows in order, [sample, class]; ``logits_of`` gets rows on ``torch_device``."""
-    rows = torch.split(torch.arange(num_samples, device=torch_device), batch_size)
-    return torch.cat([logits_of(part) for part in rows])
+    """Logits of all rows in order, [sample, class]; ``logits_of`` gets rows on ``torch_device``.
+
+    With ``lengths``, rows of like length are computed together.
+    """
+    order = torch.arange(num_samples) if lengths is None else lengths.argsort(stable=True)
+    logits = torch.cat([logits_of(rows) for rows in torch.split(moved(order, torch_device), batch_size)])
+    return logits if lengths is None else logits[moved(order.argsort(), logits.device)]
 
 
 def score(logits: Tensor, labels: Tensor) -> Scores:
@@ -335,6 +357,11 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     )
 
 
-def evaluate(logits_of: Callable[[Tensor], Tensor], labels: Tensor, batch_size: int = 256) -> Scores:
+def evaluate(
+    logits_of: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    batch_size: int = 256,
+    lengths: Int[Tensor, " sample"] | None = None,
+) -> Scores:
     """Scores of a model over all rows; rows are where the labels are."""
-    return score(predict(logits_of, len(labels), batch_size, labels.device), labels)
+    return score(predict(logits_of, len(labels), batch_size, labels.device, lengths), labels)

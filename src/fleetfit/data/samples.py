@@ -70,6 +70,13 @@ class Inputs:
         # Their own rows only: the store is that of all owners.
         return Inputs.of(moved(self.store[self.index], torch_device), self.form)
 
+    @property
+    def lengths(self) -> Int[Tensor, " sample"] | None:
+        """Tokens of each text, without padding; None for all that is of one length."""
+        if not isinstance(self.form, TextPreprocessing):
+            return None
+        return (self.store[self.index] != self.form.pad_id).sum(dim=1).cpu()
+
     def batches(self, size: int = BATCH) -> Iterator[Shaped[Tensor, "row ..."]]:
         """All inputs in order, at least one batch, which may be empty."""
         for rows in torch.split(torch.arange(len(self)), size):

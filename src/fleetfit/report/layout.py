@@ -86,7 +86,7 @@ def shape_text(width: float, depth: int) -> str:
 
 
 def header_name(spec: HeaderSpec) -> str:
-    """'searched, 3 blocks', or the kind."""
-    if spec.kind != "blocks":
-        return spec.kind.replace("_", " ")
+    """'searched, 3 blocks', or its name."""
+    if not spec.blocks:
+        return spec.name.replace("_", " ")
     return f"searched, {plural(len(spec.blocks) * spec.repeats, 'block')}"
