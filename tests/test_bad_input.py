@@ -4,8 +4,10 @@ Each test runs the command line on a job of a second: what a user would do, what
 """
 
 import errno
+import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,9 @@ import pytest
 import tomli_w
 import torch
 from click.testing import Result
+from datasets import Dataset
+from PIL import Image
+from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import fleetfit
@@ -93,6 +98,12 @@ class Shell:
         return summary
 
 
+def png(pixels: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page has its own tests."""
@@ -164,6 +175,58 @@ def test_shares_of_nothing(shell: Shell, key: str) -> None:
     shell.fine(f"{key}=0")
     assert "NaN" not in (shell.out / "summary.json").read_text()
     shell.fine(f"{key}=0")
+
+
+# -- data of one's own ------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_data_set_without_a_network(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("FLEETFIT_DATA", raising=False)
+    said = shell.error("data.source=nobody/nothing")
+    assert said.startswith("error: data.source = 'nobody/nothing' is no file or folder here, and could not be had from")
+    assert "with HF_HUB_OFFLINE=1 nothing else is tried" in said
+    assert "FLEETFIT_DATA or in data.root" in said
+
+
+def test_a_local_copy_is_named_on_the_terminal(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = load_digits().images.astype("uint8") * 15
+    rows = {"image": [{"bytes": png(p), "path": None} for p in pixels[:400]], "label": load_digits().target[:400]}
+    (tmp_path / "copies" / "tiny").mkdir(parents=True)
+    Dataset.from_dict(rows).to_parquet(str(tmp_path / "copies" / "tiny" / "train.parquet"))
+    monkeypatch.setenv("FLEETFIT_DATA", str(tmp_path / "copies"))
+    result = shell.run("data.source=someone/tiny", "data.split=iid", "data.input_column=image", quiet=False)
+    assert result.exit_code == 0, result.output
+    origin = f"from the local copy {tmp_path / 'copies' / 'tiny'} (FLEETFIT_DATA)"
+    assert re.search(rf"^data: done in .*, 400 samples, {re.escape(origin)}$", result.stderr, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sets", "says"),
+    [
+        ("a.csv", "text,label\nx,1\n", ["model.family=bert"], "all 1 samples are of one class, '1'"),
+        ("a.csv", "text,label\nx,1\ny,\n", ["model.family=bert"], "1 of 2 labels are missing, the first in row 1"),
+        ("a.csv", "text\nx\ny\n", ["model.family=bert"], "data.label_column must be given: no column holds labels"),
+        ("a.csv", "text,label\nx,1\n ,2\n", ["model.family=bert"], "1 of 2 texts are empty, and data.empty_text_share"),
+        ("a.csv", "text,label\nx,1\ny,2\n", [], "no column holds images; the model reads images"),
+        ("a.csv", "", [], "a.csv cannot be read: "),
+        ("a.txt", "hello", [], "files must be images, or of one kind of "),
+        ("train/a/x.png", "no image", [], "images cannot be read, and data.bad_image_share = 0.01 of all is the most"),
+    ],
+)
+def test_data_that_is_wrong(shell: Shell, tmp_path: Path, name: str, content: str, sets: list[str], says: str) -> None:
+    path = tmp_path / "data" / name
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    if name.startswith("train/"):
+        (tmp_path / "data" / "train" / "b").mkdir()
+        (tmp_path / "data" / "train" / "b" / "y.png").write_text(content)
+    source = tmp_path / "data" if "/" in name else path
+    assert says in shell.error(f"data.source='{source}'", *sets)
 
 
 # -- training that diverges -------------------------------------------------------------------------------------------

@@ -66,3 +66,47 @@ def image_job(source: str | Path, cache: Path, **data: Any) -> Job:
             "run": {"cache": str(cache)},
         }
     )
+
+
+INTENTS = ("balance", "card_lost", "top_up", "transfer")
+PHRASES = {
+    "balance": ("how much is on my account", "what is my balance", "is my balance wrong"),
+    "card_lost": ("my card is gone", "I lost my card", "somebody stole my card"),
+    "top_up": ("I want to top up", "can I top up by cash", "why did my top up fail"),
+    "transfer": ("send money to my friend", "how long does a transfer take", "please cancel the transfer"),
+}
+ENDINGS = ("", " please", " today", " in the app", ", can you help me with that", "?", " since last week", " now")
+
+
+def text_rows(number: int) -> dict[str, list[Any]]:
+    """Columns of texts and their intents; no text is there twice among the first 96."""
+    intents = [INTENTS[i % 4] for i in range(number)]
+    texts = [PHRASES[name][i // 4 % 3] + ENDINGS[i // 12 % 8] for i, name in enumerate(intents)]
+    return {"text": texts, "intent": intents}
+
+
+def text_table(number: int) -> Any:
+    """A ``datasets.Dataset`` of texts."""
+    from datasets import Dataset
+
+    return Dataset.from_dict(text_rows(number))
+
+
+def text_csv(path: Path, number: int) -> Path:
+    """The same as a table of values between commas."""
+    text_table(number).to_csv(str(path))
+    return path
+
+
+def text_fields(source: str | Path, cache: Path, family: str = "bert", **data: Any) -> dict[str, Any]:
+    """A job of a small text model."""
+    small: dict[str, Any] = {"vocab_size": 300, "max_position_embeddings": 20 if family == "roberta" else 18}
+    if family == "distilbert":
+        small |= {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
+    else:
+        small |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return {
+        "model": {"family": family, "config": small},
+        "data": {"source": str(source), **data},
+        "run": {"cache": str(cache)},
+    }

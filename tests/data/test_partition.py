@@ -1,6 +1,7 @@
 """Who gets which samples: no row twice, no row lost, the split that was asked for, the same with the same seed."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -177,6 +178,65 @@ def test_a_tiny_alpha_loses_nothing() -> None:
     for seed in range(3):
         parts = partition("dirichlet", 5, seed=seed, alpha=1e-6)
         assert sorted(torch.cat(parts).tolist()) == list(range(600))
+
+
+# -- by user ----------------------------------------------------------------------------------------------------------
+
+
+def make_users(number: int = 600) -> torch.Tensor:
+    """Users 0..9; user u has about u + 1 of every 55 samples."""
+    return torch.repeat_interleave(torch.arange(10), torch.arange(1, 11)).repeat(number // 55 + 1)[:number]
+
+
+def natural(devices: int, seed: int = 0) -> FleetData:
+    samples = replace(make_samples(), users=make_users())
+    config = DataConfig(split="natural", user_column="who", public_share=0.3, edge_share=0.1)
+    return share_out(samples, config, make_fleet(devices), seed)
+
+
+def test_a_device_has_all_private_samples_of_one_user_and_of_no_other() -> None:
+    data = natural(4)
+    users = make_users()
+    of = {
+        name: {int(users[r]) for part in (s.train, s.validation, s.test) for r in rows_of(part)}
+        for name, s in data.devices.items()
+    }
+    assert all(len(own) == 1 for own in of.values())
+    assert set().union(*of.values()) == {6, 7, 8, 9}, "those with the most samples"
+    counts = Counter(row for rows in parts_of(data).values() for row in rows)
+    assert max(counts.values()) == 1
+    lost = set(range(600)) - set(counts)
+    assert {int(users[row]) for row in lost} == {0, 1, 2, 3, 4, 5}
+    assert data.notes == (f"{len(lost)} private samples are no device's",)
+    for split in data.devices.values():
+        assert torch.equal(split.train.users, users[rows_of(split.train)])  # type: ignore[arg-type]
+    # The seed decides who is where.
+    orders = {
+        tuple(
+            next(iter(o))
+            for o in ({int(users[r]) for r in rows_of(s.train)} for s in natural(4, seed).devices.values())
+        )
+        for seed in range(5)
+    }
+    assert len(orders) > 1
+
+
+def test_fewer_users_than_devices() -> None:
+    assert len(natural(10).devices) == 10
+    with pytest.raises(
+        ValueError, match=r"data\.user_column = 'who': .* is of 10 users, fewer than the 11 devices; lower"
+    ):
+        natural(11)
+
+
+def test_classes_that_no_device_has_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    data = share_out(make_samples(), DataConfig(split="classes", classes_per_device=2), make_fleet(2), 0)
+    there = {int(label) for split in data.devices.values() for label in split.train.labels}
+    left = [name for i, name in enumerate("abcdef") if i not in there]
+    assert len(left) >= 2
+    assert data.notes[1] == f"{len(left)} classes are on no device ({', '.join(left)})"
+    assert data.notes[1] in caplog.text
+    assert share_out(make_samples(), DataConfig(split="iid"), make_fleet(2), 0).notes == ()
 
 
 # -- too few ----------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 Tokenizer and model have to agree on the number of each token, so the model that starts with a form is made here too.
 """
 
+import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,6 +128,9 @@ def _pretrained_tokenizer(model: ModelConfig) -> tuple[str, str]:
         raise ValueError(f"{said} has no tokenizer that can be read: {first}") from error
     finally:
         transformers_logging.set_verbosity(level)
+    parts = json.loads(content)
+    if not {*parts["model"]["vocab"]} - {token["content"] for token in parts["added_tokens"]}:
+        raise ValueError(f"{said} has no tokenizer: no tokenizer.json and no list of tokens")
     pad = Tokenizer.from_str(content).id_to_token(config.get("pad_token_id", 0))
     if pad is None:
         raise ValueError(f"{said}: its tokenizer has no token {config.get('pad_token_id')}, which pads in its model")
@@ -166,16 +171,32 @@ def _own_tokenizer(model: ModelConfig, texts: Sequence[str]) -> tuple[str, str]:
 
 
 def _word_pieces(model: ModelConfig, texts: Sequence[str]) -> Any:
-    """Like BERT's: words without case, cut into their longest known pieces."""
+    """Like BERT's: words without case, cut into their longest known pieces.
+
+    The pieces are those that byte-pair encoding cuts words into, the commonest first. The trainer of word pieces in
+    ``tokenizers`` gives another vocabulary each time, since it breaks ties by the order of a hash table.
+    """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=model.config["vocab_size"], special_tokens=list(BERT_TOKENS), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for text in texts:
+        words.update(word for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(text)))
+    size = model.config["vocab_size"]
+    pairs = Tokenizer(models.BPE())
+    pairs.train_from_iterator(words.elements(), trainers.BpeTrainer(vocab_size=size, show_progress=False))
+    counts: Counter[str] = Counter()
+    for word, count in words.items():
+        first, *others = pairs.encode(word).tokens
+        counts.update({first: count})
+        counts.update(Counter({f"##{piece}": others.count(piece) * count for piece in set(others)}))
+    characters = sorted(set("".join(words)))
+    known = dict.fromkeys((*BERT_TOKENS, *characters, *(f"##{character}" for character in characters)))
+    common = sorted(counts.keys() - known.keys(), key=lambda piece: (-counts[piece], piece))
+    vocabulary = [*known, *common[: max(0, size - len(known))]]
+    tokenizer = Tokenizer(models.WordPiece({t: i for i, t in enumerate(vocabulary)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.add_special_tokens(list(BERT_TOKENS))
     ends = [(token, _number(tokenizer, token)) for token in ("[SEP]", "[CLS]")]
     tokenizer.post_processor = processors.BertProcessing(ends[0], ends[1])
     tokenizer.decoder = decoders.WordPiece()
