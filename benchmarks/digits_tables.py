@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 HEADER_SHAPES = ((0.25, 1), (0.25, 2), (1.0, 6))
 HEADER_METHODS = ("halving", "halving alone", "random", "enas", "distilled", *FIXED_HEADERS)
 HEADER_BACKBONES = ("default", "linear header")
-HEADER_METHODS_OF = {"default": HEADER_METHODS, "linear header": ("halving", "halving alone", "distilled", "linear")}
+HEADER_METHODS_OF = {"default": HEADER_METHODS, "linear header": ("halving", "linear")}
 HEADER_TITLES = ("backbone distilled with the pooled header (default)", "backbone distilled with a linear header")
 CHOICES = ("pareto_grid", "greedy_accuracy", "greedy_size", "random", "smallest", "optimum")
 
