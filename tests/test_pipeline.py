@@ -21,6 +21,7 @@ from fleetfit.messages import (
     Message,
     RefineRound,
     StatsRequest,
+    TrainingState,
     silent,
 )
 from fleetfit.pipeline import gather_stats, run_cloud, run_edge
@@ -54,6 +55,21 @@ class FakeLink:
         return replies
 
 
+class NoBookmark:
+    """A training that is not kept."""
+
+    where = "nowhere"
+
+    def load(self) -> TrainingState | None:
+        return None
+
+    def due(self) -> bool:
+        return False
+
+    def save(self, state: TrainingState) -> None:
+        raise AssertionError("it is never due")
+
+
 class FakeSteps:
     """Finished steps in a dict."""
 
@@ -68,6 +84,9 @@ class FakeSteps:
         value = self.done[name]
         assert isinstance(value, result)
         return value
+
+    def bookmark(self, name: str) -> NoBookmark:
+        return NoBookmark()
 
 
 @pytest.fixture(scope="module")
