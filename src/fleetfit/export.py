@@ -43,6 +43,7 @@ from fleetfit.records import Record
 Format = Literal["onnx", "safetensors", "torch"]
 Quantize = Literal["int8"]
 TOLERANCE = 1e-4
+MOST_SAMPLES = 1000  # for a check; large images of more would fill the memory
 BATCHES = (1, 2, 7, None)  # None: all samples at once
 MARK = "export.json"
 
@@ -121,6 +122,7 @@ def export_devices(
     job = load_job(run / "job.toml")
     samples = load_samples(job, progress)
     samples = public_test(samples, job.data, job.seed) if job.data.test_share else samples
+    samples = samples.rows(torch.arange(min(len(samples), MOST_SAMPLES)))
     exports, problems = {}, []
     for number, name in enumerate(devices):
         progress("export", number, len(devices), name)
@@ -146,6 +148,9 @@ def export_device(source: Path, folder: Path, samples: Samples, kind: Format, qu
         expected = {size: model(samples.inputs[:size]).numpy() for size in BATCHES}
         with whole_folder(folder, MARK) as new:
             int8 = None
+            beside = tokenizer_files(card.preprocessing) if isinstance(card.preprocessing, TextPreprocessing) else {}
+            for name in (*beside, *(["model.json"] if kind != "onnx" else [])):
+                write_atomically(new / name, (source / name).read_bytes())
             if kind == "onnx":
                 file = new / ONNX_FILE
                 difference, int8 = _write_onnx(model, card, file, inputs, expected, samples.labels.numpy(), quantize)
@@ -156,10 +161,6 @@ def export_device(source: Path, folder: Path, samples: Samples, kind: Format, qu
             else:
                 file = new / "model.safetensors"
                 write_atomically(file, (source / file.name).read_bytes())
-            beside = tokenizer_files(card.preprocessing) if isinstance(card.preprocessing, TextPreprocessing) else {}
-            for name in (*beside, *(["model.json"] if kind != "onnx" else [])):
-                write_atomically(new / name, (source / name).read_bytes())
-            if kind == "safetensors":
                 copied = load_model(new)
                 difference = _difference(lambda x: copied(torch.from_numpy(x)).numpy(), inputs, expected)
             size = file.stat().st_size

@@ -194,31 +194,32 @@ def natural(devices: int, seed: int = 0) -> FleetData:
     return share_out(samples, config, make_fleet(devices), seed)
 
 
+def owners_of(data: FleetData) -> list[set[int]]:
+    """The users in each device's samples."""
+    parts = ([*rows_of(s.train), *rows_of(s.validation), *rows_of(s.test)] for s in data.devices.values())
+    return [set(make_users()[rows].tolist()) for rows in parts]
+
+
 def test_a_device_has_all_private_samples_of_one_user_and_of_no_other() -> None:
     data = natural(4)
-    users = make_users()
-    of = {
-        name: {int(users[r]) for part in (s.train, s.validation, s.test) for r in rows_of(part)}
-        for name, s in data.devices.items()
-    }
-    assert all(len(own) == 1 for own in of.values())
-    assert set().union(*of.values()) == {6, 7, 8, 9}, "those with the most samples"
+    owners = owners_of(data)
+    assert all(len(owner) == 1 for owner in owners)
+    chosen = set().union(*owners)
+    assert len(chosen) == 4
     counts = Counter(row for rows in parts_of(data).values() for row in rows)
     assert max(counts.values()) == 1
-    lost = set(range(600)) - set(counts)
-    assert {int(users[row]) for row in lost} == {0, 1, 2, 3, 4, 5}
-    assert data.notes == (f"{len(lost)} private samples are no device's",)
+    lost = Counter(make_users()[sorted(set(range(600)) - set(counts))].tolist())
+    assert not lost.keys() & chosen, "all private samples of a user are on one device"
+    sizes = [len(s.train) + len(s.validation) + len(s.test) for s in data.devices.values()]
+    assert max(lost.values()) <= min(sizes), "those with the most samples have devices"
+    assert data.notes == (f"{lost.total()} private samples are no device's",)
     for split in data.devices.values():
-        assert torch.equal(split.train.users, users[rows_of(split.train)])  # type: ignore[arg-type]
-    # The seed decides who is where.
-    orders = {
-        tuple(
-            next(iter(o))
-            for o in ({int(users[r]) for r in rows_of(s.train)} for s in natural(4, seed).devices.values())
-        )
-        for seed in range(5)
-    }
-    assert len(orders) > 1
+        assert torch.equal(split.train.users, make_users()[rows_of(split.train)])  # type: ignore[arg-type]
+
+
+def test_the_seed_says_which_user_is_where() -> None:
+    orders = {tuple(next(iter(owner)) for owner in owners_of(natural(10, seed))) for seed in range(3)}
+    assert len(orders) == 3
 
 
 def test_fewer_users_than_devices() -> None:
