@@ -321,8 +321,9 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
     Raises:
         TrainingDiverged: the loss is not finite.
     """
-    config = job.backbone
-    model = classifier_of(job, reference, public.train.num_classes).eval()
+    config, torch_device = job.backbone, torch_device_of(job.run.torch_device)
+    public = public.to(torch_device)
+    model = classifier_of(job, reference, public.train.num_classes).to(torch_device).eval()
     elastic, header = ElasticBackbone(model.backbone), model.header
     subset = torch.randperm(len(public.train), generator=named_generator(job.seed, "importance"))
     samples = public.train.rows(subset[: config.importance_samples])
@@ -344,7 +345,7 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
     elastic.backbone.train()
     curve = CurveKeeper(progress)
     depths = sorted({shape.depth for shape in shapes})
-    train_elastic(elastic, header, public.train, config, depths, label_keeping(job), job.seed, curve)
+    train_elastic(elastic, header, public.train, config, depths, label_keeping(job), job.seed, curve, job.run.precision)
     return Elastic(
         config=elastic.backbone.config,
         depth_order=elastic.depth_order,
@@ -358,11 +359,13 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
 def evaluate_candidates(job: Job, result: Elastic, public: Split, progress: ProgressOf) -> Candidates:
     """Loss, accuracy and size of every (w, d), once: none of them depends on the cluster."""
     elastic, model = elastic_of(job, result, public.train.num_classes)
+    model.to(torch_device_of(job.run.torch_device))  # and with it the elastic backbone, which is in it
+    validation = public.validation.to(torch_device_of(job.run.torch_device))
     header_shapes = {f"header.{n}": (tuple(t.shape), t.dtype) for n, t in model.header.state_dict().items()}
     candidates = []
     shapes = shape_grid(job, elastic.num_layers)
     for done, shape in enumerate(shapes, start=1):
-        scores = evaluate_shape(elastic, model.header, public.validation, shape)
+        scores = evaluate_shape(elastic, model.header, validation, shape)
         state = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in elastic.sliced_state(shape).items()}
         weights = sum(int(np.prod(s)) for s, _ in state.values()) + num_parameters(model.header)
         candidates.append(
@@ -455,18 +458,20 @@ def cut_and_specialise(
     elastic, full = elastic_of(job, result, num_classes)
     model = Classifier(elastic.extract(shape), full.header)
     if job.backbone.specialise_steps:
-        teacher = classifier_of(job, reference, num_classes)
+        torch_device = torch_device_of(job.run.torch_device)
+        model, teacher = model.to(torch_device), classifier_of(job, reference, num_classes).to(torch_device)
         name = f"width {shape.width:g}, depth {shape.depth}"
         model.train()
         specialise(
             model,
             teacher,
-            public.train,
+            public.train.to(torch_device),
             job.backbone,
             label_keeping(job),
             job.seed,
             name,
             lambda step, steps, loss: progress(step, steps, f"{cluster}: {name}"),
+            job.run.precision,
         )
     return BackboneAssignment(
         cluster=cluster,

@@ -6,7 +6,7 @@ It freezes the backbone and computes its features once, trains the header on pri
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -15,6 +15,7 @@ from torch import Tensor
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Samples
+from fleetfit.hardware import CPU, moved
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,
@@ -44,6 +45,7 @@ from fleetfit.records import DeviceAttributes, DeviceReport, HeaderSpec, JsonDic
 from fleetfit.refinement import drop_least_important, importance_set, train_header, with_dropped_as_shipped
 from fleetfit.training import predict, score
 
+M = TypeVar("M", bound=Message)
 PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen here would be out of reach
 TRAINING_PRIOR_STRENGTH = 3.0
 SKETCH_PROJECTIONS = 32
@@ -70,11 +72,15 @@ class DeviceMemory(Message):
 
 @dataclass(frozen=True)
 class DeviceState:
-    """A device: its hardware, its private data (never saved or sent from here), and its memory."""
+    """A device: its hardware, its private data (never saved or sent from here), and its memory.
+
+    Data and memory rest on the CPU; what a message asks for is computed on ``torch_device``.
+    """
 
     attributes: DeviceAttributes
     data: Split
     memory: DeviceMemory
+    torch_device: torch.device = CPU
 
 
 def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
@@ -91,6 +97,8 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         )
     memory: DeviceMemory
     reply: Message
+    own, message = state, _on(message, state.torch_device)
+    state = replace(own, data=own.data.to(own.torch_device), memory=_on(own.memory, own.torch_device))
     if isinstance(message, AttributesRequest):
         memory, reply = state.memory, AttributesReply(attributes=state.attributes)
     elif isinstance(message, CoarseModel):
@@ -103,7 +111,8 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         memory, reply = _finish(state, message)
     else:
         raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
-    return replace(state, memory=memory.model_copy(update={"step": message.step})), reply
+    memory = _on(memory, CPU).model_copy(update={"step": message.step})
+    return replace(own, memory=memory), _on(reply, CPU)
 
 
 def shipped_model(memory: DeviceMemory) -> Classifier:
@@ -230,10 +239,15 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
+def _on(message: M, torch_device: torch.device) -> M:
+    """The same with its tensors on this hardware."""
+    return message.model_copy(update={"tensors": {n: moved(t, torch_device) for n, t in message.tensors.items()}})
+
+
 def _backbone(memory: DeviceMemory) -> Backbone:
-    backbone = Backbone(memory.family, memory.config)
-    backbone.model.load_state_dict(take(memory.tensors, "backbone"), strict=True)
-    return backbone.eval()
+    backbone, tensors = Backbone(memory.family, memory.config), take(memory.tensors, "backbone")
+    backbone.model.load_state_dict(tensors, strict=True)
+    return backbone.to(next(iter(tensors.values())).device).eval()
 
 
 def _feature_shape(memory: DeviceMemory) -> FeatureShape:
@@ -242,7 +256,8 @@ def _feature_shape(memory: DeviceMemory) -> FeatureShape:
 
 
 def _header(memory: DeviceMemory, tensors: Mapping[str, Tensor]) -> Header:
-    return header_from_state(memory.header, _feature_shape(memory), len(memory.labels), tensors)
+    header = header_from_state(memory.header, _feature_shape(memory), len(memory.labels), tensors)
+    return header.to(next(iter(tensors.values())).device)
 
 
 def _detached(header: Header) -> dict[str, Tensor]:
@@ -295,13 +310,13 @@ def _train_round(
 
 
 def _prior(memory: DeviceMemory, counts: Tensor, strength: float) -> Tensor:
-    return class_prior(counts, torch.tensor(memory.class_shares), strength)
+    return class_prior(counts, moved(torch.tensor(memory.class_shares), counts.device), strength)
 
 
 def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:
     """What the edge compares devices by: some [CLS] features, or quantiles of all of them on shared directions."""
     refine = memory.refine
-    features = _features(memory, "train").output[:, 0]
+    features = _features(memory, "train").output[:, 0].cpu()  # like the edge, which compares them
     order = torch.randperm(len(features), generator=named_generator(memory.seed, "sketch", state.attributes.device_id))
     features = features[order]
     if refine.sketch == "samples":
@@ -325,7 +340,7 @@ def _sums(
     if len(samples) == 0:
         return ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
     features = _features(memory, split)
-    logits = predict(lambda rows: header(features.rows(rows)), len(samples))
+    logits = predict(lambda rows: header(features.rows(rows)), len(samples), torch_device=samples.labels.device)
     logits = logits if prior is None else logits + prior
     result = score(logits, samples.labels)
     return ValidationScores(

@@ -147,11 +147,19 @@ def _gpu() -> Check:
     try:
         import torch
 
+        from fleetfit.hardware import torch_device_of
+
         if not torch.cuda.is_available():
+            if torch.backends.mps.is_available():
+                return Check(name="gpu", found="Metal", note="used with run.torch_device = 'mps'")
             return Check(name="gpu", found="none", note="not needed")
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         found = ", ".join(f"{c.name} ({c.total_memory / 2**30:.0f} GiB)" for c in cards)
-        return Check(name="gpu", found=found, note="not used yet: jobs run on the CPU")
+        return Check(
+            name="gpu",
+            found=found,
+            note=f"jobs run on {torch_device_of('auto')}, unless run.torch_device says otherwise",
+        )
     except Exception as error:  # a broken driver; torch itself is checked above
         return Check(name="gpu", found="unknown", note=f"{type(error).__name__}: {error}")
 

@@ -13,6 +13,7 @@ from fleetfit.config import Job, RefineConfig
 from fleetfit.data.augmentation import Augmentation, views_of
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
+from fleetfit.hardware import CPU, fits_on, torch_device_of
 from fleetfit.header_search import search_header
 from fleetfit.header_trials import CachedFeatures, FeatureSource
 from fleetfit.messages import (
@@ -93,9 +94,12 @@ class LiveFeatures:
 
 
 def cached_features(backbone: Backbone, samples: Samples) -> CachedFeatures:
-    """Features of a frozen backbone, computed once."""
+    """Features of a frozen backbone, computed once; they stay where it is, or wait on the CPU where that is full."""
+    shape, there = backbone.feature_shape, samples.labels.device
+    num_bytes = 2 * len(samples) * shape.num_tokens * shape.channels * torch.float32.itemsize
+    home = there if fits_on(there, num_bytes) else CPU
     with torch.no_grad():
-        parts = [backbone(inputs) for inputs in samples.inputs.batches()]
+        parts = [backbone(inputs).to(home) for inputs in samples.inputs.batches()]
     return CachedFeatures(concatenated(parts), samples.labels)
 
 
@@ -117,12 +121,15 @@ def find_header(
     config = job.header
     backbone = Backbone(assignment.family, assignment.config)
     backbone.model.load_state_dict(take(assignment.tensors, "backbone"), strict=True)
-    backbone.eval()
+    torch_device = torch_device_of(job.run.torch_device)
+    backbone.to(torch_device).eval()
     shape, num_classes = backbone.feature_shape, len(assignment.labels)
     distilled = header_from_state(assignment.header, shape, num_classes, take(assignment.tensors, "header"))
+    distilled.to(torch_device)
     generator = named_generator(job.seed, "views", assignment.cluster)
     train = with_views(data.train, config.views, Augmentation(job.model.shift_pixels, job.model.flip), generator)
-    validation = data.validation if len(data.validation) else data.train
+    train, validation = train.to(torch_device), (data.validation if len(data.validation) else data.train)
+    validation = validation.to(torch_device)
     trains_backbone = not config.freeze_backbone and config.search == "enas"
     sources: tuple[FeatureSource, FeatureSource] = (
         (LiveFeatures(backbone, train), LiveFeatures(backbone, validation))
@@ -146,7 +153,7 @@ def find_header(
         header=result.header.spec,
         trials=result.trials,
         history=tuple(result.history),
-        tensors={n: t.detach().clone() for n, t in tensors.items()},
+        tensors={n: t.detach().cpu().clone() for n, t in tensors.items()},
     )
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from fleetfit.config import BackboneConfig
 from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.samples import Samples
+from fleetfit.hardware import autocast, moved
 from fleetfit.method.distillation import distillation_loss, joint_loss
 from fleetfit.method.importance import (
     contributions,
@@ -25,7 +26,7 @@ from fleetfit.models.elastic import BackboneOutput, DepthOrder, ElasticBackbone
 from fleetfit.models.header import Header
 from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape
-from fleetfit.training import Scores, StepCallback, fit, predict, score
+from fleetfit.training import Scores, StepCallback, evaluate, fit
 
 WEIGHT_DECAY = 0.01
 CURVATURE_DRAWS = 4
@@ -43,10 +44,11 @@ def taylor_importance(
     elastic: ElasticBackbone, header: Header, samples: Samples, batch_size: int = 64
 ) -> LayerImportance:
     """First-order Taylor importance (Eq. 8): heads by the mean of |per-sample sum|, neurons by |whole-set sum|."""
-    head_sums = [torch.zeros(elastic.num_heads) for _ in range(elastic.num_layers)]
-    neuron_sums = [torch.zeros(elastic.num_neurons) for _ in range(elastic.num_layers)]
+    there = samples.labels.device
+    head_sums = [torch.zeros(elastic.num_heads, device=there) for _ in range(elastic.num_layers)]
+    neuron_sums = [torch.zeros(elastic.num_neurons, device=there) for _ in range(elastic.num_layers)]
     with elastic.recorded() as (heads, neurons):
-        for rows in torch.split(torch.arange(len(samples)), batch_size):
+        for rows in torch.split(torch.arange(len(samples), device=there), batch_size):
             logits = header(elastic.backbone(samples.inputs[rows]))
             cross_entropy(logits, samples.labels[rows], reduction="sum").backward()  # type: ignore[no-untyped-call]
             for layer in range(elastic.num_layers):
@@ -61,7 +63,7 @@ def taylor_importance(
     for module in (elastic.backbone, header):
         module.zero_grad(set_to_none=True)
     return LayerImportance(
-        tuple(s / len(samples) for s in head_sums), tuple(s.abs() / len(samples) for s in neuron_sums)
+        tuple(s.cpu() / len(samples) for s in head_sums), tuple(s.cpu().abs() / len(samples) for s in neuron_sums)
     )
 
 
@@ -77,11 +79,12 @@ def second_order(
 
     Of heads, the mean over samples of the absolute first-order change ranks well enough.
     """
+    there = samples.labels.device
     first = taylor_importance(elastic, header, samples, batch_size)
-    slopes = [torch.zeros(elastic.num_neurons) for _ in range(elastic.num_layers)]
-    curvatures = [torch.zeros(elastic.num_neurons) for _ in range(elastic.num_layers)]
+    slopes = [torch.zeros(elastic.num_neurons, device=there) for _ in range(elastic.num_layers)]
+    curvatures = [torch.zeros(elastic.num_neurons, device=there) for _ in range(elastic.num_layers)]
     with elastic.recorded() as (_, neurons):
-        for rows in torch.split(torch.arange(len(samples)), batch_size):
+        for rows in torch.split(torch.arange(len(samples), device=there), batch_size):
             logits = header(elastic.backbone(samples.inputs[rows]))
             outputs = [neurons[layer] for layer in range(elastic.num_layers)]
 
@@ -94,11 +97,11 @@ def second_order(
             ):
                 slope += change.sum(dim=0) / len(samples)
             for _ in range(draws):
-                signs = torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0
+                signs = moved(torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0, there)
                 for curvature, change in zip(curvatures, along_gates(curvature_probe(logits, signs)), strict=True):
                     curvature += (change**2).sum(dim=0) / (draws * len(samples))
     pairs = zip(slopes, curvatures, strict=True)
-    return LayerImportance(first.heads, tuple(second_order_importance(s, c) for s, c in pairs))
+    return LayerImportance(first.heads, tuple(second_order_importance(s, c).cpu() for s, c in pairs))
 
 
 def removal_importance(
@@ -111,7 +114,7 @@ def removal_importance(
     """Exact importance (Eqs. 6-7): the absolute change of the loss when a head, or a neuron, is removed."""
 
     def loss() -> float:
-        return score(predict(lambda r: header(elastic.backbone(samples.inputs[r])), len(samples)), samples.labels).loss
+        return evaluate(lambda rows: header(elastic.backbone(samples.inputs[rows])), samples.labels).loss
 
     base = loss()
     total = elastic.num_layers * (elastic.num_heads + neurons * elastic.num_neurons)
@@ -121,7 +124,7 @@ def removal_importance(
         nonlocal done
         changes = torch.zeros(number)
         for i in range(number):
-            gate = torch.ones(number)
+            gate = torch.ones(number, device=samples.labels.device)
             gate[i] = 0
             with elastic.gated({layer: gate} if of_heads else {}, {} if of_heads else {layer: gate}):
                 changes[i] = abs(loss() - base)
@@ -154,12 +157,11 @@ def reorder_by(elastic: ElasticBackbone, importance: LayerImportance) -> None:
 
 def evaluate_shape(elastic: ElasticBackbone, header: Header, samples: Samples, shape: BackboneShape) -> Scores:
     """Scores of one sub-network with the shared header."""
-    logits = predict(
+    return evaluate(
         lambda rows: header(elastic.run(samples.inputs[rows], shape).features),
-        len(samples),
+        samples.labels,
         lengths=samples.inputs.lengths,
     )
-    return score(logits, samples.labels)
 
 
 def better_depth_order(
@@ -207,6 +209,7 @@ def train_elastic(
     augmentation: Augmentation,
     seed: int,
     after_step: StepCallback | None = None,
+    precision: str = "float32",
 ) -> None:
     """Distil the reference into all its sub-networks, in place.
 
@@ -218,7 +221,7 @@ def train_elastic(
         TrainingDiverged: the loss is not finite.
     """
     if config.distillation == "joint":
-        _stage(elastic, header, train, config, depths, augmentation, config.steps, seed, "joint", after_step)
+        _stage(elastic, header, train, config, depths, augmentation, config.steps, seed, "joint", after_step, precision)
         return
     first = max(1, config.steps // 2)
     second = max(1, config.steps - first)
@@ -229,8 +232,20 @@ def train_elastic(
         return lambda step, _, loss: after_step(start + step, first + second, loss)
 
     full_depth = (elastic.num_layers,)
-    _stage(elastic, header, train, config, full_depth, augmentation, first, seed, "width", counted_from(0))
-    _stage(elastic, header, train, config, depths, augmentation, second, seed, "width-depth", counted_from(first))
+    _stage(elastic, header, train, config, full_depth, augmentation, first, seed, "width", counted_from(0), precision)
+    _stage(
+        elastic,
+        header,
+        train,
+        config,
+        depths,
+        augmentation,
+        second,
+        seed,
+        "width-depth",
+        counted_from(first),
+        precision,
+    )
 
 
 def _stage(
@@ -244,33 +259,36 @@ def _stage(
     seed: int,
     stage: str,
     after_step: StepCallback | None,
+    precision: str,
 ) -> None:
+    there = train.labels.device
     teacher = copy.deepcopy(Classifier(elastic.backbone, header)).eval()
     shapes = named_generator(seed, "elastic", stage, "shapes")
     shifts = named_generator(seed, "elastic", stage, "shifts")
 
     def loss_of(rows: Tensor) -> Tensor:
         inputs, labels = augmentation(train.inputs[rows], shifts), train.labels[rows]
-        with torch.no_grad():
+        with torch.no_grad(), autocast(there, precision):
             taught = teacher.backbone.run(inputs)
             teacher_logits = teacher.header(taught.features)
         drawn = sample_shapes(config.widths, depths, shapes)
-        total = torch.zeros(())
+        total = torch.zeros((), device=there)
         for shape in drawn:
-            student = elastic.run(inputs, shape)
-            logits = header(student.features)
-            if stage == "joint":
-                loss = joint_loss(logits, teacher_logits, labels, config.weight_logits)
-            else:
-                loss = distillation_loss(
-                    logits,
-                    teacher_logits,
-                    student.hidden[0],
-                    taught.hidden[0],
-                    *hidden_pairs(elastic, shape, student, taught),
-                    config.weight_logits,
-                    config.weight_embeddings,
-                )
+            with autocast(there, precision):
+                student = elastic.run(inputs, shape)
+                logits = header(student.features)
+                if stage == "joint":
+                    loss = joint_loss(logits, teacher_logits, labels, config.weight_logits)
+                else:
+                    loss = distillation_loss(
+                        logits,
+                        teacher_logits,
+                        student.hidden[0],
+                        taught.hidden[0],
+                        *hidden_pairs(elastic, shape, student, taught),
+                        config.weight_logits,
+                        config.weight_embeddings,
+                    )
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         return total / len(drawn)
@@ -299,6 +317,7 @@ def specialise(
     seed: int,
     name: str,
     after_step: StepCallback | None = None,
+    precision: str = "float32",
 ) -> None:
     """Train one cut sub-network alone on the public set before it is sent, in place (Beyond).
 
@@ -309,9 +328,10 @@ def specialise(
 
     def loss_of(rows: Tensor) -> Tensor:
         inputs = augmentation(train.inputs[rows], shifts)
-        with torch.no_grad():
-            teacher_logits = teacher(inputs)
-        return joint_loss(model(inputs), teacher_logits, train.labels[rows], config.weight_logits)
+        with autocast(train.labels.device, precision):
+            with torch.no_grad():
+                teacher_logits = teacher(inputs)
+            return joint_loss(model(inputs), teacher_logits, train.labels[rows], config.weight_logits)
 
     fit(
         loss_of,

@@ -32,7 +32,8 @@ def search_enas(search: Search) -> list[Finalist]:
     generator = named_generator(search.seed, "header_search", search.method, "children")
     with seeded_init(search.seed, "header_search", search.method, "init"):
         shared = HeaderSupernet(space, config.operations, search.shape, search.num_classes)
-        controller = Controller(config.max_blocks, config.operations)
+        controller = Controller(config.max_blocks, config.operations)  # stays on the CPU: it chooses one by one
+    shared.to(search.torch_device)
     optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller_learning_rate)
     final_steps = max(1, round(config.budget_steps * config.final_share))
     steps = max(1, (config.budget_steps - final_steps) // CHILDREN_PER_STEP)
@@ -81,6 +82,6 @@ def search_enas(search: Search) -> list[Finalist]:
         blocks = draw()
         scores = search.scores(partial(shared, blocks=blocks))
         ranked.append((-scores.accuracy, scores.loss, blocks))
-    child = shared.child(min(ranked, key=lambda r: r[:2])[2])
+    child = shared.child(min(ranked, key=lambda r: r[:2])[2]).to(search.torch_device)
     search.train_alone(child, final_steps, "best child")
     return [search.finalist(spec_name(child.spec), child)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 RESIDENT_SHARE = 0.25  # of an accelerator's free memory, the most that one owner's samples may take
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fleetfit.config import HeaderConfig
+from fleetfit.hardware import moved
 from fleetfit.method.search_space import sample_blocks
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.features import Features, FeatureShape
@@ -54,7 +55,8 @@ class CachedFeatures:
 
     def features(self, rows: Int[Tensor, " row"]) -> Features:
         """Look them up."""
-        return self.cached.rows(rows)
+        home = self.cached.output.device  # not where the labels are, if there was no room
+        return self.cached.rows(moved(rows, home)).to(self.labels.device)
 
     def parameters(self) -> list[nn.Parameter]:
         """None: the backbone is frozen."""
@@ -88,6 +90,11 @@ class Search:
     steps_used: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def torch_device(self) -> torch.device:
+        """Where headers are trained: where the labels are."""
+        return self.train.labels.device
+
     def fits(self, spec: HeaderSpec) -> bool:
         """Whether a header is within ``max_bytes``."""
         return header_bytes(spec, self.shape, self.num_classes) <= self.max_bytes
@@ -96,6 +103,7 @@ class Search:
         """A header with fresh weights, or one that starts as ``start`` where it can."""
         with seeded_init(self.seed, "header_search", self.method, "init", *names):
             header = build_header(spec, self.shape, self.num_classes)
+        header.to(self.torch_device)
         if self.starts(spec):
             assert self.start is not None
             header.start_as(self.start)
@@ -118,10 +126,12 @@ class Search:
         note = " ".join(map(str, names))
         start = self.steps_used
 
+        def each_step() -> None:
+            self.steps_used += cost
+
         def after_step(step: int, steps: int, loss: float) -> None:
-            self.steps_used = start + step * cost
             budget = self.config.budget_steps
-            self.on_progress(min(self.steps_used, budget - 1), budget, note)
+            self.on_progress(min(start + step * cost, budget - 1), budget, note)
 
         fit(
             loss_of,
@@ -132,6 +142,7 @@ class Search:
             learning_rate=self.config.learning_rate * rate_share,
             weight_decay=self.config.weight_decay,
             generator=named_generator(self.seed, "header_search", self.method, "batches", *names),
+            each_step=each_step,
             after_step=after_step,
             name=f"header search ({self.method}): {note}",
         )
@@ -155,11 +166,11 @@ class Search:
     def finalist(self, name: str, header: Header) -> Finalist:
         """Score a trained header and note it."""
         labels = self.validation.labels
-        logits = predict(lambda rows: header(self.validation.features(rows)), len(labels))
+        logits = predict(lambda rows: header(self.validation.features(rows)), len(labels), torch_device=labels.device)
         scores = score(logits, labels)
         point = {"step": self.steps_used, "name": name, "loss": scores.loss, "accuracy": scores.accuracy}
         self.history.append(point)
-        return Finalist(name, header, scores, cross_entropy(logits, labels, reduction="none"))
+        return Finalist(name, header, scores, cross_entropy(logits, labels, reduction="none").cpu())
 
 
 def header_bytes(spec: HeaderSpec, shape: FeatureShape, num_classes: int) -> int:

@@ -77,6 +77,7 @@ def pretrain(job: Job, out: Path, progress: Progress = silent, command: str = ""
     """
     check_replaceable(out, CARD_FILE)
     torch.set_num_threads(job.run.threads)
+    torch_device_of(job.run.torch_device)  # what is not there is told before anything is done
     progress("data", 0, 1, job.data.source)
     samples = load_samples(job, progress)
     devices = {cluster: [a.device_id for a in members] for cluster, members in fleet_of(job).items()}

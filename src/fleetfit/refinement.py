@@ -104,8 +104,9 @@ def importance_set(
         return dict(during)
     if refine.importance == "neuron":
         return _per_neuron(header, during)
-    sums = {name: torch.zeros(layer.num_neurons) for name, layer in layers.items()}
-    for rows in torch.split(torch.arange(len(labels)), refine.batch_size):
+    there = labels.device
+    sums = {name: torch.zeros(layer.num_neurons, device=there) for name, layer in layers.items()}
+    for rows in torch.split(torch.arange(len(labels), device=there), refine.batch_size):
         header.zero_grad(set_to_none=True)
         cross_entropy(header(features.rows(rows)), labels[rows]).backward()  # type: ignore[no-untyped-call]
         for name, layer in layers.items():
@@ -132,7 +133,9 @@ def drop_least_important(
     if number <= 0:
         return dict(kept)
     by_layer = _per_neuron(header, importance) if refine.importance == "parameter" else dict(importance)
-    return drop_neurons(by_layer, kept, number)
+    # Neurons are compared one by one: on the CPU.
+    left = drop_neurons({n: i.cpu() for n, i in by_layer.items()}, {n: m.cpu() for n, m in kept.items()}, number)
+    return {name: mask.to(kept[name].device) for name, mask in left.items()}
 
 
 def with_dropped_as_shipped(

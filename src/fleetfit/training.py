@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from fleetfit.hardware import moved
+from fleetfit.hardware import CPU, moved
 from fleetfit.messages import Bookmark, TrainingState, put, take
 from fleetfit.randomness import seeded_init
 
@@ -19,7 +19,6 @@ StepCallback = Callable[[int, int, float], None]
 
 POOL_BATCHES = 16
 LOOK_EVERY = 20  # steps; each look at a loss makes the program wait for the accelerator
-CPU = torch.device("cpu")
 
 
 class TrainingDiverged(ValueError):
@@ -245,7 +244,7 @@ class _Losses:
         """
         if not self.unseen:
             return
-        for value in torch.stack(self.unseen).tolist():
+        for value in torch.stack(self.unseen).cpu().tolist():
             self.values.append(value)
             if not math.isfinite(value):
                 raise TrainingDiverged(

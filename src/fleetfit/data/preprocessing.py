@@ -10,6 +10,7 @@ from jaxtyping import Float32, Int64, Shaped
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
+from fleetfit.hardware import moved
 from fleetfit.records import Record
 
 Side = Annotated[int, Field(ge=1)]
@@ -19,7 +20,7 @@ Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 @lru_cache(maxsize=32)
 def _by_channel(numbers: tuple[float, ...], torch_device: torch.device) -> Float32[Tensor, "channel 1 1"]:
     """Made once: a GPU would otherwise be waited for at every look-up of samples."""
-    return torch.tensor(numbers, dtype=torch.float32, device=torch_device).view(-1, 1, 1)
+    return moved(torch.tensor(numbers, dtype=torch.float32).view(-1, 1, 1), torch_device)
 
 
 class Preprocessing(Record):

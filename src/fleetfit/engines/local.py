@@ -12,6 +12,7 @@ from fleetfit.config import DeviceGroup, EnergyConfig, Job
 from fleetfit.data.partition import FleetData, Split, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
+from fleetfit.hardware import CPU, torch_device_of
 from fleetfit.messages import (
     BackboneAssignment,
     DeviceMessage,
@@ -64,14 +65,16 @@ class LocalLink:
         return replies
 
 
-def device_handler(attributes: DeviceAttributes, data: Split, memories: MemoryFolder) -> Handler:
+def device_handler(
+    attributes: DeviceAttributes, data: Split, memories: MemoryFolder, torch_device: torch.device = CPU
+) -> Handler:
     """A device whose memory lives in files: a message that is repeated after a kill meets the memory it met before."""
 
     def answer(message: Message) -> Message:
         if not isinstance(message, DeviceMessage):
             raise ValueError(f"device {attributes.device_id}: cannot answer a {message.kind!r}")
         memory = memories.load(message.step - 1, DeviceMemory) if message.step else DeviceMemory()
-        state, reply = handle(DeviceState(attributes, data, memory), message)
+        state, reply = handle(DeviceState(attributes, data, memory, torch_device), message)
         memories.save(message.step, state.memory)
         return reply
 
@@ -137,6 +140,7 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
         OSError: the folder cannot be written.
     """
     torch.set_num_threads(job.run.threads)
+    torch_device_of(job.run.torch_device)  # what is not there is told before anything is done
     with RunFolder(Path(out), job) as folder:
         progress("data", 0, 1, job.data.source)
         samples = load_samples(job, progress)
@@ -159,13 +163,14 @@ def _run_tiers(
     data: FleetData,
     progress: Progress,
 ) -> FleetResult:
+    torch_device = torch_device_of(job.run.torch_device)
     device_links = {}
     for cluster, members in fleet.items():
         handlers = {}
         for attributes in members:
             own = data.devices[attributes.device_id]
             known = attributes.model_copy(update={"num_samples": len(own.train) + len(own.validation)})
-            handlers[known.device_id] = device_handler(known, own, folder.memory_of(known.device_id))
+            handlers[known.device_id] = device_handler(known, own, folder.memory_of(known.device_id), torch_device)
         device_links[cluster] = LocalLink(handlers, folder.ledger, "edge_to_device", "device_to_edge")
 
     def edge_handler(cluster: str) -> Handler:

@@ -44,6 +44,11 @@ class Features:
         """The features of some samples."""
         return Features(self.output[rows], self.penultimate[rows], None if self.mask is None else self.mask[rows])
 
+    def to(self, torch_device: torch.device) -> "Features":
+        """The same on this hardware."""
+        mask = None if self.mask is None else self.mask.to(torch_device)
+        return Features(self.output.to(torch_device), self.penultimate.to(torch_device), mask)
+
     def detached(self) -> "Features":
         """The same values, cut from the graph."""
         return replace(self, output=self.output.detach(), penultimate=self.penultimate.detach())
