@@ -211,6 +211,35 @@ def test_training_steps_do_not_wait(phase: str, monkeypatch: pytest.MonkeyPatch)
     assert many - few == Counter(fetched=2)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_training_steps_on_texts_do_not_wait(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does padding change what comes out, although it is cut off on the CPU only."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    if family == "distilbert":
+        sizes = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+    positions = 12 if family == "roberta" else 10  # two of RoBERTa's are none
+    config = {**sizes, "vocab_size": 30, "pad_token_id": 1, "max_position_embeddings": positions}
+
+    def part(name: str, number: int) -> Samples:
+        labels = torch.arange(number) % 3
+        tokens = torch.randint(2, 30, (number, 10), generator=named_generator(0, name))
+        tokens[:, 1], tokens[:, 9], tokens[::2, 6:] = labels + 20, 1, 1
+        return Samples(Inputs.of(tokens), labels, ("a", "b", "c"), 20)
+
+    public = Split(part("train", 32), part("validation", 16), part("test", 16))
+
+    def train(steps: int) -> cloud.Reference:
+        model = {"family": family, "config": config, "epochs": steps // 2, "batch_size": 16}
+        return cloud.train_reference(make_job({"model": model}), public, quiet)
+
+    at_home = train(4)
+    monkeypatch.setattr(cloud, "torch_device_of", lambda name: THERE)
+    with PretendedAccelerator():
+        assert near(train(4).curve, at_home.curve)
+    few, many = (waits_of(lambda steps=steps: train(steps)) for steps in (2, 42))  # type: ignore[misc]
+    assert many - few == Counter(fetched=2)
+
+
 def test_a_devices_training_steps_do_not_wait() -> None:
     """Masks are put back after every step, and that without waiting too."""
     shape = FeatureShape(channels=8, grid=(2, 2))

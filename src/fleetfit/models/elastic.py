@@ -58,11 +58,14 @@ def _run_texts(model: Callable[..., Any], config: JsonDict, tokens: Int[Tensor, 
     length = tokens.shape[1]
     # The first token is always there: attention over no token at all is not defined.
     mask = (tokens != config["pad_token_id"]) | (torch.arange(length, device=tokens.device) == 0)
-    longest = length
-    if not torch.compiler.is_compiling():  # an exported model has one number of columns
+    longest, waits = length, tokens.device.type != "cpu"
+    # An exported model has one number of columns; a GPU would have to be waited for to know it.
+    if not (torch.compiler.is_compiling() or waits):
         longest = int(mask.any(0).nonzero()[-1]) + 1
     here = mask[:, :longest]
-    result = model(tokens[:, :longest], attention_mask=here, output_hidden_states=True)
+    # Transformers looks whether a mask is needed, unless it has the shape of [batch, head, query, key].
+    attention_mask = here[:, None, None, :] if waits else here
+    result = model(tokens[:, :longest], attention_mask=attention_mask, output_hidden_states=True)
     lost = ~here.unsqueeze(-1)
     *hidden, output = (
         pad(h.masked_fill(lost, 0.0), (0, 0, 0, length - longest))
