@@ -122,6 +122,23 @@ def test_progress_on_a_terminal_keeps_a_line_for_each_phase(monkeypatch: pytest.
     ]
 
 
+@pytest.mark.parametrize("first", [1, 501])
+def test_a_slow_phase_is_told_when_it_ends(monkeypatch: pytest.MonkeyPatch, capfd: Any, first: int) -> None:
+    """A step a second, also where the first half was read back; without a terminal, a line a minute."""
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: clock[0])
+    with terminal.Phases(terminal.Signals()) as phases:
+        for step in range(first, 1001):
+            clock[0] += 1
+            phases("reference", step, 1000, "loss 1")
+    lines = capfd.readouterr().err.splitlines()
+    done = first + 61
+    left = terminal.format_duration(1000 - done)
+    assert lines[:2] == ["reference ...", f"reference: {100 * done / 1000:.0f} %, loss 1, {left} left"]
+    assert len(lines) == 2 + (1000 - first) // 61
+    assert lines[-1].startswith("reference: done in ")
+
+
 def test_progress_is_cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     with terminal.Phases(terminal.Signals()) as phases:
@@ -343,6 +360,23 @@ def test_doctor_says_why_a_package_does_not_load(shell: Any, monkeypatch: pytest
     assert "does not load: OSError: libgomp.so.1: cannot open shared object file\n" in result.stdout
 
 
+def test_doctor_says_which_gpu_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from fleetfit import doctor
+
+    card = type("Card", (), {"name": "Fast One", "total_memory": 8 * 2**30})()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
+    check = doctor._gpu()
+    assert (check.found, check.note) == (
+        "Fast One (8 GiB)",
+        "jobs run on cuda:0, unless run.torch_device says otherwise",
+    )
+
+
 def test_doctor_wants_a_cache_that_can_be_written(shell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from fleetfit import doctor
 
@@ -525,16 +559,17 @@ def start(*arguments: str, **more: Any) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("when", "number", "code"),
+    ("command", "when", "number", "code"),
     [
-        ("libraries ...", signal.SIGINT, 130),
-        ("libraries ...", signal.SIGTERM, 143),
-        ("reference ...", signal.SIGINT, 130),
+        ("run", "libraries ...", signal.SIGINT, 130),
+        ("run", "libraries ...", signal.SIGTERM, 143),
+        ("run", "reference ...", signal.SIGINT, 130),
+        ("pretrain", "reference ...", signal.SIGINT, 130),
     ],
 )
-def test_a_signal_while_importing_or_training(tmp_path: Path, when: str, number: int, code: int) -> None:
+def test_a_signal_while_importing_or_training(tmp_path: Path, command: str, when: str, number: int, code: int) -> None:
     sets = ("model.epochs=100000", f"run.cache='{tmp_path / 'cache'}'")
-    arguments = ["run", str(RECIPE), "-o", str(tmp_path / "run"), *(a for s in sets for a in ("--set", s))]
+    arguments = [command, str(RECIPE), "-o", str(tmp_path / "run"), *(a for s in sets for a in ("--set", s))]
     with start(*arguments) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -544,7 +579,8 @@ def test_a_signal_while_importing_or_training(tmp_path: Path, when: str, number:
         process.send_signal(number)
         said = process.stderr.read()
         assert process.wait(timeout=30) == code
-    assert said.endswith("stopped; the same command goes on from the last finished step\n")
+    last = {"run": "last finished step", "pretrain": "last epoch that was kept"}[command]
+    assert said.endswith(f"stopped; the same command goes on from the {last}\n")
     assert "Traceback" not in said
     assert "Exception" not in said
 
