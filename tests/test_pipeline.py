@@ -1,7 +1,7 @@
 """The pipeline over links and checkpoints in memory: who is asked what, in which order, and never twice."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -24,7 +24,7 @@ from fleetfit.messages import (
     TrainingState,
     silent,
 )
-from fleetfit.pipeline import gather_stats, run_cloud, run_edge
+from fleetfit.pipeline import _reference_key, gather_stats, run_cloud, run_edge
 from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec
 
 torch.set_num_threads(1)
@@ -345,3 +345,12 @@ def test_a_cached_reference_is_used_only_where_nothing_that_made_it_differs(
     for section, values in change.items():
         fields[section] = fields[section] | values if isinstance(values, dict) else values
     assert (key(make_job(fields)) == key(job)) is same
+
+
+def test_other_data_is_another_reference(job: Job, data: FleetData) -> None:
+    def key(fingerprint: str) -> str:
+        train = replace(data.public.train, fingerprint=fingerprint)
+        return _reference_key(job, replace(data.public, train=train))
+
+    assert data.public.train.fingerprint == "digits"
+    assert key("digits") == _reference_key(job, data.public) != key("digits 900 0")
