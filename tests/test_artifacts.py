@@ -483,7 +483,7 @@ def edited(folder: Path, **changed: Any) -> Path:
         ({"surprise": 1}, r"model\.json is not a model card: surprise"),
         ({"labels": 3}, r"model\.json is not a model card: labels"),
         ({"header": {"kind": "wide"}}, r"model\.json is not a model card: header\.kind"),
-        ({"family": "bert"}, r"model\.safetensors does not fit .*model\.json: model\.family must be one of"),
+        ({"family": "swin"}, r"model\.safetensors does not fit .*model\.json: model\.family must be one of"),
         ({"config": {**CONFIG, "num_hidden_layers": 2}}, r"model\.safetensors does not fit"),
         ({"config": {**CONFIG, "hidden_size": 32}}, r"model\.safetensors does not fit"),
         ({"config": {**CONFIG, "hiden_size": 32}}, "did you mean 'hidden_size'"),

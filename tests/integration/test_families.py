@@ -10,6 +10,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import fleetfit
 from fleetfit import edge
 from fleetfit.config import SMALL_CONFIGS, BackboneConfig, HeaderConfig, ModelConfig, RefineConfig, make_job
+from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.sources import load_samples
@@ -129,7 +130,7 @@ def test_a_family_of_texts_runs_through_all_phases(family: str) -> None:
     reorder_by(elastic, taylor)
     small = BackboneShape(width=0.25, depth=2)
     settings = BackboneConfig(widths=(0.25, 1.0), steps=60, batch_size=32, learning_rate=3e-3, distillation="joint")
-    train_elastic(elastic, header, train, settings, (2, 4), shift_pixels=0, seed=0)
+    train_elastic(elastic, header, train, settings, (2, 4), Augmentation(), seed=0)
     cut = elastic.extract(small).eval()
     result = evaluate(lambda rows: header(cut(validation.inputs[rows])), validation.labels)
     assert result.accuracy > 0.5
