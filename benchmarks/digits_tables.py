@@ -163,7 +163,7 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...], v
     lines = [
         "# Figures on digits",
         "",
-        f"`python benchmarks/digits.py`, seeds {seeds}; mean ± standard error over seeds. {machine()}",
+        f"`python benchmarks/digits.py --seeds {seeds.replace(',', '')}`; mean ± standard error over seeds. {machine()}",
         "Defaults were chosen on seeds 100-104; nothing was chosen on the seeds reported here.",
         "",
         "## Targets",
