@@ -159,11 +159,11 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...], v
     def of(part: str, *path: str) -> list[float]:
         return collect(results, part, *path)
 
-    seeds = ", ".join(map(str, sorted(results)))
+    seeds = " ".join(map(str, sorted(results)))
     lines = [
         "# Figures on digits",
         "",
-        f"`python benchmarks/digits.py --seeds {seeds.replace(',', '')}`; mean ± standard error over seeds. {machine()}",
+        f"`python benchmarks/digits.py --seeds {seeds}`; mean ± standard error over seeds. {machine()}",
         "Defaults were chosen on seeds 100-104; nothing was chosen on the seeds reported here.",
         "",
         "## Targets",
