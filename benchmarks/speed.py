@@ -156,8 +156,8 @@ def main() -> None:
     lines = [
         "# Speed",
         "",
-        f"`python benchmarks/speed.py --repeats {options.repeats} --batch {options.batch}`: ViT-S at 224, one thread, PyTorch {torch.__version__}, {os.cpu_count()} CPU "
-        f"cores; median of {options.repeats}, the sides of a ratio taking turns.",
+        f"`python benchmarks/speed.py --repeats {options.repeats} --batch {options.batch}`: ViT-S at 224, one thread, "
+        f"PyTorch {torch.__version__}, {os.cpu_count()} CPU cores; medians, the sides of a ratio taking turns.",
         "",
         "| figure | target | measured | holds |",
         "|---|---|---|---|",
