@@ -347,10 +347,10 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     result = invoke("--all")
     assert result.exit_code == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines() if line.startswith(" phones")] == [
-        *("phones-blocks", "phones-linear", "phones-pruned")
+        *("phones-blocks", "phones-dinov2", "phones-linear", "phones-pruned")
     ]
     assert f"models:  {tmp_path} (one folder each)" in result.stdout
-    assert re.search(r"^export: done in .*, 3 models$", result.stderr, re.MULTILINE)
+    assert re.search(r"^export: done in .*, 4 models$", result.stderr, re.MULTILINE)
     told = json.loads(invoke("-d", "phones-blocks", "--json").stdout)
     assert list(told) == [str(tmp_path / "phones-blocks")]
     assert Export.model_validate(told[str(tmp_path / "phones-blocks")]).format == "safetensors"
