@@ -14,7 +14,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import Handler, device_handler, edge_handler
 from fleetfit.messages import Message, Progress, Refused, Request, decode_any, encode, read_reply, silent
-from fleetfit.outcome import summarise, write_models
+from fleetfit.outcome import raw_bytes, summarise, write_front, write_models
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.records import DeviceAttributes, EnergyModel
 
@@ -50,10 +50,15 @@ class LocalLink:
         for member, message in messages.items():
             sent = encode(message)
             self.ledger.traffic[self.down] += len(sent)
-            answered = encode(self.handlers[member](decode_any(sent, f"message to {member}", self.max_bytes)))
-            self.ledger.traffic[self.up] += len(answered)
-            replies[member] = read_reply([answered], message, self.max_bytes)
+            answers = self.deliver(member, sent)
+            self.ledger.traffic[self.up] += sum(len(answer) for answer in answers)
+            if answers:
+                replies[member] = read_reply(answers, message, self.max_bytes)
         return replies
+
+    def deliver(self, member: str, sent: bytes) -> list[bytes]:
+        """What comes back for a message, encoded: here always one reply."""
+        return [encode(self.handlers[member](decode_any(sent, f"message to {member}", self.max_bytes)))]
 
 
 def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
@@ -125,7 +130,8 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
         )
         progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *data.notes)))
         result = _run_tiers(job, folder, fleet, data, progress)
-        summary = summarise(job, folder, data, result)
+        summary = summarise(job, folder, raw_bytes(data), result)
+        write_front(folder, result)
         write_models(job, folder, result, samples)
         folder.write_json("summary.json", summary)
     return summary
