@@ -35,6 +35,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # fit for a file's name
 MAX_COUNT = 2**53
 MAX_WATTS_OR_SECONDS = 1e9
 MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown everybody else's in an average
+MAX_IMPORTANCE = 1e12  # a square of one
 MAX_LOSS = 1e6  # nats a sample
 MAX_NOTES = 20
 MAX_NOTE = 200  # characters
@@ -200,8 +201,9 @@ def _check_tensors(reply: Message, expected: Mapping[str, Like]) -> None:
             raise ValueError(f"tensor {name!r} must be {dtype} {shape}, got {got}")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"tensor {name!r} must be finite")
-        if not name.startswith("importance.") and tensor.numel() and float(tensor.abs().max()) > MAX_VALUE:
-            raise ValueError(f"tensor {name!r} must be within {MAX_VALUE:g}, got {float(tensor.abs().max()):g}")
+        most = MAX_IMPORTANCE if name.startswith("importance.") else MAX_VALUE
+        if tensor.numel() and float(tensor.abs().max()) > most:
+            raise ValueError(f"tensor {name!r} must be within {most:g}, got {float(tensor.abs().max()):g}")
 
 
 def _check_scores(scores: ValidationScores, known: DeviceAttributes | None) -> None:
