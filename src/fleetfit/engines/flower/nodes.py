@@ -5,6 +5,8 @@ the numbers of the nodes to itself. Both are made of ``start_vce``, which is use
 stop, and carries messages from an in-memory SuperLink state to ClientApps in Ray's processes and back.
 """
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -14,7 +16,6 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,13 +133,16 @@ class SimulatedNodes:
     def close(self) -> None:
         """End Ray and the runtime; returns when all processes that were started are gone."""
         self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        if self._temporary is not None:
-            import ray
+        if self._temporary is None:
+            return
+        import ray
 
+        # Of a stop that came in the middle of something Ray tells on stdout, which is for results.
+        with contextlib.nullcontext() if _chatty() else contextlib.redirect_stdout(io.StringIO()):
+            if self._thread is not None:
+                self._thread.join()
             ray.shutdown()
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _check(self) -> None:
         if self._thread is not None and not self._thread.is_alive():
@@ -207,7 +211,7 @@ def _register(state: InMemoryLinkState) -> int:
 
 def _start_ray(resources: Resources, temporary: Path) -> int:
     """Start or join Ray; how many devices can be at work at a time."""
-    chatty = log.isEnabledFor(logging.INFO)
+    chatty = _chatty()
     if resources.address is None:
         os.environ.setdefault(LOOPBACK_ONLY, "0")
     import ray
@@ -234,6 +238,11 @@ def _start_ray(resources: Resources, temporary: Path) -> int:
     return sum(room)
 
 
+def _chatty() -> bool:
+    """Whether the user wants to see what Flower and Ray log, as with --debug."""
+    return log.isEnabledFor(logging.INFO)
+
+
 def _room(machine: Mapping[str, float], resources: Resources) -> int:
     """How many devices can be at work at a time on one machine, as Flower counts it."""
     room = int(machine.get("CPU", 0) / resources.num_cpus)
@@ -250,7 +259,7 @@ def _short_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="fleetfit-ray-", dir=usual if len(usual) <= LONGEST_FOLDER - 22 else "/tmp"))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _handlers_as_they_were() -> Iterator[None]:
     """Ray takes SIGTERM for itself, and would end the process in the middle of a step."""
     before = signal.getsignal(signal.SIGTERM)

@@ -62,23 +62,26 @@ def run(
             for a in members
         ]
         app = device_app(handover, job.run.threads, torch_device, job.links.max_message_bytes)
-        with SimulatedNodes(app, len(devices), resources, progress) as nodes:
+        with (
+            _there_meanwhile(handover),
+            SimulatedNodes(app, len(devices), resources, progress) as nodes,
+            _gone_if_it_fails(handover),
+        ):
+            write_handover(handover, devices)
             node_of = {device.attributes.device_id: node for device, node in zip(devices, nodes.ids, strict=True)}
-            with _there_meanwhile(handover):  # when it goes, Ray's processes end, whatever they are doing
-                write_handover(handover, devices)
-                yield {
-                    cluster: FlowerLink(
-                        nodes,
-                        {a.device_id: node_of[a.device_id] for a in members},
-                        folder.ledger,
-                        "edge_to_device",
-                        "device_to_edge",
-                        max_message_bytes=job.links.max_message_bytes,
-                        poll_seconds=POLL_SECONDS,
-                        replied=heard.replied,
-                    )
-                    for cluster, members in fleet.items()
-                }
+            yield {
+                cluster: FlowerLink(
+                    nodes,
+                    {a.device_id: node_of[a.device_id] for a in members},
+                    folder.ledger,
+                    "edge_to_device",
+                    "device_to_edge",
+                    max_message_bytes=job.links.max_message_bytes,
+                    poll_seconds=POLL_SECONDS,
+                    replied=heard.replied,
+                )
+                for cluster, members in fleet.items()
+            }
 
     return run_whole_fleet(job, Path(out), heard, connect)
 
@@ -92,3 +95,13 @@ def _there_meanwhile(folder: Path) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _gone_if_it_fails(folder: Path) -> Iterator[None]:
+    """Whatever Ray's processes are doing when a run is stopped, they end when the folder is gone."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
