@@ -18,7 +18,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import Handler, edge_handler
 from fleetfit.messages import Link, Message, Progress, Refused, Request, decode_any, encode, read_reply
-from fleetfit.outcome import summarise, write_models
+from fleetfit.outcome import raw_bytes, summarise, write_front, write_models
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.records import DeviceAttributes, EnergyModel
 
@@ -57,10 +57,15 @@ class LocalLink:
         for member, message in messages.items():
             sent = encode(message)
             self.ledger.traffic[self.down] += len(sent)
-            answered = encode(self.handlers[member](decode_any(sent, f"message to {member}", self.max_bytes)))
-            self.ledger.traffic[self.up] += len(answered)
-            replies[member] = read_reply([answered], message, self.max_bytes)
+            answers = self.deliver(member, sent)
+            self.ledger.traffic[self.up] += sum(len(answer) for answer in answers)
+            if answers:
+                replies[member] = read_reply(answers, message, self.max_bytes)
         return replies
+
+    def deliver(self, member: str, sent: bytes) -> list[bytes]:
+        """What comes back for a message, encoded: here always one reply."""
+        return [encode(self.handlers[member](decode_any(sent, f"message to {member}", self.max_bytes)))]
 
 
 def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
@@ -136,7 +141,8 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
         known = {cluster: tuple(_known(a, data) for a in members) for cluster, members in fleet.items()}
         with connect(folder, known, data) as links:
             result = _run_tiers(job, folder, links, data, progress)
-        summary = summarise(job, folder, data, result)
+        summary = summarise(job, folder, raw_bytes(data), result)
+        write_front(folder, result)
         write_models(job, folder, result, samples)
         folder.write_json("summary.json", summary)
     return summary

@@ -19,8 +19,8 @@ from fleetfit.artifacts import MemoryFolder
 from fleetfit.engines.flower.codec import pack, unpack
 from fleetfit.engines.flower.handover import read_device
 from fleetfit.hardware import CPU, torch_device_of
-from fleetfit.members import device_handler
-from fleetfit.messages import MAX_REASON, Declined, decode_any, encode
+from fleetfit.members import declining, device_handler
+from fleetfit.messages import decode_any, encode
 
 NUMBER = "partition-id"  # Flower's name for the number of a simulated node
 LOOK_EVERY_SECONDS = 1.0
@@ -51,12 +51,8 @@ def answer(
     _begin(folder, threads)
     device = read_device(Path(folder), int(context.node_config[NUMBER]))
     hardware = torch_device_of(torch_device) if torch_device != "cpu" else CPU
-    handler = device_handler(device.attributes, device.data, MemoryFolder(device.memory), hardware)
-    request = decode_any(unpack(message.content, max_message_bytes))
-    try:
-        reply = handler(request)
-    except ValueError as error:  # it would be the same another time
-        reply = Declined(step=getattr(request, "step", 0), reason=str(error)[:MAX_REASON])
+    handler = declining(device_handler(device.attributes, device.data, MemoryFolder(device.memory), hardware))
+    reply = handler(decode_any(unpack(message.content, max_message_bytes)))
     return FlowerMessage(pack(encode(reply)), reply_to=message)
 
 
