@@ -59,7 +59,7 @@ from fleetfit.elastic_training import (
     second_order,
     taylor_importance,
 )
-from fleetfit.engines.local import LocalLink, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink, fleet_of
 from fleetfit.header_search import search_header
 from fleetfit.members import Handler
 from fleetfit.messages import (

@@ -14,8 +14,8 @@ from fleetfit.config import Job, make_job
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory
-from fleetfit.engines import local
-from fleetfit.engines.local import LocalLink, fleet_of
+from fleetfit.engines import local, whole_fleet
+from fleetfit.engines.whole_fleet import LocalLink, fleet_of
 from fleetfit.members import device_handler
 from fleetfit.messages import (
     AttributesReply,
@@ -94,7 +94,7 @@ class Run:
             return self.blobs[-1]
 
         patch.setattr(LocalLink, "ask", noting)
-        patch.setattr(local, "encode", encoding)
+        patch.setattr(whole_fleet, "encode", encoding)
         self.job = tiny_job(folder / "cache")
         self.summary = local.run(self.job, self.out)
 
