@@ -279,7 +279,7 @@ class RunFolder:
         self.job = job
         self.ledger = Ledger()
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(path / ".lock")
+        self._lock = locked(path / ".lock")
         try:
             self._claim()
         except BaseException:
@@ -444,7 +444,7 @@ def content_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _locked(path: Path) -> IO[bytes]:
+def locked(path: Path) -> IO[bytes]:
     """Hold a folder for one process; the lock goes with the process, also when it is killed."""
     file = path.open("ab")
     try:
