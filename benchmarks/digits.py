@@ -58,10 +58,10 @@ from fleetfit.elastic_training import (
     second_order,
     taylor_importance,
 )
-from fleetfit.engines.local import Handler, LocalLink, fleet_of
+from fleetfit.engines.local import LocalLink, fleet_of
 from fleetfit.header_search import search_header
+from fleetfit.members import Handler
 from fleetfit.messages import (
-    AttributesReply,
     AttributesRequest,
     BackboneAssignment,
     ClusterStats,
@@ -348,7 +348,7 @@ def devices_part(b: Bench) -> dict[str, Any]:
             for cluster, members in b.fleet.items():
                 assignment, found = b.coarse(cluster)
                 link = LocalLink({a.device_id: in_memory(a, data) for a in members}, Ledger(), "down", "up")
-                link.ask({d: AttributesRequest(step=0) for d in link.members}, AttributesReply)
+                link.ask({d: AttributesRequest(step=0) for d in link.members})
                 edge_data = data.edges[cluster]
                 report = refine_cluster(job, assignment, found, edge_data, link, Transient(), silent)
                 rows += [(d.accuracy_coarse, d.accuracy_local, d.accuracy, d.num_test) for d in report.devices]

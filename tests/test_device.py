@@ -239,7 +239,7 @@ def test_a_message_of_a_wrong_step_is_refused(step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [StatsRequest(), AttributesReply(attributes=make_state().attributes), DeviceMemory()]
+    "message", [StatsRequest(), AttributesReply(step=0, attributes=make_state().attributes), DeviceMemory()]
 )
 def test_a_message_that_is_not_for_devices_is_refused(message: Message) -> None:
     with pytest.raises(ValueError, match=rf"device phones-1: cannot answer a '{message.kind}'"):

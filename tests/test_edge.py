@@ -123,7 +123,7 @@ def test_calibrated_with_devices_of_one_sample(sketch: str) -> None:
 
 def test_the_first_state_pools_scores_and_keeps_the_order_of_devices() -> None:
     replies = {
-        f"d{i}": CoarseReply(scores=scores(2 + i, 0.5, i), tensors=put("sketch", {"all": features_of(g, i)}))
+        f"d{i}": CoarseReply(step=1, scores=scores(2 + i, 0.5, i), tensors=put("sketch", {"all": features_of(g, i)}))
         for i, g in enumerate((0, 1, 0))
     }
     state = edge.first_state(RefineConfig(), replies)
@@ -143,6 +143,7 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
     """Q_1 = (1, 3 | 4) has sum 8, Q_2 = (30, 10 | 0) has sum 40: scaled (.125, .375 | .5) and (.75, .25 | 0)."""
     replies = {
         "one": RoundReply(
+            step=2,
             scores=scores(1, 1.0),
             tensors={
                 "importance.a": torch.tensor([1.0, 3.0]),
@@ -151,6 +152,7 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
             },
         ),
         "two": RoundReply(
+            step=2,
             scores=scores(3, 2.0, 2),
             tensors={
                 "importance.a": torch.tensor([30.0, 10.0]),
@@ -185,7 +187,7 @@ def test_a_device_whose_name_begins_like_anothers_gets_only_its_own() -> None:
 
 @pytest.mark.parametrize("importance", [{}, {"importance.a": torch.zeros(2)}])
 def test_headers_without_neurons_and_importance_of_zero(importance: dict[str, Tensor]) -> None:
-    replies = {d: RoundReply(scores=NOTHING, tensors=importance) for d in ("one", "two")}
+    replies = {d: RoundReply(step=2, scores=NOTHING, tensors=importance) for d in ("one", "two")}
     state = edge.next_state(EdgeState(weights=WEIGHTS, scores=NOTHING), replies)
     assert {n: t.tolist() for n, t in edge.personal(state, "one").items()} == {n: [0.0, 0.0] for n in importance}
 
@@ -199,12 +201,13 @@ def replies_with(seed: int) -> dict[str, ProposeReply]:
     generator = named_generator(seed, "ways")
     return {
         f"d{i}": ProposeReply(
+            step=3,
             scores={
                 way: ValidationScores(
                     num_samples=n, loss_sum=n * float(torch.rand((), generator=generator)), num_correct=0
                 )
                 for way in WAYS
-            }
+            },
         )
         for i, n in enumerate((5, 0, 50))
     }
@@ -228,7 +231,9 @@ def test_the_lowest_pooled_loss_decides(seed: int, guard: bool) -> None:
 
 
 def propose(**loss_by_way: float) -> dict[str, ProposeReply]:
-    return {"d": ProposeReply(scores={way.replace("_", "/"): scores(4, loss) for way, loss in loss_by_way.items()})}
+    return {
+        "d": ProposeReply(step=3, scores={way.replace("_", "/"): scores(4, loss) for way, loss in loss_by_way.items()})
+    }
 
 
 @pytest.mark.parametrize(
@@ -249,14 +254,14 @@ def test_the_guard(losses: dict[str, float], guarded: Any, unguarded: Any) -> No
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_without_validation_anywhere_nothing_speaks_for_a_change(guard: bool) -> None:
-    replies = {d: ProposeReply(scores=dict.fromkeys(WAYS, NOTHING)) for d in ("one", "two")}
+    replies = {d: ProposeReply(step=3, scores=dict.fromkeys(WAYS, NOTHING)) for d in ("one", "two")}
     decision = edge.decide(RefineConfig(guard=guard), replies)
     assert (decision.header, decision.prior_strength) == ("coarse" if guard else "refined", None)
 
 
 def test_devices_without_validation_have_no_voice() -> None:
     replies = propose(coarse=0.5, refined=0.6) | {
-        "e": ProposeReply(scores=dict.fromkeys(("coarse", "refined"), NOTHING))
+        "e": ProposeReply(step=3, scores=dict.fromkeys(("coarse", "refined"), NOTHING))
     }
     assert edge.decide(RefineConfig(), replies).loss_by_way == {"coarse": 0.5, "refined": 0.6}
     assert edge.decide(RefineConfig(), dict(reversed(replies.items()))).header == "coarse"

@@ -27,6 +27,7 @@ from fleetfit.messages import (
     ClusterStats,
     CoarseModel,
     CoarseReply,
+    Declined,
     Finish,
     FinishReply,
     Message,
@@ -94,15 +95,16 @@ EXAMPLES: dict[str, Message] = {
             devices=(REPORT,),
         ),
         AttributesRequest(step=0),
-        AttributesReply(attributes=ATTRIBUTES),
+        AttributesReply(step=0, attributes=ATTRIBUTES),
         CoarseModel(step=1, **MODEL, refine=RefineConfig(), seed=2**62, class_shares=(0.1, 0.9)),
-        CoarseReply(scores=SCORES),
+        CoarseReply(step=1, scores=SCORES),
         RefineRound(step=2, round=1),
-        RoundReply(scores=SCORES),
+        RoundReply(step=2, scores=SCORES),
         Propose(step=3),
-        ProposeReply(scores={"coarse": SCORES, "refined/0.5": SCORES}),
+        ProposeReply(step=3, scores={"coarse": SCORES, "refined/0.5": SCORES}),
         Finish(step=4, header="refined", prior_strength=0.1),
-        FinishReply(report=REPORT),
+        FinishReply(step=4, report=REPORT),
+        Declined(step=1, reason="no room"),
     )
 }
 KINDS = sorted(MESSAGES)
@@ -137,7 +139,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 def test_there_is_an_example_of_every_kind() -> None:
     assert set(EXAMPLES) == set(MESSAGES)
     assert all(MESSAGES[kind] is type(example) for kind, example in EXAMPLES.items())
-    assert len(KINDS) == 14
+    assert len(KINDS) == 15
 
 
 @settings(deadline=None, derandomize=True, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -193,13 +195,13 @@ def test_extra_metadata_travels_and_is_no_field() -> None:
 
 def test_fields_that_are_not_numbers_survive() -> None:
     scores = ValidationScores(num_samples=0, loss_sum=math.nan, num_correct=0)
-    assert math.isnan(decode(encode(CoarseReply(scores=scores)), CoarseReply).scores.loss_sum)
+    assert math.isnan(decode(encode(CoarseReply(step=1, scores=scores)), CoarseReply).scores.loss_sum)
     assert decode_any(encode(EXAMPLES["cluster_report"])).trials[0].loss == math.inf  # type: ignore[attr-defined]
 
 
 # -- what is not a message --------------------------------------------------------------------------------------------
 
-SENT = RoundReply(scores=SCORES, tensors={"header.weight": torch.arange(3.0), "none": torch.zeros(0, 2)})
+SENT = RoundReply(step=2, scores=SCORES, tensors={"header.weight": torch.arange(3.0), "none": torch.zeros(0, 2)})
 
 
 def blob_of(header: object, data: bytes = b"") -> bytes:

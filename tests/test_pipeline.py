@@ -20,6 +20,8 @@ from fleetfit.messages import (
     DeviceMessage,
     Message,
     RefineRound,
+    Refused,
+    Request,
     StatsRequest,
     TrainingState,
     silent,
@@ -45,12 +47,12 @@ class FakeLink:
     def members(self) -> tuple[str, ...]:
         return tuple(self.handlers)
 
-    def ask(self, messages: Mapping[str, Message], reply: type[M]) -> dict[str, M]:
-        replies = {}
+    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+        replies: dict[str, Message | Refused] = {}
         for member, message in messages.items():
             self.asked.append((member, message))
             answered = self.handlers[member](message)
-            assert isinstance(answered, reply)
+            assert isinstance(answered, message.reply)
             replies[member] = answered
         return replies
 

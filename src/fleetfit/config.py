@@ -402,6 +402,19 @@ class RefineConfig(Section):
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
 
 
+class LinksConfig(Section):
+    """Between cloud, edges and devices: what may go wrong without stopping a cluster."""
+
+    quorum: float = Field(
+        0.5, gt=0, le=1, description="share of a cluster's devices whose valid replies a round needs to go on"
+    )
+    deadline_seconds: float = Field(600.0, gt=0, description="how long a round waits for devices that do not reply")
+    max_message_bytes: Bytes = Field(10**9, description="longer messages are refused unread; bytes or '300 MB'")
+    send_models: bool = Field(
+        False, description="of a deployment: devices send their finished models up, and do not only write them"
+    )
+
+
 class RunConfig(Section):
     """How to run, not what."""
 
@@ -426,6 +439,7 @@ class Job(Section):
     backbone: BackboneConfig = BackboneConfig()
     header: HeaderConfig = HeaderConfig()
     refine: RefineConfig = RefineConfig()
+    links: LinksConfig = LinksConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")

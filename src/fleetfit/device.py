@@ -100,7 +100,7 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
     own, message = state, _on(message, state.torch_device)
     state = replace(own, data=own.data.to(own.torch_device), memory=_on(own.memory, own.torch_device))
     if isinstance(message, AttributesRequest):
-        memory, reply = state.memory, AttributesReply(attributes=state.attributes)
+        memory, reply = state.memory, AttributesReply(step=message.step, attributes=state.attributes)
     elif isinstance(message, CoarseModel):
         memory, reply = _receive(state, message)
     elif isinstance(message, RefineRound):
@@ -156,7 +156,7 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
     masks = {n: torch.ones(layer.num_neurons, dtype=torch.bool) for n, layer in prunable_layers(header).items()}
     memory = memory.model_copy(update={"tensors": tensors | put("kept", masks)})
     scores = _validation(memory, header, state.data)
-    return memory, CoarseReply(tensors=_sketch(memory, state), scores=scores)
+    return memory, CoarseReply(step=message.step, tensors=_sketch(memory, state), scores=scores)
 
 
 def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, RoundReply]:
@@ -171,7 +171,7 @@ def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, Rou
         kept, coarse = take(memory.tensors, "kept"), take(memory.tensors, "coarse")
         tensors |= put("header", with_dropped_as_shipped(header, own, kept, coarse))
     memory = memory.model_copy(update={"tensors": memory.tensors | put("header", own)})
-    return memory, RoundReply(tensors=tensors, scores=_validation(memory, header, state.data))
+    return memory, RoundReply(step=message.step, tensors=tensors, scores=_validation(memory, header, state.data))
 
 
 def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, ProposeReply]:
@@ -190,7 +190,7 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
             for strength in PRIOR_STRENGTHS:
                 prior = _prior(memory, counts, strength)
                 ways[f"{name}/{strength:g}"] = _validation(memory, header, state.data, prior)
-    return memory, ProposeReply(scores=ways)
+    return memory, ProposeReply(step=message.step, scores=ways)
 
 
 def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishReply]:
@@ -233,7 +233,7 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
         raise ValueError(
             f"device {report.device_id}: its model has {report.size_bytes} bytes, its limit is {report.limit_bytes}"
         )
-    return memory.model_copy(update={"report": report}), FinishReply(report=report)
+    return memory.model_copy(update={"report": report}), FinishReply(step=message.step, report=report)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

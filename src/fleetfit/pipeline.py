@@ -5,6 +5,7 @@ Both talk through a ``Link`` and know nothing of what carries it. Steps are name
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -25,15 +26,20 @@ from fleetfit.messages import (
     Finish,
     FinishReply,
     Link,
+    Message,
     Progress,
     Propose,
     ProposeReply,
     RefineRound,
+    Refused,
+    Request,
     RoundReply,
     StatsRequest,
 )
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import fingerprint
+
+M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def run_cloud(
         cache: Trained references of all runs.
         progress: Told how far each phase is.
     """
-    stats = edges.ask({cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
+    stats = _ask(edges, {cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
 
     def of(phase: str) -> cloud.ProgressOf:
         return lambda done, total, note: progress(phase, done, total, note)
@@ -87,8 +93,22 @@ def run_cloud(
                 job, reference, elastic, public, cluster, shape, of("specialise")
             ),
         )
-    reports = edges.ask(assignments, ClusterReport)
+    reports = _ask(edges, assignments, ClusterReport)
     return FleetResult(reference, elastic, candidates, choices, reports)
+
+
+def _ask(link: Link, messages: Mapping[str, Request], kind: type[M]) -> dict[str, M]:
+    """The replies of all.
+
+    Raises:
+        ValueError: who did not reply, or why a reply was refused.
+    """
+    replies = {}
+    for member, reply in (dict.fromkeys(messages) | link.ask(messages)).items():
+        if not isinstance(reply, kind):
+            raise ValueError(f"{member}: {reply.reason if isinstance(reply, Refused) else 'no reply'}")
+        replies[member] = reply
+    return replies
 
 
 def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: cloud.ProgressOf) -> Reference:
@@ -101,7 +121,7 @@ def gather_stats(cluster: str, devices: Link, steps: Checkpoints) -> ClusterStat
     """The edge's answer to the cloud: its devices' attributes."""
 
     def ask() -> ClusterStats:
-        replies = devices.ask({d: AttributesRequest(step=0) for d in devices.members}, AttributesReply)
+        replies = _ask(devices, {d: AttributesRequest(step=0) for d in devices.members}, AttributesReply)
         return ClusterStats(devices=tuple(r.attributes for r in replies.values()))
 
     return steps.step(f"attributes/{cluster}", ClusterStats, ask)
@@ -151,7 +171,7 @@ def refine_cluster(
 
     def send_coarse() -> EdgeState:
         message = edge.coarse_model(job, assignment, found, data, step=1)
-        return edge.first_state(job.refine, devices.ask(dict.fromkeys(devices.members, message), CoarseReply))
+        return edge.first_state(job.refine, _ask(devices, dict.fromkeys(devices.members, message), CoarseReply))
 
     state = steps.step(f"refine/{cluster}/0", EdgeState, send_coarse)
     history = [state]
@@ -162,7 +182,7 @@ def refine_cluster(
             asked = {
                 d: RefineRound(step=1 + number, round=number, tensors=edge.personal(state, d)) for d in devices.members
             }
-            return edge.next_state(state, devices.ask(asked, RoundReply))
+            return edge.next_state(state, _ask(devices, asked, RoundReply))
 
         state = steps.step(f"refine/{cluster}/{number}", EdgeState, one_round)
         history.append(state)
@@ -172,13 +192,13 @@ def refine_cluster(
 
     def propose() -> Decision:
         asked = {d: Propose(step=last, tensors=edge.personal(state, d)) for d in devices.members}
-        return edge.decide(job.refine, devices.ask(asked, ProposeReply))
+        return edge.decide(job.refine, _ask(devices, asked, ProposeReply))
 
     decision = steps.step(f"propose/{cluster}", Decision, propose)
 
     def finish() -> ClusterReport:
         message = Finish(step=last + 1, header=decision.header, prior_strength=decision.prior_strength)
-        replies = devices.ask(dict.fromkeys(devices.members, message), FinishReply)
+        replies = _ask(devices, dict.fromkeys(devices.members, message), FinishReply)
         return _report(cluster, found, history, decision, replies)
 
     report = steps.step(f"finish/{cluster}", ClusterReport, finish)

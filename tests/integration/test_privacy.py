@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fleetfit import members
 from fleetfit.config import make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
@@ -59,11 +60,14 @@ def under(prefix: str, fields: set[str]) -> set[str]:
 # All that may go up, by kind: JSON fields (lists have no level of their own), and first parts of tensors' names.
 # Whoever adds one here answers the question: what does it tell about a person's data?
 MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
-    "attributes_reply": (under("attributes", ATTRIBUTES), set()),
-    "coarse_reply": (SCORES, {"sketch"}),
-    "round_reply": (SCORES, {"importance", "header"}),
-    "propose_reply": ({s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")}, set()),
-    "finish_reply": (under("report", REPORT), set()),
+    "attributes_reply": ({"step"} | under("attributes", ATTRIBUTES), set()),
+    "coarse_reply": ({"step"} | SCORES, {"sketch"}),
+    "round_reply": ({"step"} | SCORES, {"importance", "header"}),
+    "propose_reply": (
+        {"step"} | {s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")},
+        set(),
+    ),
+    "finish_reply": ({"step"} | under("report", REPORT), set()),
     "cluster_stats": (under("devices", ATTRIBUTES), set()),
     "cluster_report": (
         {"cluster", "similarity", "distance", "decision.header", "decision.prior_strength"}
@@ -402,13 +406,13 @@ def test_what_leaks_is_caught(name: str, runs: dict[str, Caught]) -> None:
 
 
 def test_a_device_that_leaks_is_caught(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = local.handle
+    real = members.handle
 
     def leaking(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         state, reply = real(state, message)
         return state, LEAKS["inputs"][0](state, reply) if state.attributes.device_id == "large-2" else reply
 
-    monkeypatch.setattr(local, "handle", leaking)
+    monkeypatch.setattr(members, "handle", leaking)
     run = Caught(folder / "leak", monkeypatch)
     for check in (check_image_bytes, check_image_values):
         with pytest.raises(AssertionError):

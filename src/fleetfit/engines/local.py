@@ -1,35 +1,22 @@
 """The local engine: all tiers in one process, every message encoded, counted and decoded as on a wire."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from fleetfit.artifacts import Ledger, MemoryFolder, RunFolder, StepFolder
+from fleetfit.artifacts import Ledger, RunFolder, StepFolder
 from fleetfit.cloud import form_clusters
-from fleetfit.config import DeviceGroup, EnergyConfig, Job
-from fleetfit.data.partition import FleetData, Split, share_out
+from fleetfit.config import DeviceGroup, EnergyConfig, Job, LinksConfig
+from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.hardware import CPU, torch_device_of
-from fleetfit.messages import (
-    BackboneAssignment,
-    DeviceMessage,
-    Message,
-    Progress,
-    StatsRequest,
-    decode,
-    decode_any,
-    encode,
-    silent,
-)
+from fleetfit.hardware import torch_device_of
+from fleetfit.members import Handler, device_handler, edge_handler
+from fleetfit.messages import Message, Progress, Refused, Request, decode_any, encode, read_reply, silent
 from fleetfit.outcome import summarise, write_models
-from fleetfit.pipeline import FleetResult, gather_stats, run_cloud, run_edge
+from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.records import DeviceAttributes, EnergyModel
-
-M = TypeVar("M", bound=Message)
-Handler = Callable[[Message], Message]
 
 
 class LocalLink:
@@ -40,45 +27,33 @@ class LocalLink:
         ledger: Where bytes are counted.
         down: Name of the direction to the members.
         up: Name of the direction from them.
+        links: How long a message may be. There is no deadline: in one process all reply.
     """
 
-    def __init__(self, handlers: Mapping[str, Handler], ledger: Ledger, down: str, up: str) -> None:
+    def __init__(
+        self, handlers: Mapping[str, Handler], ledger: Ledger, down: str, up: str, links: LinksConfig | None = None
+    ) -> None:
         self.handlers = handlers
         self.ledger = ledger
         self.down = down
         self.up = up
+        self.max_bytes = (links or LinksConfig()).max_message_bytes
 
     @property
     def members(self) -> tuple[str, ...]:
         """Who is connected, in the order of the job."""
         return tuple(self.handlers)
 
-    def ask(self, messages: Mapping[str, Message], reply: type[M]) -> dict[str, M]:
+    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
         """Ask one member after the other."""
         replies = {}
         for member, message in messages.items():
             sent = encode(message)
             self.ledger.traffic[self.down] += len(sent)
-            answered = encode(self.handlers[member](decode_any(sent)))
+            answered = encode(self.handlers[member](decode_any(sent, f"message to {member}", self.max_bytes)))
             self.ledger.traffic[self.up] += len(answered)
-            replies[member] = decode(answered, reply, f"reply of {member}")
+            replies[member] = read_reply([answered], message, self.max_bytes)
         return replies
-
-
-def device_handler(
-    attributes: DeviceAttributes, data: Split, memories: MemoryFolder, torch_device: torch.device = CPU
-) -> Handler:
-    """A device whose memory lives in files: a message that is repeated after a kill meets the memory it met before."""
-
-    def answer(message: Message) -> Message:
-        if not isinstance(message, DeviceMessage):
-            raise ValueError(f"device {attributes.device_id}: cannot answer a {message.kind!r}")
-        memory = memories.load(message.step - 1, DeviceMemory) if message.step else DeviceMemory()
-        state, reply = handle(DeviceState(attributes, data, memory, torch_device), message)
-        memories.save(message.step, state.memory)
-        return reply
-
-    return answer
 
 
 def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
@@ -164,25 +139,15 @@ def _run_tiers(
     progress: Progress,
 ) -> FleetResult:
     torch_device = torch_device_of(job.run.torch_device)
-    device_links = {}
+    edges = {}
     for cluster, members in fleet.items():
         handlers = {}
         for attributes in members:
             own = data.devices[attributes.device_id]
             known = attributes.model_copy(update={"num_samples": len(own.train) + len(own.validation)})
             handlers[known.device_id] = device_handler(known, own, folder.memory_of(known.device_id), torch_device)
-        device_links[cluster] = LocalLink(handlers, folder.ledger, "edge_to_device", "device_to_edge")
-
-    def edge_handler(cluster: str) -> Handler:
-        def answer(message: Message) -> Message:
-            if isinstance(message, StatsRequest):
-                return gather_stats(cluster, device_links[cluster], folder.steps)
-            if isinstance(message, BackboneAssignment):
-                return run_edge(job, message, data.edges[cluster], device_links[cluster], folder.steps, progress)
-            raise ValueError(f"edge {cluster}: cannot answer a {message.kind!r}")
-
-        return answer
-
-    edges = LocalLink({c: edge_handler(c) for c in fleet}, folder.ledger, "cloud_to_edge", "edge_to_cloud")
+        devices = LocalLink(handlers, folder.ledger, "edge_to_device", "device_to_edge", job.links)
+        edges[cluster] = edge_handler(job, cluster, data.edges[cluster], devices, folder.steps, progress)
+    link = LocalLink(edges, folder.ledger, "cloud_to_edge", "edge_to_cloud", job.links)
     cache = StepFolder(Path(job.run.cache).expanduser(), Ledger())
-    return run_cloud(job, data.public, edges, folder.steps, cache, progress)
+    return run_cloud(job, data.public, link, folder.steps, cache, progress)
