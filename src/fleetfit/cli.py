@@ -1,4 +1,4 @@
-"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | doctor``.
+"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | provision | start | doctor``.
 
 The only place that prints; results on stdout, all else on stderr.
 
@@ -20,6 +20,7 @@ try:
     import typer
     from click import Choice
 
+    from fleetfit import cli_fleet
     from fleetfit.terminal import Phases, format_bytes, reporting
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
@@ -73,6 +74,12 @@ def run(
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the job; repeat for more."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option("--engine", click_type=Choice(["local", "flower"]), help="What carries the messages.")
+    ] = "local",
+    cloud: Annotated[
+        Path | None, typer.Option("--cloud", metavar="KIT", help="With --engine flower: the kit of the cloud.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every key of the resolved job, explained; run nothing.")
     ] = False,
@@ -119,6 +126,8 @@ def run(
       run.torch_device        auto, cpu, cuda, mps
       run.cache               where trained references are kept
     """
+    if (engine == "flower") != (cloud is not None):
+        raise typer.BadParameter("--engine flower and --cloud KIT go together", param_hint="--cloud")
     with reporting(debug, resumable=not dry_run) as signals:
         from fleetfit.config import load_job
 
@@ -134,8 +143,15 @@ def run(
             with signals.after_this():
                 from fleetfit.engines import local
 
+                if cloud is not None:
+                    from fleetfit.engines.flower import cloud_run
+
             phases("libraries", 1, 1)
-            summary = local.run(resolved, folder, phases)
+            summary = (
+                local.run(resolved, folder, phases)
+                if cloud is None
+                else cloud_run.run(resolved, cloud, folder, phases, phases.tell)
+            )
             problem: Exception | None = None
             page = folder / "report.html"
             try:
@@ -147,7 +163,7 @@ def run(
         if as_json:
             typer.echo(json.dumps(summary, indent=2))
         elif not quiet:
-            _print_summary(summary, folder, None if problem else page)
+            _print_summary(summary, folder, None if problem else page, models_here=cloud is None)
         if problem is not None:
             raise problem
 
@@ -163,7 +179,7 @@ def _build_report(folder: Path) -> Path:
     return build_report(folder)
 
 
-def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) -> None:
+def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, models_here: bool) -> None:
     console = _stdout()
     console.print()
     console.print(_summary_table(summary))
@@ -177,6 +193,9 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) 
     console.print()
     if page is not None:
         console.print(f"look:    {page}", soft_wrap=True)
+    if not models_here:
+        console.print("models:  on each device, in the folder model of its kit", soft_wrap=True)
+        return
     console.print(f"models:  {folder / 'devices'} (one folder each)", soft_wrap=True)
     first = str(folder / "devices" / summary["devices"][0]["id"])
     console.print(f"use:     import fleetfit; model = fleetfit.load({first!r})  # inputs -> logits", soft_wrap=True)
@@ -601,6 +620,12 @@ def _profiling_table(found: "Profiling") -> "Table":
                 row += [f"{measured:.4g}", f"{said:.4g}", f"{said / measured - 1:+.1%}"]
         table.add_row(*row)
     return table
+
+
+# -- fleets of many machines ------------------------------------------------------------------------------------------
+
+app.command(no_args_is_help=True)(cli_fleet.provision)
+app.command(no_args_is_help=True)(cli_fleet.start)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------

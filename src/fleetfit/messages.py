@@ -7,7 +7,7 @@ format version and the fields. No pickle, no code. What is decoded is validated 
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fleetfit.config import RefineConfig
 from fleetfit.records import (
+    BackboneShape,
     DeviceAttributes,
     DeviceReport,
     HeaderSpec,
@@ -73,6 +74,10 @@ class ClusterReport(Message):
     rounds: tuple[JsonDict, ...] = Field(description="per round, the cluster's pooled validation scores")
     decision: JsonDict = Field(description="what the guard and the class prior decided, and on which scores")
     devices: tuple[DeviceReport, ...]
+    traffic: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="bytes by link, of an edge that keeps its own books"
+    )
+    seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="the same by phase")
 
 
 class BackboneAssignment(Request):
@@ -86,6 +91,7 @@ class BackboneAssignment(Request):
     cluster: str
     family: str
     config: JsonDict
+    shape: BackboneShape | None = Field(None, description="what was cut from the reference, for the model's card")
     labels: tuple[str, ...]
     header: HeaderSpec
 
@@ -144,6 +150,7 @@ class CoarseModel(DeviceMessage):
     reply: ClassVar[type[Message]] = CoarseReply
     family: str
     config: JsonDict
+    shape: BackboneShape | None = None
     labels: tuple[str, ...]
     header: HeaderSpec
     refine: RefineConfig

@@ -14,7 +14,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import Handler, device_handler, edge_handler
 from fleetfit.messages import Message, Progress, Refused, Request, decode_any, encode, read_reply, silent
-from fleetfit.outcome import summarise, write_models
+from fleetfit.outcome import raw_bytes_of, summarise, write_models
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.records import DeviceAttributes, EnergyModel
 
@@ -125,7 +125,7 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
         )
         progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *data.notes)))
         result = _run_tiers(job, folder, fleet, data, progress)
-        summary = summarise(job, folder, data, result)
+        summary = summarise(job, folder, raw_bytes_of(data), result)
         write_models(job, folder, result, samples)
         folder.write_json("summary.json", summary)
     return summary

@@ -160,7 +160,9 @@ def devices_of(fleet: FleetFile, job: Job) -> tuple[Job, dict[str, tuple[DeviceA
                     f"cluster {edge.name!r}"
                 )
             groups.append(_group(entry, edge.name, by_name.get(name)))
-    job = job.model_copy(update={"fleet": job.fleet.model_copy(update={"devices": tuple(groups), "num_clusters": None})})
+    job = job.model_copy(
+        update={"fleet": job.fleet.model_copy(update={"devices": tuple(groups), "num_clusters": None})}
+    )
     found = {
         cluster: tuple(
             a.model_copy(update={"device_id": name}) for a, name in zip(members, names[cluster], strict=True)

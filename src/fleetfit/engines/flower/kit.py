@@ -28,7 +28,6 @@ KIT_FORMAT = 1
 KIT_FILE = "kit.toml"
 Role = Literal["cloud", "edge", "device"]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
-NOT_OF_THE_JOB = {"run": True, "fleet": True, "data": {"source", "root"}}  # may differ from machine to machine
 
 
 class KitData(Section):
@@ -103,7 +102,7 @@ class Task(Record):
     """task.json: what all participants must agree on about samples."""
 
     labels: tuple[str, ...] = Field(min_length=2)
-    form: Form | None
+    form: Form
     raw_bytes_per_sample: int = Field(ge=0)
 
 
@@ -193,7 +192,13 @@ class Kit:
 
 def job_hash(job: Job) -> str:
     """Changes with all that participants must agree on about a job."""
-    return content_hash(job.model_dump(exclude=NOT_OF_THE_JOB))
+    return content_hash(job_fields(job))
+
+
+def job_fields(job: Job) -> dict[str, Any]:
+    """What participants must agree on about a job; how and where it runs, and from what data, may differ."""
+    fields = job.model_dump(exclude={"run", "fleet"})
+    return fields | {"data": job.data.model_dump(exclude={"source", "root"})}
 
 
 def read_kit(folder: str | Path, *roles: Role) -> Kit:
@@ -216,9 +221,7 @@ def read_kit(folder: str | Path, *roles: Role) -> Kit:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     if fields.get("format") != KIT_FORMAT:
-        raise ValueError(
-            f"{path} has format {fields.get('format')}, this fleetfit reads {KIT_FORMAT}; provision again"
-        )
+        raise ValueError(f"{path} has format {fields.get('format')}, this fleetfit reads {KIT_FORMAT}; provision again")
     try:
         file = KitFile.model_validate(fields)
     except ValidationError as error:

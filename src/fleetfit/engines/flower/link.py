@@ -82,7 +82,8 @@ class FlowerLink:
 
     Args:
         carrier: Sends and fetches, as Flower's ``Grid`` does.
-        nodes: The node of each member, in the order of the job; all others are never asked and never heard.
+        nodes: The node of each member, in the order of the job; all others are never asked and never heard. Looked up
+            each time: a member may come back as another node.
         ledger: Where bytes are counted.
         down: Name of the direction to the members.
         up: Name of the direction from them.
@@ -106,7 +107,7 @@ class FlowerLink:
         replied: Callable[[int, int], None] = lambda number, asked: None,
     ) -> None:
         self.carrier = carrier
-        self.nodes = dict(nodes)
+        self.nodes = nodes
         self.ledger = ledger
         self.down = down
         self.up = up

@@ -102,18 +102,14 @@ def provision(
     samples, origin = load_source(public_job, progress)
     if samples.inputs.form is None:
         raise ValueError(f"data.source = {job.data.source!r} gives inputs that are ready: a kit needs images or texts")
-    task = Task(
-        labels=samples.label_names, form=samples.inputs.form, raw_bytes_per_sample=samples.raw_bytes_per_sample
-    )
+    task = Task(labels=samples.label_names, form=samples.inputs.form, raw_bytes_per_sample=samples.raw_bytes_per_sample)
     names = {cluster: [d.device_id for d in members] for cluster, members in devices.items()}
     split = share_out(samples, job.data, names, job.seed) if split_data else None
     progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *(split.notes if split else ()))))
     days = fleet.certificates.days
     made_id = secrets.token_hex(8)
     with whole_folder(out, MARK) as folder:
-        making = _Making(
-            folder, made_id, job, task, insecure, days, make_authority(made_id, days), split, origin
-        )
+        making = _Making(folder, made_id, job, task, insecure, days, make_authority(made_id, days), split, origin)
         kits = _write_all(making, path, fleet, ports, devices)
         (folder / MARK).write_text(f"{made_id}\n")
     return Provisioned(out, made_id, tuple(out / name for name in kits), days)
@@ -128,8 +124,8 @@ def _write_all(
     (ca / "ca.pem").write_bytes(making.authority.certificate_pem)
     write_secret(ca / "ca.key", making.authority.key_pem)
     (ca / "README.txt").write_text(CA_README)
-    places = dict(zip((CLOUD, *(e.name for e in fleet.edges)), zip((fleet.cloud, *fleet.edges), ports)))
-    servers = {name: _server(place, port) for name, (place, port) in places.items()}
+    names, places = (CLOUD, *devices), (fleet.cloud, *fleet.edges)
+    servers = {n: _server(place, port) for n, place, port in zip(names, places, ports, strict=True)}
     keys = {name: make_member_key() for name in (*devices, *(d.device_id for own in devices.values() for d in own))}
     members = {name: KitMember(name=name, public_key=line) for name, (_, line) in keys.items()}
     data = making.split
@@ -138,7 +134,7 @@ def _write_all(
         _kit_file(making, CLOUD, "cloud", _source(path, fleet.cloud.data))
         | {"server": servers[CLOUD], "members": tuple(members[edge] for edge in devices)},
         None,
-        data and data.public,
+        data.public if data else None,
     )
     for edge in fleet.edges:
         own = devices[edge.name]
@@ -151,7 +147,7 @@ def _write_all(
                 "members": tuple(members[d.device_id] for d in own),
             },
             keys[edge.name][0],
-            data and data.edges[edge.name],
+            data.edges[edge.name] if data else None,
         )
     for edge in fleet.edges:
         entries = edge.devices or (None,) * len(devices[edge.name])
@@ -166,7 +162,7 @@ def _write_all(
                     "device": KitDevice(storage_limit_bytes=limit, energy=energy),
                 },
                 keys[attributes.device_id][0],
-                data and data.devices[attributes.device_id],
+                data.devices[attributes.device_id] if data else None,
             )
     return [CLOUD, *devices, *(d.device_id for own in devices.values() for d in own)]
 
