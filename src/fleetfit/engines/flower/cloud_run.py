@@ -12,6 +12,7 @@ import torch
 from fleetfit.artifacts import Ledger, RunFolder, StepFolder, differences, write_atomically
 from fleetfit.config import Job
 from fleetfit.engines.flower.gate import Tell
+from fleetfit.engines.flower.greeting import Status
 from fleetfit.engines.flower.hub import Attached, Hub, Server
 from fleetfit.engines.flower.kit import RUN_ID, Kit, hold, job_fields, read_kit, running
 from fleetfit.engines.flower.link import FlowerLink
@@ -62,7 +63,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                     "edge_to_cloud",
                     max_message_bytes=job.links.max_message_bytes,
                     poll_seconds=POLL_SECONDS,
-                    replied=lambda number, asked: _show(server, progress, number, asked),
+                    replied=_Show(server, progress),
                 )
                 cache = StepFolder(Path(job.run.cache).expanduser(), Ledger())
                 result = run_cloud(job, public, edges, folder.steps, cache, progress)
@@ -93,21 +94,29 @@ def _wait_for_edges(server: Server, progress: Progress) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _show(server: Server, progress: Progress, number: int, asked: int) -> None:
-    """What the edges are at, in one line."""
-    done = total = 0
-    words = []
-    for name, member in server.members().items():
-        status = member.status
-        if not member.is_there:
-            words.append(f"{name} is not there")
-        elif status is not None:
-            words.append(f"{name} {status.phase} {status.note}".rstrip())
-            done, total = done + status.done, total + status.total
-    share = number / asked if asked else 1.0
-    if total:
-        share = max(share, min(done / total, 0.99))
-    progress("edges at work", round(100 * share) if number < asked else 100, 100, " | ".join(words))
+class _Show:
+    """What the edges are at, in one line, while the cloud waits for their replies.
+
+    Args:
+        server: Who hears of them.
+        progress: Where to show it.
+    """
+
+    def __init__(self, server: Server, progress: Progress) -> None:
+        self.server = server
+        self.progress = progress
+        self._last: dict[str, Status] = {}
+
+    def __call__(self, number: int, asked: int) -> None:
+        """So many of those who were asked have replied."""
+        words, shares = [], []
+        for name, member in self.server.members().items():
+            status = self._last[name] = member.status or self._last.get(name) or Status(phase="", done=0, total=1)
+            shares.append(status.done / status.total)
+            known = member.is_there or status.done == status.total
+            words.append(f"{name} {status.phase} {status.note}".rstrip() if known else f"{name} is not there")
+        share = min(max(number / max(asked, 1), sum(shares) / max(len(shares), 1)), 0.99)
+        self.progress("edges at work", 100 if number == asked else round(100 * share), 100, " | ".join(words))
 
 
 def _results(job: Job, kit: Kit, folder: RunFolder, result: FleetResult) -> dict[str, Any]:

@@ -62,10 +62,14 @@ class Daemon:
         self._reader.join(timeout=1.0)
         return "\n".join(self.last_lines)
 
-    def stop(self) -> None:
-        """End it, by force if it must be."""
+    def stop(self, at_once: bool = False) -> None:
+        """End it, by force if it must be.
+
+        Args:
+            at_once: Without a word to others.
+        """
         if self.is_running:
-            self._process.send_signal(signal.SIGTERM)
+            self._process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
             try:
                 self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:

@@ -192,7 +192,7 @@ class FlowerLink:
 
     def _try_later(self, member: str, state: _Waiting, reason: str) -> None:
         pause = min(FIRST_PAUSE_SECONDS * 2**state.errors, LONGEST_PAUSE_SECONDS)
-        log.warning("%s is asked again in %.1f s: %s", member, pause, reason)
+        log.info("%s is asked again in %.1f s: %s", member, pause, reason)
         state.message_id, state.again_at, state.errors = None, time.monotonic() + pause, state.errors + 1
 
     def _read(self, member: str, content: RecordDict, message: Request) -> Message | Refused:

@@ -152,9 +152,10 @@ class Member:
         self._supernode = Daemon("flower-supernode", arguments, kit.state, self._hear)
 
     def _leave(self) -> None:
+        """Stop Flower's program without its goodbye, at which the one above would drop a reply not yet fetched."""
         if self._supernode is not None and self._tasks is not None:
             self._tasks.close()
-            self._supernode.stop()
+            self._supernode.stop(at_once=True)
 
     def _hear(self, line: str) -> None:
         if found := NODE_ID.search(line):
