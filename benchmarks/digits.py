@@ -58,11 +58,10 @@ from fleetfit.elastic_training import (
     second_order,
     taylor_importance,
 )
-from fleetfit.engines.local import LocalLink, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink, fleet_of
 from fleetfit.header_search import search_header
 from fleetfit.members import Handler
 from fleetfit.messages import (
-    AttributesRequest,
     BackboneAssignment,
     ClusterStats,
     Message,
@@ -70,7 +69,7 @@ from fleetfit.messages import (
 )
 from fleetfit.method.aggregation import distance_from_uniform
 from fleetfit.models.elastic import ElasticBackbone
-from fleetfit.pipeline import refine_cluster
+from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape, DeviceAttributes
 from fleetfit.training import evaluate
@@ -348,9 +347,8 @@ def devices_part(b: Bench) -> dict[str, Any]:
             for cluster, members in b.fleet.items():
                 assignment, found = b.coarse(cluster)
                 link = LocalLink({a.device_id: in_memory(a, data) for a in members}, Ledger(), "down", "up")
-                link.ask({d: AttributesRequest(step=0) for d in link.members})
-                edge_data = data.edges[cluster]
-                report = refine_cluster(job, assignment, found, edge_data, link, Transient(), silent)
+                stats, edge_data = gather_stats(job, cluster, link, Transient()), data.edges[cluster]
+                report = refine_cluster(job, assignment, stats, found, edge_data, link, Transient(), silent)
                 rows += [(d.accuracy_coarse, d.accuracy_local, d.accuracy, d.num_test) for d in report.devices]
                 shipped.append(f"{report.decision['header']}/{report.decision['prior_strength']}")
                 distances.append(distance_from_uniform(torch.tensor(report.similarity)))

@@ -128,7 +128,8 @@ def test_the_first_state_pools_scores_and_keeps_the_order_of_devices() -> None:
     }
     state = edge.first_state(RefineConfig(), replies)
     assert state.scores.model_dump() == {"num_samples": 9, "loss_sum": 4.5, "num_correct": 3}
-    assert (state.round, dict(state.tensors)) == (0, {})
+    assert (state.round, state.devices) == (0, ("d0", "d1", "d2"))
+    assert all(edge.personal(state, d) == {} for d in state.devices), "a sketch is nobody else's business"
     weights = torch.tensor(state.weights)
     assert weights[0, 2] > weights[0, 1]
     assert weights[2, 0] > weights[2, 1]
@@ -161,7 +162,7 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
             },
         ),
     }
-    state = edge.next_state(EdgeState(weights=WEIGHTS, scores=NOTHING, round=3), replies)
+    state = edge.next_state(EdgeState(devices=("one", "two"), weights=WEIGHTS, scores=NOTHING, round=3), replies)
     expected = {
         "one/importance.a": [0.28125, 0.34375],  # .75 * .125 + .25 * .75, .75 * .375 + .25 * .25
         "one/importance.b": [0.375],
@@ -188,7 +189,7 @@ def test_a_device_whose_name_begins_like_anothers_gets_only_its_own() -> None:
 @pytest.mark.parametrize("importance", [{}, {"importance.a": torch.zeros(2)}])
 def test_headers_without_neurons_and_importance_of_zero(importance: dict[str, Tensor]) -> None:
     replies = {d: RoundReply(step=2, scores=NOTHING, tensors=importance) for d in ("one", "two")}
-    state = edge.next_state(EdgeState(weights=WEIGHTS, scores=NOTHING), replies)
+    state = edge.next_state(EdgeState(devices=("one", "two"), weights=WEIGHTS, scores=NOTHING), replies)
     assert {n: t.tolist() for n, t in edge.personal(state, "one").items()} == {n: [0.0, 0.0] for n in importance}
 
 

@@ -104,7 +104,7 @@ EXAMPLES: dict[str, Message] = {
         ProposeReply(step=3, scores={"coarse": SCORES, "refined/0.5": SCORES}),
         Finish(step=4, header="refined", prior_strength=0.1),
         FinishReply(step=4, report=REPORT),
-        Declined(step=1, reason="no room"),
+        Declined(reason="no room", needs_model=True),
     )
 }
 KINDS = sorted(MESSAGES)

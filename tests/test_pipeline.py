@@ -132,7 +132,7 @@ def assignment(job: Job, data: FleetData) -> BackboneAssignment:
 
 
 def attributes_of(name: str, limit: int = 10**6) -> DeviceAttributes:
-    return DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=EnergyModel(), num_samples=10)
+    return DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=EnergyModel(), num_samples=100)
 
 
 class Devices(FakeLink):
@@ -249,12 +249,12 @@ def test_the_header_is_searched_for_the_smallest_device(
     assert limits == [500_000]
 
 
-def test_gathering_asks_for_nothing_but_attributes(data: FleetData) -> None:
+def test_gathering_asks_for_nothing_but_attributes(job: Job, data: FleetData) -> None:
     link, steps = Devices(data), FakeSteps()
-    stats = gather_stats("far", link, steps)
+    stats = gather_stats(job, "far", link, steps)
     assert stats.devices == tuple(attributes_of(d) for d in DEVICES)
     assert [m.kind for _, m in link.asked] == ["attributes_request"] * 3
-    assert gather_stats("far", link, steps) == stats
+    assert gather_stats(job, "far", link, steps) == stats
     assert len(link.asked) == 3
 
 

@@ -20,7 +20,7 @@ from fleetfit.cloud import Reference, classifier_of, train_reference
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.sources import load_samples
-from fleetfit.engines import local
+from fleetfit.engines import whole_fleet
 from fleetfit.messages import TrainingState
 from fleetfit.pipeline import cached_reference
 from fleetfit.pretrain import CheckpointCard, pretrain
@@ -47,8 +47,8 @@ def make(folder: Path, **model: object) -> Job:
 
 
 def public_of(job: Job) -> Split:
-    devices = {c: [a.device_id for a in members] for c, members in local.fleet_of(job).items()}
-    return local.share_out(load_samples(job), job.data, devices, job.seed).public
+    devices = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(job).items()}
+    return whole_fleet.share_out(load_samples(job), job.data, devices, job.seed).public
 
 
 def quiet(done: int, total: int, note: str) -> None:

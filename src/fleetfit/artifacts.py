@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 MODEL_FORMAT = 1
 KEEP_TRAINING_SECONDS = 120.0
+HOW = {"run", "links"}  # sections of the job that say how to run, not what: they may change when a run is gone on with
 ONNX_FILE = "model.onnx"
 TORCH_FILE = "model.pt2"
 
@@ -222,7 +223,7 @@ class StepFolder:
 
 
 class MemoryFolder:
-    """What one device keeps between messages: its memory after each step, the last two of them."""
+    """What one device keeps between messages: its memory after the last two steps that it did not miss."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -238,10 +239,28 @@ class MemoryFolder:
             raise ValueError(f"{path} is missing: the run folder is damaged; delete it and run again")
         return decode(path.read_bytes(), kind, str(path))
 
+    def before(self, step: int, kind: type[M]) -> M | None:
+        """The memory that a message of this step meets, also when it is repeated; None: the device has none.
+
+        Raises:
+            ValueError: the step is over, or a file is corrupt.
+        """
+        steps = self._steps()
+        if steps and step < steps[-1]:
+            raise ValueError(f"step {step} is over: {self.folder} has come to {steps[-1]}")
+        earlier = [s for s in steps if s < step]
+        return self.load(earlier[-1], kind) if earlier else None
+
     def save(self, step: int, memory: Message) -> None:
         """Keep the memory after a step; forget all but the one before it."""
         write_atomically(self._path(step), encode(memory))
-        self._path(step - 2).unlink(missing_ok=True)
+        before = [s for s in self._steps() if s < step][-1:]
+        for other in self._steps():
+            if other not in (step, *before):
+                self._path(other).unlink(missing_ok=True)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.safetensors"))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step}.safetensors"
@@ -292,7 +311,7 @@ class RunFolder:
         saved = self.path / "job.toml"
         if saved.exists():
             before = load_job(saved)
-            differing = differences(before.model_dump(exclude={"run"}), self.job.model_dump(exclude={"run"}))
+            differing = differences(before.model_dump(exclude=HOW), self.job.model_dump(exclude=HOW))
             if differing:
                 raise ValueError(
                     f"{self.path} holds the run of another job (differs in {', '.join(differing[:5])}); "

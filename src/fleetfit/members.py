@@ -1,5 +1,6 @@
 """Who answers at the other end of a link, whatever carries it: a device whose memory lives in files, and an edge."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -9,11 +10,25 @@ from fleetfit.config import Job
 from fleetfit.data.partition import Split
 from fleetfit.device import DeviceMemory, DeviceState, handle
 from fleetfit.hardware import CPU
-from fleetfit.messages import BackboneAssignment, Checkpoints, DeviceMessage, Link, Message, Progress, StatsRequest
+from fleetfit.messages import (
+    AttributesRequest,
+    BackboneAssignment,
+    Checkpoints,
+    CoarseModel,
+    Declined,
+    DeviceMessage,
+    Link,
+    Message,
+    Progress,
+    StatsRequest,
+    printable,
+)
 from fleetfit.pipeline import gather_stats, run_edge
 from fleetfit.records import DeviceAttributes
 
 Handler = Callable[[Message], Message]
+logger = logging.getLogger(__name__)
+BEGIN = (AttributesRequest, CoarseModel)  # messages that need no memory
 
 
 def device_handler(
@@ -24,12 +39,28 @@ def device_handler(
     def answer(message: Message) -> Message:
         if not isinstance(message, DeviceMessage):
             raise ValueError(f"device {attributes.device_id}: cannot answer a {message.kind!r}")
-        memory = memories.load(message.step - 1, DeviceMemory) if message.step else DeviceMemory()
-        state, reply = handle(DeviceState(attributes, data, memory, torch_device), message)
-        memories.save(message.step, state.memory)
+        # The coarse model begins anew, whatever there was: the device may know another run.
+        known = None if isinstance(message, BEGIN) else memories.before(message.step, DeviceMemory)
+        before = known or DeviceMemory()
+        state, reply = handle(DeviceState(attributes, data, before, torch_device), message)
+        if state.memory is not before:
+            memories.save(message.step, state.memory)
         return reply
 
     return answer
+
+
+def declining(answer: Handler) -> Handler:
+    """The same, but what a device cannot do is told to its edge instead of ending the program."""
+
+    def answer_or_decline(message: Message) -> Message:
+        try:
+            return answer(message)
+        except (ValueError, OSError) as error:
+            logger.exception("cannot answer a %s", message.kind)
+            return Declined(reason=printable(str(error)))
+
+    return answer_or_decline
 
 
 def edge_handler(job: Job, cluster: str, data: Split, devices: Link, steps: Checkpoints, progress: Progress) -> Handler:
@@ -46,7 +77,7 @@ def edge_handler(job: Job, cluster: str, data: Split, devices: Link, steps: Chec
 
     def answer(message: Message) -> Message:
         if isinstance(message, StatsRequest):
-            return gather_stats(cluster, devices, steps)
+            return gather_stats(job, cluster, devices, steps)
         if isinstance(message, BackboneAssignment):
             return run_edge(job, message, data, devices, steps, progress)
         raise ValueError(f"edge {cluster}: cannot answer a {message.kind!r}")

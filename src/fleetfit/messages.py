@@ -17,9 +17,11 @@ from torch import Tensor
 
 from fleetfit.config import RefineConfig
 from fleetfit.records import (
+    AbsentDevice,
     BackboneShape,
     DeviceAttributes,
     DeviceReport,
+    Fault,
     HeaderSpec,
     HeaderTrial,
     JsonDict,
@@ -29,7 +31,7 @@ from fleetfit.records import (
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 16 * 2**20
-MAX_REASON = 300  # characters
+MAX_REASON = 500  # characters
 
 
 class Message(Record):
@@ -53,6 +55,8 @@ class ClusterStats(Message):
 
     kind: ClassVar[str] = "cluster_stats"
     devices: tuple[DeviceAttributes, ...]
+    silent: tuple[str, ...] = Field((), description="devices whose attributes are not known")
+    faults: tuple[Fault, ...] = ()
 
 
 class StatsRequest(Request):
@@ -74,6 +78,8 @@ class ClusterReport(Message):
     rounds: tuple[JsonDict, ...] = Field(description="per round, the cluster's pooled validation scores")
     decision: JsonDict = Field(description="what the guard and the class prior decided, and on which scores")
     devices: tuple[DeviceReport, ...]
+    absent: tuple[AbsentDevice, ...] = Field((), description="the others")
+    faults: tuple[Fault, ...] = ()
     traffic: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict, description="bytes by link, of an edge that keeps its own books"
     )
@@ -111,11 +117,12 @@ class DeviceReply(Message):
     step: int = Field(ge=0)
 
 
-class Declined(DeviceReply):
-    """Device to edge, in place of any other reply: it cannot answer, and why."""
+class Declined(Message):
+    """In place of any other reply: a device or an edge cannot answer, and why."""
 
     kind: ClassVar[str] = "declined"
     reason: str = Field(max_length=MAX_REASON)
+    needs_model: bool = Field(False, description="a device that has not got the coarse model, or has lost it")
 
 
 class AttributesReply(DeviceReply):
@@ -195,7 +202,10 @@ class FinishReply(DeviceReply):
 
 
 class Finish(DeviceMessage):
-    """Edge to device: what the cluster decided; build what you ship and report."""
+    """Edge to device: what the cluster decided; build what you ship and report.
+
+    Tensors: the last personal ones, for a device that missed the proposal.
+    """
 
     kind: ClassVar[str] = "finish"
     reply: ClassVar[type[Message]] = FinishReply
@@ -316,6 +326,7 @@ class Refused(Record):
     """A member's reply that the link does not pass on, and why."""
 
     reason: str
+    needs_model: bool = Field(False, description="the member declined for want of the coarse model")
 
 
 def read_reply(blobs: Sequence[bytes], request: Request, max_bytes: int) -> Message | Refused:
@@ -329,12 +340,12 @@ def read_reply(blobs: Sequence[bytes], request: Request, max_bytes: int) -> Mess
     try:
         replies = [decode_any(blob, "it", max_bytes) for blob in blobs]
     except ValueError as error:
-        return Refused(reason=_printable(str(error)))
+        return Refused(reason=printable(str(error)))
     first = replies[0]
     if not all(_same(first, other) for other in replies[1:]):
         return Refused(reason=f"it came {len(replies)} times, with different content")
     if isinstance(first, Declined):
-        return Refused(reason=_printable(f"declined: {first.reason}"))
+        return Refused(reason=printable(f"declined: {first.reason}"), needs_model=first.needs_model)
     if type(first) is not request.reply:
         return Refused(reason=f"it is a {first.kind!r}, expected a {request.reply.kind!r}")
     return first
@@ -349,8 +360,8 @@ def _same(one: Message, other: Message) -> bool:
     )
 
 
-def _printable(text: str) -> str:
-    """What others wrote, fit to be shown: one line, not long, and no control characters."""
+def printable(text: str) -> str:
+    """What others wrote, fit to be shown: one line, not long, no control characters."""
     return "".join(c if c.isprintable() else " " for c in text[:MAX_REASON])
 
 
@@ -359,7 +370,7 @@ class Link(Protocol):
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Who is connected, in a fixed order."""
+        """Who belongs here, connected or not, in a fixed order."""
 
     def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
         """Send each member its message; wait until all have replied, or until the deadline.

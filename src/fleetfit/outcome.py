@@ -47,8 +47,7 @@ def write_front(folder: RunFolder, result: FleetResult) -> None:
 
 
 def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samples) -> None:
-    """The table of candidates, and every device's model."""
-    write_front(folder, result)
+    """The model of every device that finished, where the devices' memories are in the run folder."""
     last_step = job.refine.rounds + 3
     form = samples.inputs.form
     for cluster, report in result.reports.items():
@@ -109,21 +108,21 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def raw_bytes_of(data: FleetData) -> int:
-    """What all devices' samples weigh at rest."""
+def raw_bytes(data: FleetData) -> int:
+    """What the devices' samples would cost on the wire as they are."""
     return sum(
         (len(d.train) + len(d.validation) + len(d.test)) * d.train.raw_bytes_per_sample for d in data.devices.values()
     )
 
 
-def summarise(job: Job, folder: RunFolder, raw: int, result: FleetResult) -> dict[str, Any]:
+def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult) -> dict[str, Any]:
     """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured.
 
     Args:
         job: The resolved job.
-        folder: The run folder, with what the run cost.
-        raw: What all devices' samples weigh at rest, in bytes.
-        result: What the cloud knows in the end.
+        folder: With what the run has cost.
+        raw: ``raw_bytes`` of the devices, where the data is at hand.
+        result: What the cloud knows.
     """
     traffic = folder.ledger.traffic
     clusters = []
@@ -165,13 +164,23 @@ def summarise(job: Job, folder: RunFolder, raw: int, result: FleetResult) -> dic
         "reference": {"accuracy": _known(result.reference.accuracy), "parameters": result.reference.parameters},
         "clusters": [c.model_dump() for c in clusters],
         "devices": devices,
+        "absent": [
+            {"id": d.device_id, "cluster": cluster, "since": d.since}
+            for cluster, report in result.reports.items()
+            for d in report.absent
+        ],
+        "faults": [
+            {"id": f.device_id, "cluster": cluster, **f.model_dump(exclude={"device_id"})}
+            for cluster, report in result.reports.items()
+            for f in report.faults
+        ],
         "traffic": {
             "device_to_edge_bytes": traffic["device_to_edge"],
             "edge_to_device_bytes": traffic["edge_to_device"],
             "edge_to_cloud_bytes": traffic["edge_to_cloud"],
             "cloud_to_edge_bytes": traffic["cloud_to_edge"],
             "raw_data_bytes": raw,
-            "upload_ratio": traffic["device_to_edge"] / raw,
+            "upload_ratio": traffic["device_to_edge"] / raw if raw else None,
         },
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,

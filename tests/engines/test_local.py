@@ -14,8 +14,8 @@ from fleetfit.config import Job, make_job
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory
-from fleetfit.engines import local
-from fleetfit.engines.local import LocalLink, fleet_of
+from fleetfit.engines import local, whole_fleet
+from fleetfit.engines.whole_fleet import LocalLink, fleet_of
 from fleetfit.members import device_handler
 from fleetfit.messages import (
     AttributesReply,
@@ -94,7 +94,7 @@ class Run:
             return self.blobs[-1]
 
         patch.setattr(LocalLink, "ask", noting)
-        patch.setattr(local, "encode", encoding)
+        patch.setattr(whole_fleet, "encode", encoding)
         self.job = tiny_job(folder / "cache")
         self.summary = local.run(self.job, self.out)
 
@@ -216,16 +216,23 @@ def test_a_repeated_message_meets_the_memory_it_met_before(run: Run, tmp_path: P
     chain = [m for m in mine if m.kind != "attributes_request"][0 :: CLUSTERS["small"]][:5]
     chain = [next(m for m in mine if m.kind == "attributes_request"), *chain]
     assert [getattr(m, "step", None) for m in chain] == list(range(6))
-    for number, message in enumerate(chain):
+    for message in (chain[0], chain[0]):
+        answer(message)
+    assert not list(tmp_path.iterdir()), "attributes need no memory"
+    for number, message in enumerate(chain[1:], start=1):
         first, memory = answer(message), memories.load(number, DeviceMemory)
         again, memory_again = answer(message), memories.load(number, DeviceMemory)
         for a, b in ((first, again), (memory, memory_again)):
             assert a.model_dump_json() == b.model_dump_json()
             torch.testing.assert_close(dict(a.tensors), dict(b.tensors), rtol=0, atol=0)
         kept = sorted(int(p.stem) for p in tmp_path.glob("*.safetensors"))
-        assert kept == [n for n in (number - 1, number) if n >= 0]
-    with pytest.raises(ValueError, match=r"1\.safetensors is missing"):
-        answer(chain[2])
+        assert kept == [n for n in (number - 1, number) if n >= 1]
+    for over in chain[2:-1]:
+        with pytest.raises(ValueError, match=rf"step {over.step} is over: .* has come to 5"):
+            answer(over)
+    # Another run begins with a coarse model.
+    answer(chain[1])
+    assert [p.stem for p in tmp_path.glob("*.safetensors")] == ["1"]
 
 
 def test_a_device_answers_devices_messages_only(run: Run, tmp_path: Path) -> None:

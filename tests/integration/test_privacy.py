@@ -19,7 +19,7 @@ from fleetfit.config import make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState
-from fleetfit.engines import local
+from fleetfit.engines import local, whole_fleet
 from fleetfit.messages import AttributesReply, CoarseReply, FinishReply, Message, RoundReply, decode, decode_any, encode
 
 torch.set_num_threads(1)
@@ -123,11 +123,11 @@ class Caught:
             return blobs[-1]
 
         with patch.context() as patched:
-            patched.setattr(local, "encode", encoding)
+            patched.setattr(whole_fleet, "encode", encoding)
             local.run(job, folder)
         self.folder = folder
         self.refine = job.refine
-        devices = {c: [a.device_id for a in members] for c, members in local.fleet_of(job).items()}
+        devices = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(job).items()}
         self.data: FleetData = share_out(load_samples(job), job.data, devices, job.seed)
         self.up = [(decode_any(b), b) for b in blobs if decode_any(b).kind in MAY_GO_UP]
         assert {m.kind for m, _ in self.up} == set(MAY_GO_UP)

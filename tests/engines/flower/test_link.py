@@ -224,7 +224,7 @@ def test_a_reply_after_the_deadline_is_not_that_of_the_next_question(clock: Cloc
             "expected a 'round_reply'",
         ),
         (AttributesRequest(step=2), "expected a 'round_reply'"),
-        (Declined(step=2, reason="no room on the disk"), "declined: no room on the disk"),
+        (Declined(reason="no room on the disk"), "declined: no room on the disk"),
         (ValueError("Unexpected set of `children`"), "cannot be read: ValueError: Unexpected set"),
         (KeyError("arraychunk_ids"), "cannot be read: KeyError"),
     ],

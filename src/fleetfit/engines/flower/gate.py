@@ -33,6 +33,7 @@ from fleetfit.engines.flower.greeting import (
     read_greeting,
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
+from fleetfit.messages import printable
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +162,7 @@ class Gate:
             return Welcome(problem=problem)
         name = greeting.name
         if greeting.problem:
-            self._refuse(address, f"{name} cannot take part: {_one_line(greeting.problem)}")
+            self._refuse(address, f"{name} cannot take part: {printable(greeting.problem)}")
             return Welcome(instance=self.instance)
         with self._lock:
             before = self._present.get(name)
@@ -254,7 +255,3 @@ async def _read(request: Request, most: int) -> bytes | None:
         if len(body) > most:
             return None
     return bytes(body)
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)

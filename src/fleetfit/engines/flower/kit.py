@@ -197,7 +197,7 @@ def job_hash(job: Job) -> str:
 
 def job_fields(job: Job) -> dict[str, Any]:
     """What participants must agree on about a job; how and where it runs, and from what data, may differ."""
-    fields = job.model_dump(exclude={"run", "fleet"})
+    fields = job.model_dump(exclude={"run", "links", "fleet"})
     return fields | {"data": job.data.model_dump(exclude={"source", "root"})}
 
 

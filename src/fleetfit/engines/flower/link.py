@@ -30,7 +30,7 @@ CRASHES = (
 )
 
 
-class CarrierFailed(RuntimeError):
+class CarrierFailed(ConnectionError):
     """What carries the messages is gone, so that no member can be asked."""
 
 
@@ -174,7 +174,7 @@ class FlowerLink:
             return None
         try:
             found = list(self.carrier.pull_messages([state.message_id]))
-        except (CarrierFailed, HTTPError, OSError):
+        except (HTTPError, OSError):
             raise
         except Exception as error:  # Flower rebuilds what the member sent, and may stumble over anything in it
             return Refused(reason=f"it cannot be read: {type(error).__name__}: {str(error)[:MAX_REASON]}")

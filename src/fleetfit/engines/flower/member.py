@@ -27,7 +27,7 @@ from fleetfit.engines.flower.greeting import (
 from fleetfit.engines.flower.hub import free_port
 from fleetfit.engines.flower.kit import Kit, write_secret
 from fleetfit.engines.flower.runtime import TASK_POLL_SECONDS, Api, NodeTasks, check_version
-from fleetfit.messages import MAX_REASON, Declined, DeviceMessage, Message, decode_any, encode
+from fleetfit.messages import Declined, Message, decode_any, encode, printable
 
 log = logging.getLogger(__name__)
 
@@ -217,11 +217,10 @@ class Member:
             kind = request.kind if request is not None else "message"
             log.warning("%s of %s", kind, above, exc_info=error)
             self._tell(f"a {kind} of {above} cannot be answered: {error}")
-            step = request.step if isinstance(request, DeviceMessage) else 0
             # What others are told names no file of this machine.
             words = str(error).replace(str(self.kit.folder), "the kit")
             reason = words if isinstance(error, ValueError) else type(error).__name__
-            return Declined(step=step, reason=reason[:MAX_REASON])
+            return Declined(reason=printable(reason))
 
     def _start_again(self) -> None:
         """Flower's program has ended, or the one above was started anew and knows it no longer."""
