@@ -130,7 +130,7 @@ def make(tmp_path: Path, tiny: dict[str, Any], fleet: dict[str, Any], write: Any
     made: list[Fleet] = []
 
     def make(insecure: bool = False, **changed: Any) -> Fleet:
-        links = {"deadline_seconds": 120.0}
+        links = {"deadline_seconds": 120.0, "quorum": 1.0}
         job = tiny | {"run": {"cache": str(tmp_path / "cache")}, "links": links} | changed
         provision(write(tmp_path, job, fleet), tmp_path / "kits", split_data=True, insecure=insecure)
         free_ports(tmp_path / "kits")
@@ -188,7 +188,7 @@ def test_a_fleet_gives_what_the_local_engine_gives_and_leaves_nothing(make: Any)
 
 def test_an_edge_a_device_and_the_cloud_come_back_after_a_kill(make: Any) -> None:
     fleet = make(refine={"rounds": 3, "epochs": 1, "prune_share": 0.3, "guard": False})
-    fleet.start(*MEMBERS)
+    fleet.start(*MEMBERS, once=False)  # who has reported stays, for a cloud that was killed before it kept the report
     fleet.run()
     fleet.wait_for("small-2", "has the coarse model")
     fleet.kill("small-2")
@@ -198,8 +198,7 @@ def test_an_edge_a_device_and_the_cloud_come_back_after_a_kill(make: Any) -> Non
     fleet.start("small")
     fleet.kill("run")
     fleet.run()
-    fleet.ends_well("run", *MEMBERS)
-    fleet.leaves_nothing()
+    fleet.ends_well("run")
     is_the_same(fleet)
 
 

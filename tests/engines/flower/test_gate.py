@@ -39,7 +39,7 @@ def with_port(kits: Path, upper: str, *lower: str) -> Kit:
 @contextmanager
 def opened(kit: Kit, inside: str = "127.0.0.1:1") -> Iterator[tuple[Gate, list[str]]]:
     told: list[str] = []
-    gate = Gate(kit, inside, listen(kit), told.append)
+    gate = Gate(kit, inside, listen(kit), {"small-1": 5}, told.append)
     try:
         yield gate, told
     finally:
@@ -60,7 +60,7 @@ def test_a_member_comes_tells_how_far_it_is_and_leaves(kits: Path) -> None:
     with opened(with_port(kits, "small", "small-1")) as (gate, told):
         one = greeter(kits, "small-1")
         welcome = one.greet()
-        assert (welcome.problem, welcome.instance) == ("", gate.instance)
+        assert (welcome.problem, welcome.instance, welcome.node) == ("", gate.instance, 5)
         status = Status(phase="refine", done=1, total=2, note="round 1 of 2")
         one.greet(status, node=17)
         (found,) = gate.present.values()

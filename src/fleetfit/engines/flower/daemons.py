@@ -106,7 +106,7 @@ def main(program: str, arguments: Sequence[str]) -> Any:
     """In the child: run one of Flower's programs, and end with the parent."""
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(sys.stdin.fileno(), 1)  # nothing is ever written; it returns when the pipe ends
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()

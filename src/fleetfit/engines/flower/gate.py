@@ -10,7 +10,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -80,14 +80,16 @@ class Gate:
         kit: The cloud's or the edge's.
         inside: Where Flower's SuperLink listens on this machine.
         door: The port that others reach, from ``listen``; the gate closes it.
+        nodes: Members' numbers in Flower, as far as it knows them.
         tell: Told in words who comes, goes, and is not let in.
 
     Raises:
         ValueError: no server can be started with the kit's certificate and key.
     """
 
-    def __init__(self, kit: Kit, inside: str, door: socket.socket, tell: Tell) -> None:
+    def __init__(self, kit: Kit, inside: str, door: socket.socket, nodes: Mapping[str, int], tell: Tell) -> None:
         self.kit = kit
+        self.nodes = nodes
         self.instance = secrets.token_hex(8)
         self._tell = tell
         self._present: dict[str, Presence] = {}
@@ -185,7 +187,7 @@ class Gate:
             self._tell(f"{name} has left")
         elif not there and not greeting.leaves:
             self._tell(f"{name} is there ({address})")
-        return Welcome(instance=self.instance)
+        return Welcome(instance=self.instance, node=self.nodes.get(name, 0))
 
     def _refuse(self, address: str, problem: str) -> None:
         now = time.monotonic()

@@ -63,6 +63,7 @@ class Welcome(Record):
     instance: str = Field("", max_length=64, description="drawn when the one above started; a new one knows nobody")
     problem: str = Field("", max_length=1000)
     taken: bool = Field(False, description="the name is in use; that may be over in some seconds")
+    node: int = Field(0, description="the member's number in Flower; 0 without TLS, where it gets one each time")
 
 
 class Refused(ValueError):

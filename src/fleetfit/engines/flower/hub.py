@@ -81,7 +81,7 @@ class Hub:
             self._wait()
             if not kit.file.insecure:
                 self._nodes = register(self._api, {m.name: public_pem(m.public_key) for m in kit.file.members})
-            self.gate = Gate(kit, self._inside, door, tell)
+            self.gate = Gate(kit, self._inside, door, self._nodes, tell)
         except BaseException:
             self._superlink.stop()
             door.close()

@@ -26,7 +26,7 @@ from fleetfit.engines.flower.greeting import (
 )
 from fleetfit.engines.flower.hub import free_port
 from fleetfit.engines.flower.kit import Kit, write_secret
-from fleetfit.engines.flower.runtime import TASK_POLL_SECONDS, Api, NodeTasks, check_version
+from fleetfit.engines.flower.runtime import TASK_POLL_SECONDS, Api, NodeTasks, check_version, sign_off
 from fleetfit.messages import Declined, Message, decode_any, encode, printable
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class Member:
         self._tell = tell
         self._greeter = Greeter(kit, read_member_key(kit.node_key), secrets.token_hex(8))
         self._above = ""  # the instance of the one above, once it has welcomed us
+        self._number = 0  # ours there, if it says so
         self._renewed = threading.Event()  # it was started anew: Flower's program there knows ours no longer
         self._refusal: Refused | None = None
         self._stop = threading.Event()
@@ -93,7 +94,7 @@ class Member:
             raise Refused(welcome.problem)
         if self._above and welcome.instance != self._above:
             self._renewed.set()
-        self._above = welcome.instance
+        self._above, self._number = welcome.instance, welcome.node
 
     def _enter(self) -> None:
         """Greet until we are welcome; a name that is taken may be free soon."""
@@ -134,6 +135,11 @@ class Member:
     def _start(self) -> None:
         """Start Flower's program for this node, which connects to the one above."""
         kit = self.kit
+        if self._number:
+            try:
+                sign_off(kit.upstream.host_port, kit.ca, self._greeter.key, self._number)
+            except httpx.HTTPError as error:
+                log.info("signing off: %s", error)
         secret = secrets.token_bytes(32)
         secret_file = kit.state / "node-secret"
         secret_file.unlink(missing_ok=True)

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -50,6 +52,8 @@ from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime.run_clientapp import push_message
 
 from fleetfit.engines.flower.link import CarrierFailed
@@ -317,6 +321,25 @@ def _task(api: Api, token: str) -> Iterator[RuntimeHttpClient]:
         yield client
     finally:
         heartbeat.stop()
+        client.close()
+
+
+def sign_off(address: str, ca: Path, key: ec.EllipticCurvePrivateKey, node: int) -> None:
+    """Tell the server that a node is not there: it lets none come that it still believes to be there.
+
+    A program that was killed has not said so itself.
+
+    Raises:
+        httpx.HTTPError: the server does not answer.
+    """
+    signed = NodeAuthHttpInterceptor(key, key.public_key())
+    version_told = RuntimeVersionHttpInterceptor(component_name="fleetfit")
+    client = FleetHttpClient.from_server_address(address, False, ca.read_bytes(), [version_told, signed])
+    try:
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    except httpx.HTTPStatusError as error:  # it knows already
+        log.info("signing off: %s", error)
+    finally:
         client.close()
 
 
