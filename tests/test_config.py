@@ -79,7 +79,7 @@ def test_links_have_a_quorum_a_deadline_and_a_size(field: dict[str, Any], says: 
 
 
 def test_every_recipe_is_valid() -> None:
-    recipes = list((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+    recipes = [p for p in (Path(__file__).parents[1] / "recipes").glob("*.toml") if not p.name.startswith("fleet-")]
     assert recipes
     for recipe in recipes:
         assert load_job(recipe).fleet.devices

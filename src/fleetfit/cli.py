@@ -1,4 +1,4 @@
-"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | doctor``.
+"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | provision | start | doctor``.
 
 The only place that prints; results on stdout, all else on stderr.
 
@@ -20,6 +20,7 @@ try:
     import typer
     from click import Choice
 
+    from fleetfit import cli_fleet
     from fleetfit.terminal import Phases, format_bytes, reporting
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
@@ -75,7 +76,9 @@ def run(
     ] = None,
     engine: Annotated[
         str,
-        typer.Option("--engine", click_type=Choice(["local", "simulation"]), help="Where devices compute; see below."),
+        typer.Option(
+            "--engine", click_type=Choice(["local", "simulation", "flower"]), help="Where devices compute; see below."
+        ),
     ] = "local",
     num_cpus: Annotated[
         float | None,
@@ -88,6 +91,10 @@ def run(
     address: Annotated[
         str | None,
         typer.Option("--address", metavar="RAY", help="Simulation: a Ray cluster, or auto. Default: this machine."),
+    ] = None,
+    cloud: Annotated[
+        Path | None,
+        typer.Option("--cloud", metavar="KIT", help="Flower: the cloud's kit."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every key of the resolved job, explained; run nothing.")
@@ -121,6 +128,9 @@ def run(
                    on this machine or a Ray cluster (--address). All machines of a cluster
                    have fleetfit\\[flower] and share the storage of the run folder and of
                    run.cache. Ray is started with the run and ends with it.
+      flower       edges and devices that are programs of their own, on their own machines:
+                   made by fleetfit provision, started with fleetfit start. Each device
+                   keeps its model. This is the cloud (--cloud)
 
     [bold]To go on[/bold] after Ctrl-C, a crash or a full disk, give the same command again:
     what was finished is read back, not computed again.
@@ -148,6 +158,8 @@ def run(
     if engine != "simulation" and any(value is not None for value in given.values()):
         name = next(name for name, value in given.items() if value is not None)
         raise typer.BadParameter("goes with --engine simulation", param_hint=name)
+    if (engine == "flower") != (cloud is not None):
+        raise typer.BadParameter("--engine flower and --cloud KIT go together", param_hint="--cloud")
     with reporting(debug, resumable=not dry_run) as signals:
         from fleetfit.config import load_job
 
@@ -164,6 +176,8 @@ def run(
                 if engine == "simulation":
                     from fleetfit.engines.flower import simulation
                     from fleetfit.engines.flower.nodes import Resources
+                elif cloud is not None:
+                    from fleetfit.engines.flower import cloud_run
                 else:
                     from fleetfit.engines import local
             phases("libraries", 1, 1)
@@ -171,6 +185,8 @@ def run(
                 cpus = resolved.run.threads if num_cpus is None else num_cpus
                 resources = Resources(cpus, num_gpus or 0.0, address)
                 summary = simulation.run(resolved, folder, phases, resources)
+            elif cloud is not None:
+                summary = cloud_run.run(resolved, cloud, folder, phases, phases.tell)
             else:
                 summary = local.run(resolved, folder, phases)
             problem: Exception | None = None
@@ -184,7 +200,7 @@ def run(
         if as_json:
             typer.echo(json.dumps(summary, indent=2))
         elif not quiet:
-            _print_summary(summary, folder, None if problem else page)
+            _print_summary(summary, folder, None if problem else page, models_here=cloud is None)
         if problem is not None:
             raise problem
 
@@ -200,7 +216,7 @@ def _build_report(folder: Path) -> Path:
     return build_report(folder)
 
 
-def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) -> None:
+def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, models_here: bool) -> None:
     console = _stdout()
     console.print()
     console.print(_summary_table(summary))
@@ -214,6 +230,9 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) 
     console.print()
     if page is not None:
         console.print(f"look:    {page}", soft_wrap=True)
+    if not models_here:
+        console.print("models:  on each device, in the folder model of its kit", soft_wrap=True)
+        return
     console.print(f"models:  {folder / 'devices'} (one folder each)", soft_wrap=True)
     first = str(folder / "devices" / summary["devices"][0]["id"])
     console.print(f"use:     import fleetfit; model = fleetfit.load({first!r})  # inputs -> logits", soft_wrap=True)
@@ -638,6 +657,12 @@ def _profiling_table(found: "Profiling") -> "Table":
                 row += [f"{measured:.4g}", f"{said:.4g}", f"{said / measured - 1:+.1%}"]
         table.add_row(*row)
     return table
+
+
+# -- fleets of many machines ------------------------------------------------------------------------------------------
+
+app.command(no_args_is_help=True)(cli_fleet.provision)
+app.command(no_args_is_help=True)(cli_fleet.start)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------

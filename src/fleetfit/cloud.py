@@ -513,6 +513,7 @@ def cut_and_specialise(
         cluster=cluster,
         family=job.model.family,
         config=model.backbone.config,
+        shape=shape,
         labels=public.train.label_names,
         header=model.header.spec,
         tensors=_tensors(model),

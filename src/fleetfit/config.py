@@ -461,9 +461,9 @@ def _known_keys(model: type[BaseModel]) -> list[str]:
     return list(model.model_fields)
 
 
-def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
+def _model_at(path: tuple[str | int, ...], root: type[BaseModel]) -> type[BaseModel] | None:
     """The pydantic model that holds the key at this path, for the nearest-key hint."""
-    model: type[BaseModel] = Job
+    model = root
     for part in path[:-1]:
         if isinstance(part, int):
             continue
@@ -501,8 +501,8 @@ RULES = {
 }
 
 
-def _explain(error: ValidationError) -> str:
-    """One line per problem: key, rule, what it got, and the nearest key."""
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line per problem of a file whose keys are those of ``root``: key, rule, what it got, and the nearest key."""
     rules: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for problem in error.errors():
@@ -511,7 +511,7 @@ def _explain(error: ValidationError) -> str:
         if kind == "too_short" and value:
             continue  # the list is not short: its items are bad, and that is said
         if kind == "extra_forbidden":
-            model = _model_at(path)
+            model = _model_at(path, root)
             known = _known_keys(model) if model else []
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
@@ -554,7 +554,7 @@ def make_job(fields: dict[str, Any]) -> Job:
     try:
         return Job.model_validate(_merge(preset, fields))
     except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        raise ValueError(explain(error, Job)) from None
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from fleetfit.models.features import Features, FeatureShape, concatenated
 from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
 from fleetfit.randomness import named_generator
-from fleetfit.records import DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
+from fleetfit.records import BackboneShape, DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
 from fleetfit.refinement import (
     SKETCH_PROJECTIONS,
     drop_least_important,
@@ -68,6 +68,7 @@ class DeviceMemory(Message):
     step: int = Field(-1, description="the last message this memory has seen")
     family: str = ""
     config: JsonDict = Field(default_factory=dict)
+    shape: BackboneShape | None = None
     labels: tuple[str, ...] = ()
     header: HeaderSpec = HeaderSpec()
     refine: RefineConfig = RefineConfig()
@@ -153,6 +154,7 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
     memory = DeviceMemory(
         family=message.family,
         config=message.config,
+        shape=message.shape,
         labels=message.labels,
         header=message.header,
         refine=message.refine,

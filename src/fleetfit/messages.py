@@ -7,7 +7,7 @@ format version and the fields. No pickle, no code. What is decoded is validated 
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import safetensors.torch
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from fleetfit.config import RefineConfig
 from fleetfit.records import (
     AbsentDevice,
+    BackboneShape,
     DeviceAttributes,
     DeviceReport,
     Fault,
@@ -79,6 +80,10 @@ class ClusterReport(Message):
     devices: tuple[DeviceReport, ...]
     absent: tuple[AbsentDevice, ...] = Field((), description="the others")
     faults: tuple[Fault, ...] = ()
+    traffic: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="bytes by link, of an edge that keeps its own books"
+    )
+    seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="the same by phase")
 
 
 class BackboneAssignment(Request):
@@ -92,6 +97,7 @@ class BackboneAssignment(Request):
     cluster: str
     family: str
     config: JsonDict
+    shape: BackboneShape | None = Field(None, description="what was cut from the reference, for the model's card")
     labels: tuple[str, ...]
     header: HeaderSpec
 
@@ -151,6 +157,7 @@ class CoarseModel(DeviceMessage):
     reply: ClassVar[type[Message]] = CoarseReply
     family: str
     config: JsonDict
+    shape: BackboneShape | None = None
     labels: tuple[str, ...]
     header: HeaderSpec
     refine: RefineConfig

@@ -8,10 +8,11 @@ from typing import Any
 from fleetfit.artifacts import ModelCard, RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData
+from fleetfit.data.preprocessing import Form
 from fleetfit.data.samples import Samples
 from fleetfit.device import DeviceMemory, shipped_model
 from fleetfit.pipeline import FleetResult
-from fleetfit.records import Record
+from fleetfit.records import BackboneShape, DeviceReport, Record
 
 
 def write_front(folder: RunFolder, result: FleetResult) -> None:
@@ -53,22 +54,38 @@ def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samp
         shape = result.candidates.candidates[result.choices[cluster].chosen].shape
         for device in report.devices:
             memory = folder.memory_of(device.device_id).load(last_step, DeviceMemory)
-            card = ModelCard(
-                device_id=device.device_id,
-                cluster=cluster,
-                family=memory.family,
-                config=memory.config,
-                header=memory.header,
-                labels=memory.labels,
-                width=shape.width,
-                depth=shape.depth,
-                inputs=form.words if form else f"samples as data.source {job.data.source!r} gives them",
-                preprocessing=form,
-                size_bytes=device.size_bytes,
-                limit_bytes=device.limit_bytes,
-                accuracy=device.accuracy,
-            )
-            folder.write_device(shipped_model(memory), card)
+            inputs = form.words if form else f"samples as data.source {job.data.source!r} gives them"
+            folder.write_device(shipped_model(memory), device_card(cluster, memory, device, shape, form, inputs))
+
+
+def device_card(
+    cluster: str, memory: DeviceMemory, device: DeviceReport, shape: BackboneShape, form: Form | None, inputs: str
+) -> ModelCard:
+    """The card of a finished device's model.
+
+    Args:
+        cluster: Its cluster.
+        memory: What it kept in the end.
+        device: What it reported.
+        shape: Of its backbone.
+        form: How its inputs are made.
+        inputs: The same in words.
+    """
+    return ModelCard(
+        device_id=device.device_id,
+        cluster=cluster,
+        family=memory.family,
+        config=memory.config,
+        header=memory.header,
+        labels=memory.labels,
+        width=shape.width,
+        depth=shape.depth,
+        inputs=inputs,
+        preprocessing=form,
+        size_bytes=device.size_bytes,
+        limit_bytes=device.limit_bytes,
+        accuracy=device.accuracy,
+    )
 
 
 class ClusterSummary(Record):

@@ -82,7 +82,8 @@ class FlowerLink:
 
     Args:
         carrier: Sends and fetches, as Flower's ``Grid`` does.
-        nodes: The node of each member, in the order of the job; all others are never asked and never heard.
+        nodes: The node of each member, in the order of the job; all others are never asked and never heard. Looked up
+            each time: a member may come back as another node.
         ledger: Where bytes are counted.
         down: Name of the direction to the members.
         up: Name of the direction from them.
@@ -106,7 +107,7 @@ class FlowerLink:
         replied: Callable[[int, int], None] = lambda number, asked: None,
     ) -> None:
         self.carrier = carrier
-        self.nodes = dict(nodes)
+        self.nodes = nodes
         self.ledger = ledger
         self.down = down
         self.up = up
@@ -191,7 +192,7 @@ class FlowerLink:
 
     def _try_later(self, member: str, state: _Waiting, reason: str) -> None:
         pause = min(FIRST_PAUSE_SECONDS * 2**state.errors, LONGEST_PAUSE_SECONDS)
-        log.warning("%s is asked again in %.1f s: %s", member, pause, reason)
+        log.info("%s is asked again in %.1f s: %s", member, pause, reason)
         state.message_id, state.again_at, state.errors = None, time.monotonic() + pause, state.errors + 1
 
     def _read(self, member: str, content: RecordDict, message: Request) -> Message | Refused:
