@@ -139,6 +139,7 @@ class RoundReply(Message):
 
     kind: ClassVar[str] = "round_reply"
     scores: ValidationScores
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in header.*")
 
 
 class Propose(DeviceMessage):
@@ -152,6 +153,7 @@ class ProposeReply(Message):
 
     kind: ClassVar[str] = "propose_reply"
     scores: dict[str, ValidationScores]
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in each loss_sum")
 
 
 class Finish(DeviceMessage):

@@ -11,6 +11,7 @@ from fleetfit.data.partition import FleetData
 from fleetfit.data.samples import Samples
 from fleetfit.device import DeviceMemory, shipped_model
 from fleetfit.pipeline import FleetResult
+from fleetfit.privacy import promise
 from fleetfit.records import Record
 
 
@@ -145,6 +146,7 @@ def summarise(
             "raw_data_bytes": raw,
             "upload_ratio": traffic["device_to_edge"] / raw,
         },
+        "privacy": promise(job),
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
     }

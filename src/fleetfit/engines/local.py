@@ -26,6 +26,8 @@ from fleetfit.messages import (
 )
 from fleetfit.outcome import summarise, write_models
 from fleetfit.pipeline import FleetResult, gather_stats, run_cloud, run_edge
+from fleetfit.privacy import tell_promise
+from fleetfit.privacy_ledger import PrivacyLedger, ledger_of
 from fleetfit.records import DeviceAttributes, EnergyModel
 
 M = TypeVar("M", bound=Message)
@@ -66,15 +68,22 @@ class LocalLink:
 
 
 def device_handler(
-    attributes: DeviceAttributes, data: Split, memories: MemoryFolder, torch_device: torch.device = CPU
+    attributes: DeviceAttributes,
+    data: Split,
+    memories: MemoryFolder,
+    torch_device: torch.device = CPU,
+    ledger: PrivacyLedger | None = None,
 ) -> Handler:
     """A device whose memory lives in files: a message that is repeated after a kill meets the memory it met before."""
 
     def answer(message: Message) -> Message:
         if not isinstance(message, DeviceMessage):
             raise ValueError(f"device {attributes.device_id}: cannot answer a {message.kind!r}")
+        if ledger:
+            ledger.admit(message)
         memory = memories.load(message.step - 1, DeviceMemory) if message.step else DeviceMemory()
-        state, reply = handle(DeviceState(attributes, data, memory, torch_device), message)
+        privacy = ledger.privacy if ledger else None
+        state, reply = handle(DeviceState(attributes, data, memory, torch_device, privacy), message)
         memories.save(message.step, state.memory)
         return reply
 
@@ -138,9 +147,11 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
     Raises:
         ValueError: bad data, limits that nothing fits, a damaged run folder, a loss that is not finite.
         OSError: the folder cannot be written.
+        ImportError: the job asks for privacy, and its accountant is missing.
     """
     torch.set_num_threads(job.run.threads)
     torch_device_of(job.run.torch_device)  # what is not there is told before anything is done
+    tell_promise(job, progress)
     with RunFolder(Path(out), job) as folder:
         progress("data", 0, 1, job.data.source)
         samples = load_samples(job, progress)
@@ -170,7 +181,9 @@ def _run_tiers(
         for attributes in members:
             own = data.devices[attributes.device_id]
             known = attributes.model_copy(update={"num_samples": len(own.train) + len(own.validation)})
-            handlers[known.device_id] = device_handler(known, own, folder.memory_of(known.device_id), torch_device)
+            memories = folder.memory_of(known.device_id)
+            ledger = ledger_of(memories.folder, job)
+            handlers[known.device_id] = device_handler(known, own, memories, torch_device, ledger)
         device_links[cluster] = LocalLink(handlers, folder.ledger, "edge_to_device", "device_to_edge")
 
     def edge_handler(cluster: str) -> Handler:
