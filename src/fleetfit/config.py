@@ -417,7 +417,7 @@ class PrivacyConfig(Section):
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="of the promise (epsilon, delta); epsilon is in the summary")
     clip_header: float = Field(
-        1.0, gt=0, description="largest L2 norm of a header's difference to the one that was sent first"
+        0.5, gt=0, description="largest L2 norm of a header's difference to the one that was sent first"
     )
     clip_sketch: float = Field(1.0, gt=0, description="largest root mean square of a sketch's values")
     clip_loss: float = Field(

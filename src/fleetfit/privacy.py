@@ -29,7 +29,6 @@ from fleetfit.messages import (
     ProposeReply,
     RefineRound,
     RoundReply,
-    encode,
     put,
     take,
 )
@@ -85,8 +84,12 @@ def tell_promise(job: Job, progress: Progress) -> None:
 
 
 def digest(message: Message) -> bytes:
-    """What tells a message from any other."""
-    return hashlib.sha256(encode(message)).digest()
+    """What tells a message from any other. (Its encoding will not do: the order of the format's metadata is free.)"""
+    found = hashlib.sha256(f"{message.kind}\n{message.model_dump_json()}".encode())
+    for name, tensor in sorted(message.tensors.items()):
+        found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.digest()
 
 
 @dataclass(frozen=True)
