@@ -48,6 +48,7 @@ REPORT = {
     "neurons",
     "notes",
 }
+NOISE = {"noise"}  # how much of it there is: the job says that, and not the data
 HEADER = {"kind", "blocks", "repeats", "channels", "pooling", "hidden"}
 BLOCK = {f"blocks.{f}" for f in ("input_1", "input_2", "operation_1", "operation_2")}
 
@@ -61,8 +62,11 @@ def under(prefix: str, fields: set[str]) -> set[str]:
 MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
     "attributes_reply": (under("attributes", ATTRIBUTES), set()),
     "coarse_reply": (SCORES, {"sketch"}),
-    "round_reply": (SCORES, {"importance", "header"}),
-    "propose_reply": ({s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")}, set()),
+    "round_reply": (SCORES | NOISE, {"importance", "header"}),
+    "propose_reply": (
+        {s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")} | NOISE,
+        set(),
+    ),
     "finish_reply": (under("report", REPORT), set()),
     "cluster_stats": (under("devices", ATTRIBUTES), set()),
     "cluster_report": (
