@@ -23,10 +23,10 @@ import torch
 from digits import Bench, Transient, bench, names_of
 from digits_tables import SETTINGS
 from scipy.stats import norm
+from sketch_leakage_tables import markdown
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPRegressor
-from sketch_leakage_tables import markdown
 
 from fleetfit.artifacts import Ledger, write_atomically
 from fleetfit.cloud import classifier_of
@@ -151,7 +151,7 @@ def attack_rows(spy: Spy) -> dict[str, float]:
     distance = torch.cdist(rows, candidates)
     truth = distance.argmin(dim=1).numpy()  # which image each row is of: the attacker with a candidate sees it at once
     inverters = [
-        MLPRegressor((256,), max_iter=150, early_stopping=True, random_state=0).fit(
+        MLPRegressor(hidden_layer_sizes=(256,), max_iter=150, early_stopping=True, random_state=0).fit(
             spy.features, spy.images / MAX_PIXEL
         ),
         Ridge(1.0).fit(spy.features, spy.images / MAX_PIXEL),

@@ -541,7 +541,9 @@ def test_a_run_with_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             assert reply.noise > 0
         if isinstance(reply, FinishReply):
             assert reply.report.accuracy is None
-    assert build_report(tmp_path / "run").exists()
+    page = build_report(tmp_path / "run").read_text()
+    assert "With privacy on, devices keep their accuracies to themselves" in page
+    assert "Privacy is on: losses are noised differences" in page
     for name in ("small-1", "small-2", "large-1"):  # the models are there, and each device knows how good its own is
         assert (tmp_path / "run" / "devices" / name / "model.safetensors").exists()
         kept = read_json(tmp_path / "run" / "memory" / name / "privacy.json")

@@ -88,7 +88,7 @@ def digest(message: Message) -> bytes:
     found = hashlib.sha256(f"{message.kind}\n{message.model_dump_json()}".encode())
     for name, tensor in sorted(message.tensors.items()):
         found.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.digest()
 
 
