@@ -335,14 +335,17 @@ def test_doctor_names_what_is_wrong(shell: Any, monkeypatch: pytest.MonkeyPatch,
     assert json.loads(shell("doctor", "--json").stdout)["ok"] is False
 
 
-def test_doctor_lists_what_exports_need_as_optional(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_lists_what_extras_need_as_optional(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from fleetfit import doctor
 
-    requires = ["rich", "no-such-runtime>=3; extra == 'export'", "no-such-test; extra == 'dev'"]
+    extras = ["no-such-runtime>=3; extra == 'export'", "no-such-accountant; extra == 'privacy'"]
+    requires = ["rich", *extras, "no-such-test; extra == 'dev'"]
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: requires)
     result = shell("doctor")
     assert result.exit_code == 0
     line = r"^ok  no-such-runtime missing +>=3 +only for fleetfit export: pip install 'no-such-runtime>=3'$"
+    assert re.search(line, result.stdout, re.MULTILINE)
+    line = r"^ok  no-such-accountant missing +only for \[privacy\]: pip install 'no-such-accountant'$"
     assert re.search(line, result.stdout, re.MULTILINE)
     assert "no-such-test" not in result.stdout
 

@@ -220,7 +220,10 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, 
     console = _stdout()
     console.print()
     console.print(_summary_table(summary))
-    reference = summary["reference"]
+    reference, promised = summary["reference"], summary.get("privacy")
+    if promised:
+        told = f"privacy: epsilon {promised['epsilon']:.3g} at delta {promised['delta']:g} for each device's samples"
+        console.print(f"{told}; accuracies stay on the devices", style="dim")
     for line in (
         "size: the largest of the cluster's models; shape: width × depth of the backbone",
         "accuracies on the devices' private tests; coarse: as sent; local: each alone",

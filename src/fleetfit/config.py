@@ -402,6 +402,38 @@ class RefineConfig(Section):
     )
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
 
+    @property
+    def shows_sketch(self) -> bool:
+        """Whether the edge compares devices by their sketches."""
+        return self.similarity not in ("alone", "average")
+
+
+class PrivacyConfig(Section):
+    """Clipping and noise on what a device sends to its edge (docs/security.md); off by default."""
+
+    noise_multiplier: float = Field(
+        0.0,
+        ge=0,
+        description="z, standard deviation of the noise over the most that a device's data can change; 0: off",
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="of the promise (epsilon, delta); epsilon is in the summary")
+    clip_header: float = Field(
+        0.5, gt=0, description="largest L2 norm of a header's difference to the one that was sent first"
+    )
+    clip_sketch: float = Field(1.0, gt=0, description="largest root mean square of a sketch's values")
+    clip_loss: float = Field(
+        0.5, gt=0, description="largest L2 norm of the ways' validation losses, less the first one's; nats a sample"
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is clipped and noised."""
+        return self.noise_multiplier > 0
+
+    def noise_of(self, clip_norm: float) -> float:
+        """Standard deviation of the noise on vectors of at most this norm: replacing one moves it by twice that."""
+        return self.noise_multiplier * 2 * clip_norm
+
 
 class LinksConfig(Section):
     """Between cloud, edges and devices: what may go wrong without stopping a cluster."""
@@ -441,7 +473,17 @@ class Job(Section):
     header: HeaderConfig = HeaderConfig()
     refine: RefineConfig = RefineConfig()
     links: LinksConfig = LinksConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _private(self) -> "Job":
+        if self.privacy.on and self.refine.shows_sketch and self.refine.sketch == "samples":
+            raise ValueError(
+                'refine.sketch must be "sliced" with privacy.noise_multiplier > 0, got "samples": what it shows are '
+                "samples' own features"
+            )
+        return self
 
     @model_validator(mode="after")
     def _depths(self) -> "Job":

@@ -41,6 +41,7 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.features import Features, FeatureShape, concatenated
 from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
+from fleetfit.privacy import DevicePrivacy, personal_without_noise
 from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape, DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
 from fleetfit.refinement import (
@@ -88,6 +89,7 @@ class DeviceState:
     data: Split
     memory: DeviceMemory
     torch_device: torch.device = CPU
+    privacy: DevicePrivacy | None = None
 
 
 def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
@@ -101,8 +103,11 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
     """
     if not isinstance(message, DeviceMessage):
         raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
+    if state.privacy:
+        state.privacy.check(message)
     if isinstance(message, AttributesRequest):
-        return state, AttributesReply(step=message.step, attributes=state.attributes)
+        attributes = AttributesReply(step=message.step, attributes=state.attributes)
+        return state, state.privacy.protected(message, attributes, {}) if state.privacy else attributes
     if not isinstance(message, CoarseModel):
         if state.memory.step < 0:
             return state, Declined(reason="it has no coarse model", needs_model=True)
@@ -126,8 +131,10 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
     if isinstance(reply, Declined):
         return own, reply
-    memory = _on(memory, CPU).model_copy(update={"step": message.step})
-    return replace(own, memory=memory), _on(reply, CPU)
+    memory, reply = _on(memory, CPU).model_copy(update={"step": message.step}), _on(reply, CPU)
+    if state.privacy:
+        reply = state.privacy.protected(message, reply, take(memory.tensors, "coarse"))
+    return replace(own, memory=memory), reply
 
 
 def shipped_model(memory: DeviceMemory) -> Classifier:
@@ -303,6 +310,7 @@ def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor], times: i
     """Load the personal header, if one came, and drop neurons by the personal importance set for the n-th time."""
     if not tensors:
         return memory
+    tensors = personal_without_noise(tensors, take(memory.tensors, "coarse"))
     header = _header(memory, take(tensors, "header") or take(memory.tensors, "header"))
     kept = drop_least_important(header, take(tensors, "importance"), take(memory.tensors, "kept"), memory.refine, times)
     apply_masks(header, kept)

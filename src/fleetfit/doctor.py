@@ -13,6 +13,7 @@ from fleetfit.config import RunConfig
 from fleetfit.records import Record
 
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where a package's module is not its name with underscores
+EXTRAS = {"export": "fleetfit export", "privacy": "[privacy]"}  # what an extra is for
 SMALL_MEMORY_BYTES = 2 * 2**30
 SMALL_DISK_BYTES = 2**30
 
@@ -28,7 +29,7 @@ class Check(Record):
 
 
 def examine(doing: Callable[[str], None] = lambda name: None) -> Iterator[Check]:
-    """Look at Python, every package that fleetfit and its exports need, the machine and the cache folder.
+    """Look at Python, every package that fleetfit and its extras need, the machine and the cache folder.
 
     Args:
         doing: Called with what is looked at next; loading a package takes a while.
@@ -69,7 +70,8 @@ def _packages(doing: Callable[[str], None]) -> Iterator[Check]:
     for requirement in map(Requirement, lines):
         marker = requirement.marker
         optional = marker is not None and not marker.evaluate({"extra": ""})
-        if optional and marker is not None and not marker.evaluate({"extra": "export"}):
+        uses = [use for extra, use in EXTRAS.items() if marker is not None and marker.evaluate({"extra": extra})]
+        if optional and not uses:
             continue
         name = requirement.name
         needs = ",".join(sorted(map(str, requirement.specifier), reverse=True))
@@ -77,7 +79,7 @@ def _packages(doing: Callable[[str], None]) -> Iterator[Check]:
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
-            use = "only for fleetfit export: " if optional else ""
+            use = f"only for {uses[0]}: " if optional else ""
             note = f"{use}pip install '{name}{needs}'"
             yield Check(name=name, found="missing", needs=needs, ok=optional, note=note)
             continue

@@ -27,6 +27,7 @@ from fleetfit.messages import (
     take,
 )
 from fleetfit.method.aggregation import aggregate, alone_weights, average_weights, unit_sum
+from fleetfit.method.privacy import clearly_lowest, noise_of_sum
 from fleetfit.method.similarity import (
     calibrated_weights,
     distance_matrix,
@@ -292,6 +293,9 @@ def next_state(state: EdgeState, replies: Mapping[str, RoundReply]) -> EdgeState
     tensors = dict(state.tensors)
     for device, of_importance, of_header in zip(replies, importance, headers, strict=True):
         tensors |= put(f"{device}/importance", of_importance) | put(f"{device}/header", of_header)
+    noise = noise_of_sum(weights, [r.noise for r in replies.values()])
+    if bool(noise.any()):
+        tensors |= {f"{device}/noise.header": of_device for device, of_device in zip(replies, noise, strict=True)}
     return state.model_copy(
         update={
             "round": state.round + 1,
@@ -315,7 +319,8 @@ def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decisio
     """Choose how the whole cluster ships, by validation loss pooled over its devices.
 
     Choosing per device on a few samples is noise and loses. With the guard, refined headers ship only where they are no
-    worse than those sent; without it, always. Where no device has validation samples nothing speaks for a change.
+    worse than those sent; without it, always. Where no device has validation samples nothing speaks for a change, and
+    where scores are noised (``[privacy]``) only what stands out of the noise does.
     """
     ways = list(next(iter(replies.values())).scores)
     total = {way: pooled([r.scores[way] for r in replies.values()]) for way in ways}
@@ -325,6 +330,8 @@ def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decisio
     allowed = ways if refine.guard else [way for way in ways if way.startswith("refined")]
     # The refined way wins ties: it carries the same accuracy in fewer parameters.
     best = min(allowed, key=lambda way: (loss[way], way.startswith("coarse")))
+    if noise := sum(r.noise**2 for r in replies.values()) ** 0.5 / total[ways[0]].num_samples:
+        best = clearly_lowest({way: loss[way] for way in allowed}, noise)
     header, _, strength = best.partition("/")
     return Decision(
         header="coarse" if header == "coarse" else "refined",

@@ -24,6 +24,7 @@ from fleetfit.messages import (
     printable,
 )
 from fleetfit.pipeline import gather_stats, run_edge
+from fleetfit.privacy_ledger import PrivacyLedger
 from fleetfit.records import DeviceAttributes
 
 Handler = Callable[[Message], Message]
@@ -32,17 +33,33 @@ BEGIN = (AttributesRequest, CoarseModel)  # messages that need no memory
 
 
 def device_handler(
-    attributes: DeviceAttributes, data: Split, memories: MemoryFolder, torch_device: torch.device = CPU
+    attributes: DeviceAttributes,
+    data: Split,
+    memories: MemoryFolder,
+    torch_device: torch.device = CPU,
+    ledger: PrivacyLedger | None = None,
 ) -> Handler:
-    """A device whose memory lives in files: a message that is repeated after a kill meets the memory it met before."""
+    """A device whose memory lives in files: a message that is repeated after a kill meets the memory it met before.
+
+    With a ledger, what it answers is clipped and noised, and each step is answered once.
+    """
 
     def answer(message: Message) -> Message:
         if not isinstance(message, DeviceMessage):
             raise ValueError(f"device {attributes.device_id}: cannot answer a {message.kind!r}")
+        if ledger:
+            ledger.admit(message)
         # The coarse model begins anew, whatever there was: the device may know another run.
         known = None if isinstance(message, BEGIN) else memories.before(message.step, DeviceMemory)
         before = known or DeviceMemory()
-        state, reply = handle(DeviceState(attributes, data, before, torch_device), message)
+        privacy = ledger.privacy if ledger else None
+        try:
+            state, reply = handle(DeviceState(attributes, data, before, torch_device, privacy), message)
+        except ValueError as error:
+            if ledger is None:
+                raise
+            # What goes wrong on private data may tell of it.
+            raise ValueError("privacy: what went wrong is in this device's own log") from error
         if state.memory is not before:
             memories.save(message.step, state.memory)
         return reply

@@ -170,6 +170,7 @@ class RoundReply(DeviceReply):
 
     kind: ClassVar[str] = "round_reply"
     scores: ValidationScores
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in header.*")
 
 
 class RefineRound(DeviceMessage):
@@ -185,6 +186,7 @@ class ProposeReply(DeviceReply):
 
     kind: ClassVar[str] = "propose_reply"
     scores: dict[str, ValidationScores]
+    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in each loss_sum")
 
 
 class Propose(DeviceMessage):

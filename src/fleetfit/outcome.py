@@ -12,6 +12,7 @@ from fleetfit.data.preprocessing import Form
 from fleetfit.data.samples import Samples
 from fleetfit.device import DeviceMemory, shipped_model
 from fleetfit.pipeline import FleetResult
+from fleetfit.privacy import promise
 from fleetfit.records import BackboneShape, DeviceReport, Record
 
 
@@ -182,6 +183,7 @@ def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult)
             "raw_data_bytes": raw,
             "upload_ratio": traffic["device_to_edge"] / raw if raw else None,
         },
+        "privacy": promise(job),
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
     }

@@ -167,7 +167,7 @@ def refine_cluster(
     total = job.refine.rounds + 3
     progress("refine", 0, total, f"{name}: coarse model")
     coarse = edge.coarse_model(job, assignment, found, data, step=1)
-    expected = expected_of(coarse, {a.device_id: a for a in stats.devices})
+    expected = expected_of(coarse, {a.device_id: a for a in stats.devices}, job.privacy)
     cluster = Cluster(name, devices, job.links, expected, coarse)
 
     def send_coarse() -> EdgeState:

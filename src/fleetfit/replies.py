@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fleetfit.config import RefineConfig
+from fleetfit.config import PrivacyConfig, RefineConfig
 from fleetfit.messages import (
     AttributesReply,
     ClusterReport,
@@ -48,13 +48,16 @@ class Expected:
 
     attributes: Mapping[str, DeviceAttributes] = field(default_factory=dict)
     refine: RefineConfig = field(default_factory=RefineConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     channels: int = 0
     header: Mapping[str, Like] = field(default_factory=dict)
     importance: Mapping[str, Like] = field(default_factory=dict)
 
 
-def expected_of(coarse: CoarseModel, attributes: Mapping[str, DeviceAttributes]) -> Expected:
-    """What follows from the coarse model, and from those attributes that are known."""
+def expected_of(
+    coarse: CoarseModel, attributes: Mapping[str, DeviceAttributes], privacy: PrivacyConfig | None = None
+) -> Expected:
+    """What follows from the coarse model, from those attributes that are known, and from the noise that was agreed."""
     with torch.device("meta"):
         shape = Backbone(coarse.family, coarse.config).feature_shape
     tensors = take(coarse.tensors, "header")
@@ -64,6 +67,7 @@ def expected_of(coarse: CoarseModel, attributes: Mapping[str, DeviceAttributes])
         refine=coarse.refine,
         channels=shape.channels,
         header={name: (tuple(t.shape), t.dtype) for name, t in tensors.items()},
+        privacy=privacy or PrivacyConfig(),
         importance={n: (s, torch.float32) for n, s in importance_shapes(header, coarse.refine).items()},
     )
 
@@ -92,8 +96,10 @@ def check_reply(device: str, request: DeviceMessage, reply: Message, expected: E
             if bool((tensor < 0).any()):
                 raise ValueError(f"importance of {name!r} must be >= 0, got {float(tensor.min()):g}")
         _check_scores(reply.scores, known)
+        _check_noise(reply.noise, expected.privacy.noise_of(expected.privacy.clip_header) if header else 0.0)
     elif isinstance(reply, ProposeReply):
         _check_tensors(reply, {})
+        _check_noise(reply.noise, expected.privacy.noise_of(expected.privacy.clip_loss))
         if list(reply.scores) != list(ways_to_ship(expected.refine)):
             raise ValueError(f"it must score {', '.join(ways_to_ship(expected.refine))}, got {', '.join(reply.scores)}")
         for scores in reply.scores.values():
@@ -206,8 +212,14 @@ def _check_tensors(reply: Message, expected: Mapping[str, Like]) -> None:
             raise ValueError(f"tensor {name!r} must be within {most:g}, got {float(tensor.abs().max()):g}")
 
 
+def _check_noise(noise: float, agreed: float) -> None:
+    """A device that claims more would have everybody's average taken for noise."""
+    if noise > agreed:
+        raise ValueError(f"noise must be <= {agreed:g}, as [privacy] has it, got {noise:g}")
+
+
 def _check_scores(scores: ValidationScores, known: DeviceAttributes | None) -> None:
-    most = known.num_samples if known else MAX_COUNT
+    most = max(known.num_samples, 1) if known else MAX_COUNT  # who is private says 0, and counts as 1
     _check_range("num_samples", scores.num_samples, 0, most)
     _check_range("num_correct", scores.num_correct, 0, scores.num_samples)
     bound = MAX_LOSS * max(scores.num_samples, 1)

@@ -50,6 +50,7 @@ REPORT = {
     "notes",
 }
 FAULT = {"device_id", "step", "reason", "times", "recovered"}
+NOISE = {"noise"}  # how much of it there is: the job says that, and not the data
 HEADER = {"kind", "blocks", "repeats", "channels", "pooling", "hidden"}
 BLOCK = {f"blocks.{f}" for f in ("input_1", "input_2", "operation_1", "operation_2")}
 
@@ -63,9 +64,9 @@ def under(prefix: str, fields: set[str]) -> set[str]:
 MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
     "attributes_reply": ({"step"} | under("attributes", ATTRIBUTES), set()),
     "coarse_reply": ({"step"} | SCORES, {"sketch"}),
-    "round_reply": ({"step"} | SCORES, {"importance", "header"}),
+    "round_reply": ({"step"} | SCORES | NOISE, {"importance", "header"}),
     "propose_reply": (
-        {"step"} | {s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")},
+        {"step"} | {s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")} | NOISE,
         set(),
     ),
     "finish_reply": ({"step"} | under("report", REPORT), set()),

@@ -12,6 +12,7 @@ from fleetfit.engines.whole_fleet import Fleet, LocalLink, run_whole_fleet
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import device_handler
 from fleetfit.messages import Link, Progress, silent
+from fleetfit.privacy_ledger import ledger_of
 
 
 def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
     Raises:
         ValueError: bad data, limits that nothing fits, a damaged run folder, a loss that is not finite.
         OSError: the folder cannot be written.
+        ImportError: the job asks for privacy, and its accountant is missing.
     """
     torch_device = torch_device_of(job.run.torch_device)
 
@@ -35,10 +37,11 @@ def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any
     def connect(folder: RunFolder, fleet: Fleet, data: FleetData) -> Iterator[Mapping[str, Link]]:
         links = {}
         for cluster, members in fleet.items():
-            handlers = {
-                a.device_id: device_handler(a, data.devices[a.device_id], folder.memory_of(a.device_id), torch_device)
-                for a in members
-            }
+            handlers = {}
+            for a in members:
+                memories = folder.memory_of(a.device_id)
+                ledger = ledger_of(memories.folder, job)
+                handlers[a.device_id] = device_handler(a, data.devices[a.device_id], memories, torch_device, ledger)
             links[cluster] = LocalLink(handlers, folder.ledger, "edge_to_device", "device_to_edge", job.links)
         yield links
 

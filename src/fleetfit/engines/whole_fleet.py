@@ -20,6 +20,7 @@ from fleetfit.members import Handler, edge_handler
 from fleetfit.messages import Link, Message, Progress, Refused, Request, decode_any, encode, read_reply
 from fleetfit.outcome import raw_bytes, summarise, write_front, write_models
 from fleetfit.pipeline import FleetResult, run_cloud
+from fleetfit.privacy import tell_promise
 from fleetfit.records import DeviceAttributes, EnergyModel
 
 Fleet = Mapping[str, tuple[DeviceAttributes, ...]]  # of every cluster
@@ -127,9 +128,11 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
     Raises:
         ValueError: bad data, limits that nothing fits, a damaged run folder, a loss that is not finite.
         OSError: the folder cannot be written.
+        ImportError: the job asks for privacy, and its accountant is missing.
     """
     torch.set_num_threads(job.run.threads)
     torch_device_of(job.run.torch_device)  # what is not there is told before anything is done
+    tell_promise(job, progress)
     with RunFolder(out, job) as folder:
         progress("data", 0, 1, job.data.source)
         samples = load_samples(job, progress)

@@ -183,7 +183,9 @@ def devices(run: Run) -> Markup:
         element("li", legend_mark(dot), "fleetfit, as shipped"),
     ]
     sizes = [d.num_test for d in run.devices if d.num_test > 0]
-    if not sizes:
+    if run.job.privacy.on:
+        steps = "With privacy on, devices keep it to themselves."
+    elif not sizes:
         steps = "No device has test samples."
     elif min(sizes) == max(sizes):
         steps = f"One test sample is {100 / max(sizes):.1f} points of a device’s accuracy."
@@ -268,7 +270,7 @@ def rounds(run: Run) -> Markup:
         samples = max((n for _, n, _ in scores), default=0)
         caption = f"The whole cluster, on {plural(samples, 'pooled validation sample')}."
         contents[cluster.id] = join(
-            figure(chart, caption), *_decision(cluster.id, report.decision, run.job.refine.guard)
+            figure(chart, caption), *_decision(cluster.id, report.decision, run.job.refine.guard, run.job.privacy.on)
         )
     refine = run.job.refine
     guard = (
@@ -282,19 +284,24 @@ def rounds(run: Run) -> Markup:
         if refine.class_prior
         else ""
     )
+    private = (
+        " Privacy is on: losses are noised differences to the first way, and another ships only where it stands out."
+        if run.job.privacy.on
+        else ""
+    )
     return section(
         "rounds",
         "Refining, and what was shipped",
         paragraph(
             f"Devices train and the edge averages, {plural(refine.rounds, 'round')} of both. What ships is decided "
             "once for the whole cluster, after the last averaging and pruning, on validation samples pooled over its "
-            f"devices. {guard}{prior}"
+            f"devices. {guard}{prior}{private}"
         ),
         per_cluster(run, contents),
     )
 
 
-def _decision(cluster: str, decision: Mapping[str, Any], guard: bool) -> list[Markup]:
+def _decision(cluster: str, decision: Mapping[str, Any], guard: bool, private: bool) -> list[Markup]:
     ways = {str(way): float(loss) for way, loss in dict(decision.get("loss_by_way") or {}).items()}
     header, strength = str(decision.get("header", "")), decision.get("prior_strength")
     prior = f"{float(strength):g}" if strength is not None and known(float(strength)) else ""
@@ -324,6 +331,6 @@ def _decision(cluster: str, decision: Mapping[str, Any], guard: bool) -> list[Ma
     )
     at = decimal(ways.get(f"{header}/{prior}" if prior else header))
     allowed = sum(guard or way.startswith("refined") for way in ways)
-    among = f" The lowest of the {allowed} allowed, so a little optimistic." if allowed > 1 else ""
+    among = f" The lowest of the {allowed} allowed, so a little optimistic." if allowed > 1 and not private else ""
     caption = f"Shipped: {shipped}, at {at} against {decimal(ways[next(iter(ways))])} as sent.{among}"
     return [element("div", figure(drawing, caption), class_="below")]

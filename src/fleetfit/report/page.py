@@ -164,6 +164,8 @@ def _gains(run: Run) -> str:
         if gain is not None:
             error = f" (standard error {100 * gain.error:.1f})" if gain.num_devices > 1 else ""
             parts.append(f"{points(gain.mean)} over {name}{error}")
+    if run.job.privacy.on:
+        return "With privacy on, devices keep their accuracies to themselves."
     if not parts:
         return "No device has test samples, so accuracies are not known."
     return (

@@ -23,6 +23,7 @@ from fleetfit.hardware import torch_device_of
 from fleetfit.members import Handler, device_handler, edge_handler
 from fleetfit.messages import ClusterReport, Finish, FinishReply, Message, RefineRound
 from fleetfit.outcome import device_card
+from fleetfit.privacy_ledger import ledger_of
 from fleetfit.records import BackboneShape
 
 log = logging.getLogger(__name__)
@@ -201,7 +202,9 @@ class _Device:
         """Answer the edge."""
         memories = MemoryFolder(_folder_of(self.kit, run) / "memory")
         attributes = self.kit.attributes(len(self._data.train) + len(self._data.validation))
-        handler: Handler = device_handler(attributes, self._data, memories, self._torch_device)
+        handler: Handler = device_handler(
+            attributes, self._data, memories, self._torch_device, ledger_of(memories.folder, self.kit.job)
+        )
         reply = handler(message)
         rounds = self.kit.job.refine.rounds
         number = message.round if isinstance(message, RefineRound) else 0

@@ -16,11 +16,13 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from fleetfit.artifacts import MemoryFolder
+from fleetfit.config import Job, load_job
 from fleetfit.engines.flower.codec import pack, unpack
 from fleetfit.engines.flower.handover import read_device
 from fleetfit.hardware import CPU, torch_device_of
 from fleetfit.members import declining, device_handler
 from fleetfit.messages import decode_any, encode
+from fleetfit.privacy_ledger import ledger_of
 
 NUMBER = "partition-id"  # Flower's name for the number of a simulated node
 LOOK_EVERY_SECONDS = 1.0
@@ -51,9 +53,16 @@ def answer(
     _begin(folder, threads)
     device = read_device(Path(folder), int(context.node_config[NUMBER]))
     hardware = torch_device_of(torch_device) if torch_device != "cpu" else CPU
-    handler = declining(device_handler(device.attributes, device.data, MemoryFolder(device.memory), hardware))
+    ledger = ledger_of(device.memory, _job(Path(folder)))
+    handler = declining(device_handler(device.attributes, device.data, MemoryFolder(device.memory), hardware, ledger))
     reply = handler(decode_any(unpack(message.content, max_message_bytes)))
     return FlowerMessage(pack(encode(reply)), reply_to=message)
+
+
+@functools.cache
+def _job(folder: Path) -> Job:
+    """The run's own job, in whose folder the hand-over lies."""
+    return load_job(folder.parent / "job.toml")
 
 
 @functools.cache
