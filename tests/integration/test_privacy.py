@@ -79,7 +79,8 @@ MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
         | {"decision.loss_by_way.coarse", "decision.loss_by_way.refined"}
         | under("devices", REPORT)
         | under("absent", {"device_id", "since"})
-        | under("faults", FAULT),
+        | under("faults", FAULT)
+        | {"seconds", "traffic"},  # of an edge's work, by phase
         set(),
     ),
 }
