@@ -1,11 +1,13 @@
 """The simulation engine: the models of the local engine, and nothing left of Ray, however a run ends."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from fleetfit.config import make_job
 from fleetfit.engines import local
 from fleetfit.engines.flower import nodes, simulation
 from fleetfit.engines.flower.nodes import Resources
-from fleetfit.engines.flower.simulated_device import LOOK_EVERY_SECONDS
 
 torch.set_num_threads(1)
 
@@ -53,15 +54,22 @@ def fields(cache: Path, **data: Any) -> dict[str, Any]:
     }
 
 
-def marked(mark: str) -> list[str]:
-    """The processes alive that have inherited this mark in their environment."""
+def processes(mark: str) -> list[Path]:
+    """The processes alive, in /proc, that have inherited this mark in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # it is gone, or not ours
             if mark.encode() in (folder / "environ").read_bytes() and ") Z " not in (folder / "stat").read_text():
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-        except OSError:  # it is gone, or not ours
-            continue
+                found.append(folder)
+    return found
+
+
+def marked(mark: str) -> list[str]:
+    """Their command lines."""
+    found = []
+    for folder in processes(mark):
+        with contextlib.suppress(OSError):
+            found.append((folder / "cmdline").read_text().replace("\0", " "))
     return found
 
 
@@ -102,7 +110,7 @@ def test_devices_on_ray_become_what_they_become_here(
     alive: list[str] = []
     there = simulation.run(job, tmp_path / "there", progress)
     assert any("raylet" in process for process in alive)
-    assert not gone(mark, 10)
+    assert not gone(mark, 30)
     assert ray_folders() == folders
 
     for key in ("clusters", "devices", "traffic", "reference"):
@@ -180,72 +188,91 @@ def test_room_of_a_machine(machine: dict[str, float], resources: Resources, room
 class Command:
     """``fleetfit run --engine simulation`` in a process of its own."""
 
-    def __init__(self, job: Path, out: Path, log: Path, *more: str) -> None:
-        self.log = log
-        line = [sys.executable, "-m", "fleetfit", "run", str(job), "-o", str(out), "--engine", "simulation", *more]
-        with log.open("w") as file:
-            self.process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT)
+    def __init__(self, folder: Path, **refine: Any) -> None:
+        given = fields(folder / "cache")
+        given["refine"] |= refine
+        self.out, self.log = folder / "run", folder / "log"
+        (folder / "job.toml").write_text(tomli_w.dumps(given))
+        self.line = [sys.executable, "-m", "fleetfit", "run", str(folder / "job.toml"), "-o", str(self.out)]
+        self.line += ["--engine", "simulation"]
 
-    def wait_for(self, text: str) -> None:
-        ends = time.monotonic() + 300
-        while text not in self.log.read_text():
+    def start(self, *more: str) -> None:
+        with self.log.open("w") as file:
+            self.process = subprocess.Popen([*self.line, *more], stdout=file, stderr=subprocess.STDOUT)
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        ends = time.monotonic() + 600
+        while not done():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < ends, self.log.read_text()
             time.sleep(0.05)
 
-    def end(self) -> int:
-        return self.process.wait(timeout=300)
+    def step(self, name: str) -> bool:
+        return (self.out / "steps" / f"{name}.safetensors").exists()
+
+    def end(self) -> tuple[int, str]:
+        return self.process.wait(timeout=600), self.log.read_text()
 
 
 @pytest.fixture
-def slow_devices(tmp_path: Path) -> Path:
-    """A job whose devices are at work for minutes in a round."""
-    given = fields(tmp_path / "cache")
-    given["refine"] |= {"epochs": 20_000}
-    path = tmp_path / "slow.toml"
-    path.write_text(tomli_w.dumps(given))
-    return path
+def command(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Command]:
+    command = Command(tmp_path, **getattr(request, "param", {}))
+    yield command
+    if command.process.poll() is None:
+        command.process.kill()
+        command.process.wait()
+
+
+SLOW = pytest.mark.parametrize("command", [{"epochs": 200_000}], indirect=True)  # a round takes minutes
 
 
 @pytest.mark.long
 @needs_proc
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_ends_devices_at_work_and_the_same_command_goes_on(
-    slow_devices: Path, tmp_path: Path, mark: str, number: signal.Signals
-) -> None:
+@SLOW
+def test_a_stop_ends_devices_that_are_at_work(mark: str, command: Command) -> None:
     folders = ray_folders()
-    command = Command(slow_devices, tmp_path / "run", tmp_path / "log")
-    command.wait_for("refine small ...")
-    while not (tmp_path / "run/steps/refine/small/0.safetensors").exists():
-        time.sleep(0.1)
-    time.sleep(2)  # round 1 is at work
+    command.start()
+    command.wait_until(lambda: command.step("refine/small/0"))
+    time.sleep(2)
     assert any("raylet" in process for process in marked(mark))
-    command.process.send_signal(number)
     started = time.monotonic()
-    assert command.end() == 128 + number
+    command.process.send_signal(signal.SIGTERM)
+    code, log = command.end()
+    assert code == 128 + signal.SIGTERM
     assert time.monotonic() - started < 60  # not the minutes that the devices would have taken
-    assert "stopped; the same command goes on" in command.log.read_text()
-    assert "Traceback" not in command.log.read_text()
-    assert not gone(mark, 5)
+    assert "stopped; the same command goes on" in log
+    assert "Traceback" not in log
+    assert "raylet" not in log
+    assert not gone(mark, 30)
     assert ray_folders() == folders
-    assert not (tmp_path / "run/handover").exists()
-
-    quick = tmp_path / "quick.toml"
-    quick.write_text(tomli_w.dumps(fields(tmp_path / "cache")))
-    (tmp_path / "run/job.toml").write_text(make_job(fields(tmp_path / "cache")).to_toml())
-    again = Command(quick, tmp_path / "run", tmp_path / "again", "--quiet")
-    assert again.end() == 0, again.log.read_text()
-    assert again.log.read_text() == ""  # neither Flower nor Ray says a word
-    assert not gone(mark, 5)
-    assert len(json.loads((tmp_path / "run/summary.json").read_text())["devices"]) == 5
+    assert not (command.out / "handover").exists()
 
 
 @pytest.mark.long
 @needs_proc
-def test_a_killed_run_leaves_nobody_for_long(slow_devices: Path, tmp_path: Path, mark: str) -> None:
-    """Ray's own helpers look for their parent every few seconds; a kill leaves files, which the next run clears."""
-    command = Command(slow_devices, tmp_path / "run", tmp_path / "log")
-    command.wait_for("refine small ...")
+def test_a_run_that_is_stopped_goes_on_and_nobody_else_says_a_word(mark: str, command: Command, tmp_path: Path) -> None:
+    command.start()
+    command.wait_until(lambda: command.step("refine/small/0"))
+    command.process.send_signal(signal.SIGINT)
+    assert command.end()[0] == 128 + signal.SIGINT
+    assert not gone(mark, 30)
+    assert not command.step("finish/large")
+    command.start("--quiet")
+    assert command.end() == (0, "")
+    assert not gone(mark, 30)
+    whole = local.run(make_job(fields(tmp_path / "cache")), tmp_path / "whole")
+    summary = json.loads((command.out / "summary.json").read_text())
+    assert [d["accuracy"] for d in summary["devices"]] == [d["accuracy"] for d in whole["devices"]]
+    assert summary["traffic"] == whole["traffic"]
+
+
+@pytest.mark.long
+@needs_proc
+@SLOW
+def test_a_killed_run_leaves_nobody_for_long(mark: str, command: Command) -> None:
+    """Ray's own helpers look for their parent now and then; the files that are left go with the next run."""
+    command.start()
+    command.wait_until(lambda: command.step("refine/small/0"))
     command.process.kill()
     command.end()
     assert not gone(mark, 180)
@@ -253,17 +280,16 @@ def test_a_killed_run_leaves_nobody_for_long(slow_devices: Path, tmp_path: Path,
 
 @pytest.mark.long
 @needs_proc
-def test_a_process_of_ray_that_is_killed_is_told(slow_devices: Path, tmp_path: Path, mark: str) -> None:
-    command = Command(slow_devices, tmp_path / "run", tmp_path / "log")
-    command.wait_for("refine small ...")
-    time.sleep(3 * LOOK_EVERY_SECONDS)
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            ours = mark.encode() in (folder / "environ").read_bytes()
-            if ours and b"ClientAppActor" in (folder / "cmdline").read_bytes():
-                os.kill(int(folder.name), signal.SIGKILL)
-        except OSError:
-            continue
-    assert command.end() == 1
-    assert "a process of Ray ended" in command.log.read_text()
-    assert not gone(mark, 5)
+@SLOW
+def test_a_process_of_ray_that_is_killed_is_told(mark: str, command: Command) -> None:
+    command.start()
+    command.wait_until(lambda: command.step("refine/small/0"))
+    time.sleep(2)
+    for process in processes(mark):
+        with contextlib.suppress(OSError):
+            if b"ClientAppActor" in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+    code, log = command.end()
+    assert code == 1
+    assert "error: a process of Ray ended" in log
+    assert not gone(mark, 30)
