@@ -234,6 +234,24 @@ def test_the_last_two_memories_of_a_device_are_kept(tmp_path: Path) -> None:
     assert folder.load(3, EdgeState).scores.loss_sum == 3.0
 
 
+def test_the_memory_that_a_message_meets(tmp_path: Path) -> None:
+    """Also when steps were missed, and when the message is repeated; a step that is over meets none."""
+    folder = MemoryFolder(tmp_path)
+    assert folder.before(1, EdgeState) is None
+    for step in (1, 2, 5):
+        folder.save(step, reply(float(step)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2.safetensors", "5.safetensors"]
+    for step, met in ((5, 2), (6, 5), (9, 5)):
+        memory = folder.before(step, EdgeState)
+        assert memory is not None
+        assert float(memory.tensors["t"][0]) == met
+    for step in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"^step {step} is over: the device has come to 5$"):
+            folder.before(step, EdgeState)
+    folder.save(1, reply())  # another run begins
+    assert [p.name for p in tmp_path.iterdir()] == ["1.safetensors"]
+
+
 def test_a_memory_that_is_missing_or_corrupt_is_named(tmp_path: Path) -> None:
     folder = MemoryFolder(tmp_path)
     path = tmp_path / "7.safetensors"
@@ -291,8 +309,10 @@ def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -
     assert "(differs in model.config.hidden_size, refine.rounds, seed); choose another --out" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert (tmp_path / "job.toml").read_bytes() == saved
-    with RunFolder(tmp_path, make_job({"run": {"threads": 2, "cache": "elsewhere"}})) as folder:
+    how = {"run": {"threads": 2, "cache": "elsewhere"}, "links": {"quorum": 0.25}}
+    with RunFolder(tmp_path, make_job(how)) as folder:
         assert folder.job.run.threads == 2  # how to run is no part of what is run
+        assert folder.job.links.quorum == 0.25
 
 
 def test_a_key_that_only_one_job_has_is_a_difference(tmp_path: Path) -> None:

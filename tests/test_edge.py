@@ -180,6 +180,63 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
     }
 
 
+def test_who_missed_the_round_keeps_what_the_edge_knew_and_nobody_listens_to_it() -> None:
+    """Two of three: weights (.6, .2) and (.3, .5) are scaled to (.75, .25) and (.375, .625)."""
+    weights = ((0.6, 0.2, 0.2), (0.3, 0.5, 0.2), (0.1, 0.1, 0.8))
+    tensors = {
+        "two/header.w": torch.tensor([9.0]),
+        "three/header.w": torch.tensor([7.0]),
+        "three/importance.a": torch.tensor([0.5]),
+        "three/sketch.all": torch.tensor([[1.0]]),
+    }
+    before = EdgeState(devices=("one", "two", "three"), weights=weights, scores=NOTHING, tensors=tensors)
+    replies = {
+        d: RoundReply(
+            step=3, scores=scores(1, 1.0), tensors={"importance.a": torch.tensor([1.0]), "header.w": torch.tensor([w])}
+        )
+        for d, w in (("one", 0.0), ("two", 8.0))
+    }
+    state = edge.next_state(before, replies)
+    header = {d: float(edge.personal(state, d)["header.w"]) for d in before.devices}
+    assert header == pytest.approx({"one": 2.0, "two": 5.0, "three": 7.0})
+    assert edge.personal(state, "three") == {
+        "header.w": torch.tensor([7.0]),
+        "importance.a": torch.tensor([0.5]),
+    }
+    assert state.weights == weights
+    assert state.scores.num_samples == 2
+
+
+def test_weights_among_all_are_those_of_the_state_to_the_last_bit() -> None:
+    weights = ((0.1, 0.2, 0.7), (1 / 3, 1 / 3, 1 / 3), (0.3, 0.3, 0.4))
+    state = EdgeState(
+        devices=("a", "b", "c"), weights=weights, distance=((0, 1, 2), (1, 0, 3), (2, 3, 0)), scores=NOTHING
+    )
+    assert edge.weights_among(state, {"a": 1, "b": 2, "c": 3}).tolist() == [list(row) for row in weights]
+    some = edge.weights_among(state, ["a", "c", "never"])
+    torch.testing.assert_close(
+        some, torch.tensor([[0.125, 0.875, 0], [3 / 7, 4 / 7, 0], [0, 0, 1]], dtype=torch.float64)
+    )
+    assert edge.distance_among(state, ["a", "c", "never"]) == ((0, 2, 0), (2, 0, 0), (0, 0, 0))
+
+
+def test_who_joins_is_weighed_with_all_in_the_links_order() -> None:
+    """As if it had been there from the beginning; what the others have got stays theirs."""
+    order = ("d0", "d1", "d2")
+    replies = {
+        d: CoarseReply(step=1, scores=scores(2, 0.5), tensors=put("sketch", {"all": features_of(g, i)}))
+        for i, (d, g) in enumerate(zip(order, (0, 1, 0), strict=True))
+    }
+    together = edge.first_state(RefineConfig(), replies)
+    early = edge.first_state(RefineConfig(), {d: replies[d] for d in ("d0", "d2")})
+    early = early.model_copy(update={"tensors": early.tensors | {"d0/header.w": torch.ones(1)}})
+    late = edge.with_joined(RefineConfig(), early, {"d1": replies["d1"]}, order)
+    assert late.devices == order
+    assert (late.weights, late.distance) == (together.weights, together.distance)
+    assert edge.personal(late, "d0") == {"header.w": torch.ones(1)}
+    assert edge.with_joined(RefineConfig(), early, {}, order) is early
+
+
 def test_a_device_whose_name_begins_like_anothers_gets_only_its_own() -> None:
     tensors = {f"{d}/importance.a": torch.tensor([float(i)]) for i, d in enumerate(("d-1", "d-10", "d-1/x"))}
     state = EdgeState(scores=NOTHING, tensors=tensors)

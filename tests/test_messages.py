@@ -19,6 +19,7 @@ from fleetfit.config import RefineConfig
 from fleetfit.messages import (
     FORMAT_VERSION,
     MAX_HEADER_BYTES,
+    MAX_REASON,
     MESSAGES,
     AttributesReply,
     AttributesRequest,
@@ -28,12 +29,16 @@ from fleetfit.messages import (
     CoarseModel,
     CoarseReply,
     Declined,
+    DeviceMessage,
+    DeviceReply,
     Finish,
     FinishReply,
     Message,
     Propose,
     ProposeReply,
     RefineRound,
+    Refused,
+    Request,
     RoundReply,
     StatsRequest,
     decode,
@@ -41,6 +46,7 @@ from fleetfit.messages import (
     encode,
     put,
     read_metadata,
+    read_reply,
     silent,
     take,
 )
@@ -400,6 +406,100 @@ def test_tensors_do_not_come_in_through_the_fields() -> None:
 def test_messages_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         SENT.scores = SCORES  # type: ignore[misc]
+
+
+# -- replies ----------------------------------------------------------------------------------------------------------
+
+ASKED = RefineRound(step=2, round=1)
+
+
+def test_each_request_knows_its_reply_and_device_messages_their_step() -> None:
+    requests = [m for m in MESSAGES.values() if issubclass(m, Request)]
+    assert {m.kind: m.reply.kind for m in requests} == {
+        "stats_request": "cluster_stats",
+        "backbone_assignment": "cluster_report",
+        "attributes_request": "attributes_reply",
+        "coarse_model": "coarse_reply",
+        "refine_round": "round_reply",
+        "propose": "propose_reply",
+        "finish": "finish_reply",
+    }
+    assert all(issubclass(m.reply, DeviceReply) is issubclass(m, DeviceMessage) for m in requests)
+
+
+def test_a_longer_blob_than_allowed_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = encode(SENT)
+    assert decode(blob, RoundReply, max_bytes=len(blob)).scores == SCORES
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr("fleetfit.messages.json.loads", never)
+    monkeypatch.setattr("fleetfit.messages.safetensors.torch.load", never)
+    says = f"has {len(blob)} bytes, links.max_message_bytes is {len(blob) - 1}"
+    with pytest.raises(ValueError, match=says):
+        decode(blob, RoundReply, max_bytes=len(blob) - 1)
+    with pytest.raises(ValueError, match=says):
+        decode_any(blob, max_bytes=len(blob) - 1)
+    reply = read_reply([blob], ASKED, len(blob) - 1)
+    assert isinstance(reply, Refused)
+    assert says in reply.reason
+
+
+def test_a_reply_is_read_or_refused() -> None:
+    blob = encode(SENT)
+    for blobs in ([blob], [blob, encode(SENT)], [blob] * 3):
+        reply = read_reply(blobs, ASKED, len(blob))
+        assert isinstance(reply, RoundReply)
+        assert {n: bits_of(t) for n, t in reply.tensors.items()} == {n: bits_of(t) for n, t in SENT.tensors.items()}
+    assert read_reply([encode(EXAMPLES["coarse_reply"])], ASKED, 10**6) == Refused(
+        reason="it is a 'coarse_reply', expected a 'round_reply'"
+    )
+    for damaged in (b"", blob[:-1], blob + b"x", encode(SENT)[:20]):
+        reply = read_reply([damaged], ASKED, 10**6)
+        assert isinstance(reply, Refused)
+        assert reply.reason.startswith("it is ")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SENT.model_copy(update={"step": 3}),
+        SENT.model_copy(update={"tensors": {}}),
+        SENT.model_copy(update={"tensors": SENT.tensors | {"header.weight": torch.arange(3.0) + 1e-6}}),
+        SENT.model_copy(update={"tensors": SENT.tensors | {"none": torch.zeros(0, 2, dtype=torch.float64)}}),
+        SENT.model_copy(update={"tensors": SENT.tensors | {"none": torch.zeros(0, 3)}}),
+        EXAMPLES["coarse_reply"],
+        EXAMPLES["declined"],
+    ],
+)
+def test_a_reply_that_comes_twice_with_other_content_is_refused(other: Message) -> None:
+    for first, second in ((SENT, other), (other, SENT)):
+        reply = read_reply([encode(first), encode(first), encode(second)], ASKED, 10**6)
+        assert reply == Refused(reason="it came 3 times, with different content")
+    assert isinstance(read_reply([encode(SENT), b"garbage"], ASKED, 10**6), Refused)
+
+
+def test_who_declines_is_heard_but_not_echoed_as_it_is() -> None:
+    declined = Declined(reason="\x1b[2J no\nroom \u202e", needs_model=True)
+    reply = read_reply([encode(declined)], ASKED, 10**6)
+    assert reply == Refused(reason="declined:  [2J no room  ", needs_model=True)
+    kind = "\x1b[31m" + "k" * 10**6
+    foreign = read_reply([blob_of(metadata_of(kind=kind))], ASKED, 10**7)
+    assert isinstance(foreign, Refused)
+    assert len(foreign.reason) <= MAX_REASON
+    assert foreign.reason.isprintable()
+    with pytest.raises(ValueError, match="at most 500 characters"):
+        Declined(reason="x" * 501)
+
+
+def test_a_tensor_of_a_huge_empty_shape_takes_no_memory() -> None:
+    entry = {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]}
+    try:
+        got = decode(blob_of({**metadata_of(), "t": entry}), RoundReply)
+    except ValueError:
+        return
+    assert got.tensors["t"].untyped_storage().nbytes() == 0
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -312,6 +312,41 @@ def test_the_cloud_trains_once_and_gives_each_edge_its_own(job: Job, data: Fleet
     assert used.asked == list(cache.done)
 
 
+class Liars(Edges):
+    """Edges whose devices have the names of files elsewhere, or of each other's devices."""
+
+    def __init__(self, stats: Mapping[str, str], reports: Mapping[str, str]) -> None:
+        super().__init__(dict.fromkeys(stats, 10**6))
+        for cluster, honest in dict(self.handlers).items():
+            self.handlers[cluster] = self.lying(cluster, honest, stats, reports)  # type: ignore[index]
+
+    def lying(self, cluster: str, honest: Any, stats: Mapping[str, str], reports: Mapping[str, str]) -> Any:
+        def handled(message: Message) -> Message:
+            reply = honest(message)
+            if isinstance(reply, ClusterStats):
+                return ClusterStats(devices=(attributes_of(stats[cluster]),))
+            return reply.model_copy(update={"cluster": reports[cluster]})
+
+        return handled
+
+
+@pytest.mark.parametrize(
+    ("stats", "reports", "says"),
+    [
+        (("../near-1", "far-1"), ("near", "far"), "near: a device's name must be"),
+        (("near-1", "near-1"), ("near", "far"), "far: device 'near-1' is there twice, also in near"),
+        (("near-1", "far-1"), ("far", "far"), "near: its report is of 'far'"),
+    ],
+)
+def test_what_an_edge_says_is_checked_before_it_is_used(
+    job: Job, data: FleetData, stats: tuple[str, str], reports: tuple[str, str], says: str
+) -> None:
+    names = ("near", "far")
+    edges = Liars(dict(zip(names, stats, strict=True)), dict(zip(names, reports, strict=True)))
+    with pytest.raises(ValueError, match=says):
+        run_cloud(job, data.public, edges, FakeSteps(), FakeSteps(), silent)
+
+
 @pytest.mark.parametrize(
     ("change", "same"),
     [

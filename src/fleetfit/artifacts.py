@@ -247,7 +247,7 @@ class MemoryFolder:
         """
         steps = self._steps()
         if steps and step < steps[-1]:
-            raise ValueError(f"step {step} is over: {self.folder} has come to {steps[-1]}")
+            raise ValueError(f"step {step} is over: the device has come to {steps[-1]}")
         earlier = [s for s in steps if s < step]
         return self.load(earlier[-1], kind) if earlier else None
 

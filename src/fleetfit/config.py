@@ -86,8 +86,9 @@ class Section(Record):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers(cls, value: object, info: ValidationInfo) -> object:
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if kind in (int, float) and isinstance(value, (bool, str)):
+        field = cls.model_fields[str(info.field_name)]
+        kind, is_read = field.annotation, any(isinstance(m, BeforeValidator) for m in field.metadata)
+        if kind in (int, float) and not is_read and isinstance(value, (bool, str)):
             raise ValueError(f"must be {'an integer' if kind is int else 'a number'}")
         return value
 

@@ -15,7 +15,6 @@ from fleetfit.replies import Expected, check_reply
 M = TypeVar("M", bound=Message)
 ATTEMPTS = 3
 NO_REPLY = "no reply"
-TOO_LATE = "got the coarse model too late for this step"
 logger = logging.getLogger(__name__)
 
 
@@ -93,9 +92,6 @@ class Cluster:
             asked = at_once if len(replies) >= needed else [d for d in everybody if d not in replies]
             if not asked:
                 break
-        for device in everybody:
-            if device not in replies and not any(device == d for d, _ in faults):
-                faults[device, TOO_LATE] += 1
         told = tuple(
             Fault(device_id=device, step=step, reason=reason, times=times, recovered=device in replies)
             for (device, reason), times in faults.items()

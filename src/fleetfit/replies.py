@@ -1,8 +1,8 @@
 """What a device's reply must be like to be used, given what the device was asked. Here nobody trusts a device.
 
-A link has already refused what is too long, is no message, or is of another kind. What passes here too may still be
-wrong, but it can harm no other device: names, shapes and dtypes are those of the cluster's header, all numbers are
-finite and of a size that real ones have.
+A link has already refused what is too long, is no message, or is of another kind. What passes here too has the names,
+shapes and dtypes of the cluster's header, and numbers that are finite and of a size that real ones have. A device that
+lies within these bounds keeps its weight in the averages and its voice in what ships.
 """
 
 import re
@@ -31,7 +31,7 @@ from fleetfit.models.header import header_from_state
 from fleetfit.records import DeviceAttributes, DeviceReport, ValidationScores
 from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes, ways_to_ship
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")  # fit for a file's name
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # fit for a file's name
 MAX_COUNT = 2**53
 MAX_WATTS_OR_SECONDS = 1e9
 MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown everybody else's in an average
@@ -142,7 +142,8 @@ def check_stats(stats: Mapping[str, ClusterStats]) -> None:
             raise ValueError(f"{cluster}: it must know the attributes of a device at least")
         for device in (*(a.device_id for a in own.devices), *own.silent):
             if not NAME.fullmatch(device):
-                raise ValueError(f"{cluster}: a device's name must be letters, digits, '-', '_', '.', got {device!r}")
+                rule = "must be at most 200 letters, digits, '-', '_' and '.', the first a letter or digit"
+                raise ValueError(f"{cluster}: a device's name {rule}, got {device!r}")
             if device in owner:
                 raise ValueError(f"{cluster}: device {device!r} is there twice, also in {owner[device]}")
             owner[device] = cluster

@@ -49,6 +49,7 @@ REPORT = {
     "neurons",
     "notes",
 }
+FAULT = {"device_id", "step", "reason", "times", "recovered"}
 HEADER = {"kind", "blocks", "repeats", "channels", "pooling", "hidden"}
 BLOCK = {f"blocks.{f}" for f in ("input_1", "input_2", "operation_1", "operation_2")}
 
@@ -68,14 +69,16 @@ MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "finish_reply": ({"step"} | under("report", REPORT), set()),
-    "cluster_stats": (under("devices", ATTRIBUTES), set()),
+    "cluster_stats": (under("devices", ATTRIBUTES) | {"silent"} | under("faults", FAULT), set()),
     "cluster_report": (
         {"cluster", "similarity", "distance", "decision.header", "decision.prior_strength"}
         | under("header", HEADER | BLOCK)
         | under("trials", {"name", "loss", "accuracy", "parameters"} | under("spec", HEADER | BLOCK))
         | under("rounds", {"round", "num_samples", "loss_sum", "num_correct"})
         | {"decision.loss_by_way.coarse", "decision.loss_by_way.refined"}
-        | under("devices", REPORT),
+        | under("devices", REPORT)
+        | under("absent", {"device_id", "since"})
+        | under("faults", FAULT),
         set(),
     ),
 }
