@@ -457,6 +457,13 @@ def test_samples_are_no_sketch_with_privacy() -> None:
         assert make_job({"refine": fine, "privacy": {"noise_multiplier": 1.0}}).privacy.on
 
 
+def test_models_do_not_go_up_with_privacy() -> None:
+    fields = {"refine": {"sketch": "sliced"}, "privacy": {"noise_multiplier": 1.0}, "links": {"send_models": True}}
+    with pytest.raises(ValueError, match=r"links.send_models must be false with privacy.noise_multiplier > 0"):
+        make_job(fields)
+    assert make_job({**fields, "privacy": {}}).links.send_models
+
+
 @pytest.mark.parametrize(
     ("key", "value", "rule"),
     [

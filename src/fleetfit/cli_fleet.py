@@ -11,7 +11,6 @@ from fleetfit.terminal import Phases, reporting
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and log lines.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-SHOWN = 3
 
 
 def provision(
@@ -28,10 +27,10 @@ def provision(
 ) -> None:
     """Make a kit for every participant of a fleet: cloud, edges, devices.
 
-    [bold]FLEET[/bold] is a TOML file. It names the job, the address of the cloud, the edges with
-    their addresses, and the devices of each edge; recipes/fleet-loopback.toml is
-    one. A kit is a folder with keys and certificates, the job, and whom it knows.
-    Copy each to its machine, and keep kits/ca where no participant is.
+    [bold]FLEET[/bold] is a TOML file. It names the job, the cloud's address, the edges with
+    theirs, and the devices of each edge; recipes/fleet-loopback.toml is one.
+    A kit is a folder with keys and certificates, the job, and whom it knows. Copy
+    each to its machine, and keep kits/ca where no participant is.
 
     [bold]Examples[/bold]
 
@@ -50,14 +49,11 @@ def provision(
             kits = [str(kit) for kit in made.kits]
             typer.echo(json.dumps({"fleet": made.fleet, "kits": kits, "days": made.days}, indent=2))
             return
-        typer.echo()
-        for kit in made.kits:
-            typer.echo(
-                f"fleetfit start {kit}" if kit != made.kits[0] else f"{'kits:':8} one folder each, to start with"
-            )
-        typer.echo()
-        typer.echo(f"then:    fleetfit run {made.kits[0] / 'job.toml'} --engine flower --cloud {made.kits[0]}")
-        typer.echo(f"valid:   {made.days} days; then provision again")
+        cloud, *others = made.kits
+        typer.echo(f"kits:    {out} (fleet {made.fleet}, valid for {made.days} days)")
+        for number, kit in enumerate(others):
+            typer.echo(f"{'' if number else 'start:':8} fleetfit start {kit}")
+        typer.echo(f"run:     fleetfit run {cloud / 'job.toml'} --engine flower --cloud {cloud}")
         typer.echo(f"secret:  {out / 'ca'} can make participants of this fleet: keep it offline, or delete it")
         if insecure:
             typer.secho("INSECURE: nothing is encrypted, and anyone on this machine can join", fg="red", err=True)

@@ -483,6 +483,11 @@ class Job(Section):
                 'refine.sketch must be "sliced" with privacy.noise_multiplier > 0, got "samples": what it shows are '
                 "samples' own features"
             )
+        if self.privacy.on and self.links.send_models:
+            raise ValueError(
+                "links.send_models must be false with privacy.noise_multiplier > 0, got true: a finished model is "
+                "what its device has learned, without noise"
+            )
         return self
 
     @model_validator(mode="after")

@@ -67,7 +67,10 @@ class StatsRequest(Request):
 
 
 class ClusterReport(Message):
-    """Edge to cloud: the header it chose, what it was compared with, and how its devices fared."""
+    """Edge to cloud: the header it chose, what it was compared with, and how its devices fared.
+
+    Tensors, where devices send their models up: ``backbone.<name>``, and ``<device>/header.<name>`` as shipped.
+    """
 
     kind: ClassVar[str] = "cluster_report"
     cluster: str
@@ -197,7 +200,7 @@ class Propose(DeviceMessage):
 
 
 class FinishReply(DeviceReply):
-    """Device to edge: the device's report."""
+    """Device to edge: the device's report. Tensors: ``header.*`` as shipped, if it lets its model go up, else none."""
 
     kind: ClassVar[str] = "finish_reply"
     report: DeviceReport

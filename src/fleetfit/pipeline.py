@@ -167,7 +167,8 @@ def refine_cluster(
     total = job.refine.rounds + 3
     progress("refine", 0, total, f"{name}: coarse model")
     coarse = edge.coarse_model(job, assignment, found, data, step=1)
-    expected = expected_of(coarse, {a.device_id: a for a in stats.devices}, job.privacy)
+    known = {a.device_id: a for a in stats.devices}
+    expected = expected_of(coarse, known, job.privacy, job.links.send_models)
     cluster = Cluster(name, devices, job.links, expected, coarse)
 
     def send_coarse() -> EdgeState:
@@ -231,6 +232,9 @@ def _report(
 ) -> ClusterReport:
     steps = ["attributes", "coarse model", *(f"round {s.round}" for s in history[1:]), "proposal", "finish"]
     absent = [d for d in cluster.devices.members if d not in replies]
+    models = {f"{device}/{name}": t for device, reply in replies.items() for name, t in reply.tensors.items()}
+    if models:
+        models |= {name: t for name, t in found.tensors.items() if name.startswith("backbone.")}
     return ClusterReport(
         cluster=cluster.name,
         header=found.header,
@@ -242,6 +246,7 @@ def _report(
         devices=tuple(r.report for r in replies.values()),
         absent=tuple(AbsentDevice(device_id=d, since=absent_since(d, steps, faults)) for d in absent),
         faults=tuple(faults),
+        tensors=models,
     )
 
 

@@ -155,7 +155,8 @@ class DevicePrivacy:
             return self._losses(message, reply)
         if isinstance(reply, FinishReply):
             unknown = {"accuracy_coarse": None, "accuracy_local": None, "accuracy": None, "num_train": 0, "num_test": 0}
-            return reply.model_copy(update={"report": reply.report.model_copy(update={**unknown, "notes": (NOTE,)})})
+            report = reply.report.model_copy(update={**unknown, "notes": (NOTE,)})
+            return reply.model_copy(update={"report": report, "tensors": {}})
         raise ValueError(f"privacy: a {reply.kind!r} cannot be protected")
 
     def _released(

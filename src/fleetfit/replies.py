@@ -52,12 +52,16 @@ class Expected:
     channels: int = 0
     header: Mapping[str, Like] = field(default_factory=dict)
     importance: Mapping[str, Like] = field(default_factory=dict)
+    models: bool = False
 
 
 def expected_of(
-    coarse: CoarseModel, attributes: Mapping[str, DeviceAttributes], privacy: PrivacyConfig | None = None
+    coarse: CoarseModel,
+    attributes: Mapping[str, DeviceAttributes],
+    privacy: PrivacyConfig | None = None,
+    models: bool = False,
 ) -> Expected:
-    """What follows from the coarse model, from those attributes that are known, and from the noise that was agreed."""
+    """What follows from the coarse model, known attributes, the noise that was agreed, and whether models may come."""
     with torch.device("meta"):
         shape = Backbone(coarse.family, coarse.config).feature_shape
     tensors = take(coarse.tensors, "header")
@@ -69,6 +73,7 @@ def expected_of(
         header={name: (tuple(t.shape), t.dtype) for name, t in tensors.items()},
         privacy=privacy or PrivacyConfig(),
         importance={n: (s, torch.float32) for n, s in importance_shapes(header, coarse.refine).items()},
+        models=models,
     )
 
 
@@ -105,7 +110,7 @@ def check_reply(device: str, request: DeviceMessage, reply: Message, expected: E
         for scores in reply.scores.values():
             _check_scores(scores, known)
     elif isinstance(reply, FinishReply):
-        _check_tensors(reply, {})
+        _check_tensors(reply, _shipped(reply, expected))
         check_report(reply.report, device)
         if known and reply.report.limit_bytes != known.storage_limit_bytes:
             raise ValueError(f"limit_bytes must be {known.storage_limit_bytes}, got {reply.report.limit_bytes}")
@@ -173,6 +178,11 @@ def check_cluster_report(cluster: str, report: ClusterReport, stats: ClusterStat
     unknown = [name for name in (*names, *(f.device_id for f in report.faults)) if name not in members]
     if unknown or len(set(names)) < len(names):
         raise ValueError(f"{cluster}: its report must name its own devices, each once, got {unknown or names}")
+    for name, tensor in report.tensors.items():
+        if name.partition("/")[0] not in names and not name.startswith("backbone."):
+            raise ValueError(f"{cluster}: tensor {name!r} of its report is no device's of its own")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{cluster}: tensor {name!r} of its report must be finite")
     for device in report.devices:
         try:
             check_report(device, device.device_id)
@@ -189,6 +199,18 @@ def _sketch(reply: CoarseReply, expected: Expected) -> dict[str, Like]:
     sent = reply.tensors.get("sketch.all")
     rows = len(sent) if sent is not None and sent.ndim else 0
     return {"sketch.all": ((min(max(rows, 1), most), expected.channels), torch.float32)}
+
+
+def _shipped(reply: FinishReply, expected: Expected) -> dict[str, Like]:
+    """The header as it is shipped, where models may come and one came: as it was sent, or with fewer neurons."""
+    if not expected.models or not reply.tensors:
+        return {}
+    likes = {}
+    for name, (shape, dtype) in expected.header.items():
+        sent = reply.tensors.get(f"header.{name}")
+        smaller = sent is not None and sent.ndim == len(shape) and all(map(lambda a, b: 0 < a <= b, sent.shape, shape))
+        likes[f"header.{name}"] = (tuple(sent.shape) if sent is not None and smaller else shape, dtype)
+    return likes
 
 
 def _put(prefix: str, likes: Mapping[str, Like]) -> dict[str, Like]:

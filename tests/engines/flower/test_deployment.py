@@ -220,14 +220,18 @@ def test_a_run_uses_a_cloud_that_was_started_and_all_stop_in_order(make: Any) ->
     fleet.leaves_nothing(5.0)
 
 
-def test_without_tls_it_works_too_and_says_so(make: Any) -> None:
-    fleet = make(insecure=True)
+def test_without_tls_it_works_too_and_says_so_and_models_go_up_if_the_job_lets_them(make: Any) -> None:
+    fleet = make(insecure=True, links={"deadline_seconds": 120.0, "quorum": 1.0, "send_models": True})
     fleet.start(*MEMBERS)
     fleet.run()
     fleet.ends_well("run", *MEMBERS)
     fleet.leaves_nothing()
     assert "INSECURE" in fleet.says("small")
     is_the_same(fleet)
+    for name in ("small-1", "small-2", "large-1"):
+        for file in ("model.safetensors", "model.json"):
+            in_the_cloud = fleet.folder / "run" / "devices" / name / file
+            assert in_the_cloud.read_bytes() == (fleet.kits / name / "model" / file).read_bytes()
 
 
 def test_what_is_wrong_is_told_at_once_on_both_sides(make: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fleetfit.artifacts import Ledger, RunFolder, StepFolder, differences, write_atomically
 from fleetfit.config import Job
+from fleetfit.device import DeviceMemory
 from fleetfit.engines.flower.gate import Tell
 from fleetfit.engines.flower.greeting import Status
 from fleetfit.engines.flower.hub import Attached, Hub, Server
@@ -18,8 +19,11 @@ from fleetfit.engines.flower.kit import RUN_ID, Kit, hold, job_fields, read_kit,
 from fleetfit.engines.flower.link import FlowerLink
 from fleetfit.engines.flower.participants import POLL_SECONDS, Nodes, load_data
 from fleetfit.hardware import torch_device_of
-from fleetfit.messages import ClusterReport, Progress
-from fleetfit.outcome import summarise, write_front
+from fleetfit.messages import BackboneAssignment, ClusterReport, Progress, take
+from fleetfit.models.classifier import Classifier
+from fleetfit.models.elastic import Backbone
+from fleetfit.models.header import header_from_state
+from fleetfit.outcome import device_card, summarise, write_front
 from fleetfit.pipeline import FleetResult, run_cloud
 
 LOOK_SECONDS = 0.5
@@ -120,16 +124,50 @@ class _Show:
 
 
 def _results(job: Job, kit: Kit, folder: RunFolder, result: FleetResult) -> dict[str, Any]:
-    """What the cloud keeps: figures, of the devices too; their models stay with them."""
+    """What the cloud keeps: figures, of the devices too; and models, if the job lets devices send them up."""
     raw = 0
     for cluster, report in result.reports.items():
         folder.steps.step(f"finish/{cluster}", ClusterReport, _booked(folder, report))
         validation = int(report.rounds[0]["num_samples"]) if report.rounds else 0
         raw += (sum(d.num_train + d.num_test for d in report.devices) + validation) * kit.task.raw_bytes_per_sample
-    summary = summarise(job, folder, max(raw, 1), result)
+    summary = summarise(job, folder, raw or None, result)
     write_front(folder, result)
+    if job.links.send_models:
+        _write_models(kit, folder, result)
     folder.write_json("summary.json", summary)
     return summary
+
+
+def _write_models(kit: Kit, folder: RunFolder, result: FleetResult) -> None:
+    """The models that devices have sent up, as they have them.
+
+    Raises:
+        ValueError: an edge's or a device's tensors make no model; names whose.
+    """
+    form = kit.task.form
+    for cluster, report in result.reports.items():
+        name = f"specialise/{cluster}"
+        sent = folder.steps.step(name, BackboneAssignment, _missing(name))
+        shape = result.candidates.candidates[result.choices[cluster].chosen].shape
+        memory = DeviceMemory(family=sent.family, config=sent.config, header=report.header, labels=sent.labels)
+        for device in report.devices:
+            if not (own := take(report.tensors, f"{device.device_id}/header")):
+                continue
+            try:
+                backbone = Backbone(sent.family, sent.config)
+                backbone.model.load_state_dict(take(report.tensors, "backbone"), strict=True)
+                header = header_from_state(report.header, backbone.feature_shape, len(sent.labels), own)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{cluster}: the model of {device.device_id} cannot be built: {error}") from error
+            card = device_card(cluster, memory, device, shape, form, form.words)
+            folder.write_device(Classifier(backbone, header).eval(), card)
+
+
+def _missing(step: str) -> Callable[[], BackboneAssignment]:
+    def compute() -> BackboneAssignment:
+        raise ValueError(f"step {step} is missing: the run folder is damaged; delete it and run again")
+
+    return compute
 
 
 def _booked(folder: RunFolder, report: ClusterReport) -> Callable[[], ClusterReport]:

@@ -21,7 +21,7 @@ from fleetfit.engines.flower.member import Member
 from fleetfit.engines.flower.runtime import RunCarrier
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import Handler, device_handler, edge_handler
-from fleetfit.messages import ClusterReport, Finish, FinishReply, Message, RefineRound
+from fleetfit.messages import ClusterReport, Finish, FinishReply, Message, RefineRound, put, take
 from fleetfit.outcome import device_card
 from fleetfit.privacy_ledger import ledger_of
 from fleetfit.records import BackboneShape
@@ -212,8 +212,11 @@ class _Device:
         self.member.status = Status(phase="refine", done=number, total=rounds, note=what)
         self._tell(what)
         if isinstance(message, Finish) and isinstance(reply, FinishReply):
-            self._write(memories.load(message.step, DeviceMemory))
+            memory = memories.load(message.step, DeviceMemory)
+            self._write(memory)
             self.is_finished = True
+            if self.kit.job.links.send_models:
+                reply = with_model(reply, memory)
         return reply
 
     def _write(self, memory: DeviceMemory) -> None:
@@ -224,6 +227,11 @@ class _Device:
         folder = self.kit.folder / "model"
         write_model(folder, shipped_model(memory), card)
         self._tell(f"model: {folder}")
+
+
+def with_model(reply: FinishReply, memory: DeviceMemory) -> FinishReply:
+    """The report together with what is the device's own of its model; the backbone is the cluster's."""
+    return reply.model_copy(update={"tensors": put("header", take(memory.tensors, "shipped"))})
 
 
 def _device(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:

@@ -239,11 +239,13 @@ class RunCarrier:
             pull = self._pulls.get(message_id)
             if pull is None:
                 pull = self._pulls[message_id] = self._pool.submit(self._pull, message_id)
-            if not pull.done():
-                continue
-            del self._pulls[message_id]
-            replies = pull.result() or self._lost(message_id)
+            if pull.done():
+                del self._pulls[message_id]
+                replies = pull.result() or self._lost(message_id)
+            else:  # half of it may be all that ever comes
+                replies = self._lost(message_id)
             if replies:
+                self._pulls.pop(message_id, None)
                 self._sent.pop(message_id, None)
             found += replies
         return found
