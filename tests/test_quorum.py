@@ -90,7 +90,7 @@ def test_all_reply_at_once_and_come_in_the_links_order() -> None:
 
 @pytest.mark.parametrize(
     ("quorum", "number", "needed"),
-    [(0.5, 4, 2), (0.5, 5, 3), (0.6, 5, 3), (0.7, 10, 7), (1.0, 3, 3), (0.01, 3, 1), (0.1, 10, 1), (0.5, 1, 1)],
+    [(0.5, 4, 2), (0.5, 5, 3), (0.6, 5, 3), (0.55, 20, 11), (1.0, 3, 3), (0.01, 3, 1), (0.1, 10, 1), (0.5, 1, 1)],
 )
 def test_how_many_are_a_quorum(quorum: float, number: int, needed: int) -> None:
     names = [f"d{i}" for i in range(number)]
