@@ -233,6 +233,27 @@ def test_a_sliced_sketch_has_three_parts_of_one_shape() -> None:
             check_reply("d", coarse, CoarseReply(step=1, scores=SCORES, tensors=tensors), expected_of(coarse, {}))
 
 
+def test_a_model_may_come_only_where_the_job_lets_it_and_is_the_header_that_was_sent_or_less_of_it() -> None:
+    expected = expected_of(COARSE, {}, models=True)
+    whole = put("header", {n: torch.randn(shape) for n, (shape, _) in expected.header.items()})
+    fewer = {n: t[tuple(slice(0, max(1, s // 2)) for s in t.shape)].clone() for n, t in whole.items()}
+    for tensors in ({}, whole, fewer):
+        check_reply("d-1", QUESTIONS["finish"], changed("finish", tensors=tensors), expected)
+    first = next(iter(whole))
+    for tensors in (
+        whole | {"backbone.x": torch.zeros(1)},
+        {n: t for n, t in whole.items() if n != first},
+        whole | {first: torch.zeros([s + 1 for s in whole[first].shape])},
+        whole | {first: torch.zeros([0] * whole[first].ndim)},
+        whole | {first: whole[first].double()},
+        whole | {first: whole[first] * math.nan},
+    ):
+        with pytest.raises(ValueError, match=r"^tensor '(header|backbone)\..*' (is|must)"):
+            check_reply("d-1", QUESTIONS["finish"], changed("finish", tensors=tensors), expected)
+    with pytest.raises(ValueError, match=r"'header\..*' is unexpected"):
+        check("finish", changed("finish", tensors=whole))
+
+
 # -- what edges say to the cloud --------------------------------------------------------------------------------------
 
 
@@ -290,3 +311,16 @@ def test_a_report_names_known_devices_once() -> None:
             check_cluster_report("far", report, known)
     with pytest.raises(ValueError, match=r"^far: device a: accuracy must be within"):
         check_cluster_report("far", cluster_report("a", accuracy=7.0), known)
+
+
+def test_models_that_come_with_a_report_are_its_own_devices() -> None:
+    own = {"d-1/header.a": torch.zeros(1), "backbone.b": torch.zeros(1)}
+    check_cluster_report("far", cluster_report("d-1").model_copy(update={"tensors": own}), stats("d-1"))
+    for tensors, told in (
+        ({"d-2/header.a": torch.zeros(1)}, "tensor 'd-2/header.a' of its report is no device's of its own"),
+        ({"../d-1/header.a": torch.zeros(1)}, "is no device's of its own"),
+        ({"d-1/header.a": torch.tensor([math.nan])}, "must be finite"),
+    ):
+        report = cluster_report("d-1").model_copy(update={"tensors": tensors})
+        with pytest.raises(ValueError, match=told):
+            check_cluster_report("far", report, stats("d-1"))
