@@ -22,9 +22,11 @@ from fleetfit.messages import (
     RefineRound,
     RoundReply,
     put,
+    take,
 )
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.header import build_header
+from fleetfit.models.header import build_header, header_from_state
+from fleetfit.models.pruning import extract, prunable_layers
 from fleetfit.randomness import seeded_init
 from fleetfit.records import (
     AbsentDevice,
@@ -235,23 +237,30 @@ def test_a_sliced_sketch_has_three_parts_of_one_shape() -> None:
 
 def test_a_model_may_come_only_where_the_job_lets_it_and_is_the_header_that_was_sent_or_less_of_it() -> None:
     expected = expected_of(COARSE, {}, models=True)
-    whole = put("header", {n: torch.randn(shape) for n, (shape, _) in expected.header.items()})
-    fewer = {n: t[tuple(slice(0, max(1, s // 2)) for s in t.shape)].clone() for n, t in whole.items()}
-    for tensors in ({}, whole, fewer):
+    with torch.device("meta"):
+        shape = Backbone("vit", CONFIG).feature_shape
+    whole = header_from_state(COARSE.header, shape, 3, take(COARSE.tensors, "header"))
+    fewer = extract(whole, {n: torch.tensor([True, False, True, False]) for n in prunable_layers(whole)})
+    assert sum(t.numel() for t in fewer.state_dict().values()) < sum(t.numel() for t in whole.state_dict().values())
+    sent, cut = (put("header", dict(header.state_dict())) for header in (whole, fewer))
+    for tensors in ({}, sent, cut):
         check_reply("d-1", QUESTIONS["finish"], changed("finish", tensors=tensors), expected)
-    first = next(iter(whole))
-    for tensors in (
-        whole | {"backbone.x": torch.zeros(1)},
-        {n: t for n, t in whole.items() if n != first},
-        whole | {first: torch.zeros([s + 1 for s in whole[first].shape])},
-        whole | {first: torch.zeros([0] * whole[first].ndim)},
-        whole | {first: whole[first].double()},
-        whole | {first: whole[first] * math.nan},
+    first = next(iter(sent))
+    for tensors, told in (
+        (sent | {"backbone.x": torch.zeros(1)}, "'backbone.x' is unexpected"),
+        (sent | {"header.x": torch.zeros(1)}, "'header.x' is unexpected"),
+        (sent | {"header.x.kept": torch.zeros(1)}, "'header.x.kept' is unexpected"),
+        (sent | {"header.x.kept": torch.zeros(1, dtype=torch.int64)}, "its model cannot be built: .* unexpected"),
+        ({n: t for n, t in sent.items() if n != first}, "its model cannot be built"),
+        (sent | {first: torch.zeros([s + 1 for s in sent[first].shape])}, "its model cannot be built"),
+        (sent | {first: torch.zeros([0] * sent[first].ndim)}, "its model cannot be built"),
+        (sent | {first: sent[first].double()}, "must be torch.float32, got torch.float64"),
+        (sent | {first: sent[first] * math.nan}, "must be finite"),
     ):
-        with pytest.raises(ValueError, match=r"^tensor '(header|backbone)\..*' (is|must)"):
+        with pytest.raises(ValueError, match=told):
             check_reply("d-1", QUESTIONS["finish"], changed("finish", tensors=tensors), expected)
     with pytest.raises(ValueError, match=r"'header\..*' is unexpected"):
-        check("finish", changed("finish", tensors=whole))
+        check("finish", changed("finish", tensors=sent))
 
 
 # -- what edges say to the cloud --------------------------------------------------------------------------------------
