@@ -22,9 +22,11 @@ from fleetfit.messages import (
     RefineRound,
     RoundReply,
     put,
+    take,
 )
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.header import build_header
+from fleetfit.models.header import build_header, header_from_state
+from fleetfit.models.pruning import extract, prunable_layers
 from fleetfit.randomness import seeded_init
 from fleetfit.records import (
     AbsentDevice,
@@ -233,6 +235,34 @@ def test_a_sliced_sketch_has_three_parts_of_one_shape() -> None:
             check_reply("d", coarse, CoarseReply(step=1, scores=SCORES, tensors=tensors), expected_of(coarse, {}))
 
 
+def test_a_model_may_come_only_where_the_job_lets_it_and_is_the_header_that_was_sent_or_less_of_it() -> None:
+    expected = expected_of(COARSE, {}, models=True)
+    with torch.device("meta"):
+        shape = Backbone("vit", CONFIG).feature_shape
+    whole = header_from_state(COARSE.header, shape, 3, take(COARSE.tensors, "header"))
+    fewer = extract(whole, {n: torch.tensor([True, False, True, False]) for n in prunable_layers(whole)})
+    assert sum(t.numel() for t in fewer.state_dict().values()) < sum(t.numel() for t in whole.state_dict().values())
+    sent, cut = (put("header", dict(header.state_dict())) for header in (whole, fewer))
+    for tensors in ({}, sent, cut):
+        check_reply("d-1", QUESTIONS["finish"], changed("finish", tensors=tensors), expected)
+    first = next(iter(sent))
+    for tensors, told in (
+        (sent | {"backbone.x": torch.zeros(1)}, "'backbone.x' is unexpected"),
+        (sent | {"header.x": torch.zeros(1)}, "'header.x' is unexpected"),
+        (sent | {"header.x.kept": torch.zeros(1)}, "'header.x.kept' is unexpected"),
+        (sent | {"header.x.kept": torch.zeros(1, dtype=torch.int64)}, "its model cannot be built: .* unexpected"),
+        ({n: t for n, t in sent.items() if n != first}, "its model cannot be built"),
+        (sent | {first: torch.zeros([s + 1 for s in sent[first].shape])}, "its model cannot be built"),
+        (sent | {first: torch.zeros([0] * sent[first].ndim)}, "its model cannot be built"),
+        (sent | {first: sent[first].double()}, "must be torch.float32, got torch.float64"),
+        (sent | {first: sent[first] * math.nan}, "must be finite"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            check_reply("d-1", QUESTIONS["finish"], changed("finish", tensors=tensors), expected)
+    with pytest.raises(ValueError, match=r"'header\..*' is unexpected"):
+        check("finish", changed("finish", tensors=sent))
+
+
 # -- what edges say to the cloud --------------------------------------------------------------------------------------
 
 
@@ -290,3 +320,16 @@ def test_a_report_names_known_devices_once() -> None:
             check_cluster_report("far", report, known)
     with pytest.raises(ValueError, match=r"^far: device a: accuracy must be within"):
         check_cluster_report("far", cluster_report("a", accuracy=7.0), known)
+
+
+def test_models_that_come_with_a_report_are_its_own_devices() -> None:
+    own = {"d-1/header.a": torch.zeros(1), "backbone.b": torch.zeros(1)}
+    check_cluster_report("far", cluster_report("d-1").model_copy(update={"tensors": own}), stats("d-1"))
+    for tensors, told in (
+        ({"d-2/header.a": torch.zeros(1)}, "tensor 'd-2/header.a' of its report is no device's of its own"),
+        ({"../d-1/header.a": torch.zeros(1)}, "is no device's of its own"),
+        ({"d-1/header.a": torch.tensor([math.nan])}, "must be finite"),
+    ):
+        report = cluster_report("d-1").model_copy(update={"tensors": tensors})
+        with pytest.raises(ValueError, match=told):
+            check_cluster_report("far", report, stats("d-1"))

@@ -6,10 +6,12 @@ lies within these bounds keeps its weight in the averages and its voice in what 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from fleetfit.config import PrivacyConfig, RefineConfig
 from fleetfit.messages import (
@@ -24,10 +26,11 @@ from fleetfit.messages import (
     Message,
     ProposeReply,
     RoundReply,
+    put,
     take,
 )
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.header import header_from_state
+from fleetfit.models.header import Header, header_from_state
 from fleetfit.records import DeviceAttributes, DeviceReport, ValidationScores
 from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes, ways_to_ship
 
@@ -52,7 +55,7 @@ class Expected:
     channels: int = 0
     header: Mapping[str, Like] = field(default_factory=dict)
     importance: Mapping[str, Like] = field(default_factory=dict)
-    models: bool = False
+    rebuild: Callable[[Mapping[str, Tensor]], Header] | None = None
 
 
 def expected_of(
@@ -73,7 +76,7 @@ def expected_of(
         header={name: (tuple(t.shape), t.dtype) for name, t in tensors.items()},
         privacy=privacy or PrivacyConfig(),
         importance={n: (s, torch.float32) for n, s in importance_shapes(header, coarse.refine).items()},
-        models=models,
+        rebuild=partial(header_from_state, coarse.header, shape, len(coarse.labels)) if models else None,
     )
 
 
@@ -110,7 +113,7 @@ def check_reply(device: str, request: DeviceMessage, reply: Message, expected: E
         for scores in reply.scores.values():
             _check_scores(scores, known)
     elif isinstance(reply, FinishReply):
-        _check_tensors(reply, _shipped(reply, expected))
+        _check_model(reply, expected)
         check_report(reply.report, device)
         if known and reply.report.limit_bytes != known.storage_limit_bytes:
             raise ValueError(f"limit_bytes must be {known.storage_limit_bytes}, got {reply.report.limit_bytes}")
@@ -201,16 +204,26 @@ def _sketch(reply: CoarseReply, expected: Expected) -> dict[str, Like]:
     return {"sketch.all": ((min(max(rows, 1), most), expected.channels), torch.float32)}
 
 
-def _shipped(reply: FinishReply, expected: Expected) -> dict[str, Like]:
+def _check_model(reply: FinishReply, expected: Expected) -> None:
     """The header as it is shipped, where models may come and one came: as it was sent, or with fewer neurons."""
-    if not expected.models or not reply.tensors:
-        return {}
-    likes = {}
-    for name, (shape, dtype) in expected.header.items():
-        sent = reply.tensors.get(f"header.{name}")
-        smaller = sent is not None and sent.ndim == len(shape) and all(map(lambda a, b: 0 < a <= b, sent.shape, shape))
-        likes[f"header.{name}"] = (tuple(sent.shape) if sent is not None and smaller else shape, dtype)
-    return likes
+    if expected.rebuild is None or not reply.tensors:
+        _check_tensors(reply, {})
+        return
+    own = take(reply.tensors, "header")
+    for name in reply.tensors.keys() - put("header", own).keys():
+        raise ValueError(f"tensor {name!r} is unexpected")
+    for name, tensor in own.items():
+        like = expected.header.get(name)
+        if like is None and (not name.endswith(".kept") or tensor.dtype != torch.int64 or tensor.ndim != 1):
+            raise ValueError(f"tensor 'header.{name}' is unexpected")
+        if like is not None and tensor.dtype != like[1]:
+            raise ValueError(f"tensor 'header.{name}' must be {like[1]}, got {tensor.dtype}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor 'header.{name}' must be finite")
+    try:
+        expected.rebuild(own)
+    except (ValueError, RuntimeError, LookupError, TypeError) as error:  # whatever is built of what others say
+        raise ValueError(f"its model cannot be built: {error}") from error
 
 
 def _put(prefix: str, likes: Mapping[str, Like]) -> dict[str, Like]:

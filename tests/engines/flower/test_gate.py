@@ -15,9 +15,20 @@ import pytest
 import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.message_pb2 import Metadata
+from flwr.proto.node_pb2 import Node
 
 from fleetfit.engines.flower import gate as gate_module
-from fleetfit.engines.flower.certificates import Authority, make_member_key, make_server, read_member_key, sign
+from fleetfit.engines.flower.certificates import (
+    Authority,
+    client_context,
+    make_member_key,
+    make_server,
+    read_member_key,
+    sign,
+)
 from fleetfit.engines.flower.gate import MAX_CALL_BYTES, Gate, listen
 from fleetfit.engines.flower.greeting import Greeter, Greeting, NotThere, Refused, Status, objection
 from fleetfit.engines.flower.hub import check_certificate, free_port
@@ -313,6 +324,7 @@ def test_what_nodes_need_is_passed_on_and_nothing_else(insecure: Kit, inside: An
             "/v1/fleet/..%2fcontrol%2fstart-run",
             "/v1/fleet/",
             "/v1/fleet/a/b",
+            "/v1/fleet/start-run",
             "/docs",
             "/health",
         ):
@@ -325,12 +337,40 @@ def test_sizes_are_bounded_before_flower_sees_anything(insecure: Kit, inside: An
     with opened(insecure, address) as (_, told):
         assert post(insecure, "/v1/fleet/push-object", bytes(MAX_CALL_BYTES + 1))[0] == 413
         assert asked == []
-        assert post(insecure, "/v1/fleet/push-messages", b"m")[0] == 202
+        assert post(insecure, "/v1/fleet/push-messages", b"")[0] == 202
         assert post(insecure, "/v1/fleet/push-object", bytes(3_000_000))[0] == 202
         assert post(insecure, "/v1/fleet/push-object", bytes(2_000_000))[0] == 413
-        assert post(insecure, "/v1/fleet/push-messages", b"m")[0] == 202
+        assert post(insecure, "/v1/fleet/push-messages", b"")[0] == 202
         assert post(insecure, "/v1/fleet/push-object", bytes(2_000_000))[0] == 202
     assert told[0] == "refused (127.0.0.1): a member sends more than links.max_message_bytes (push-object)"
+
+
+def test_only_those_without_keys_may_register_themselves(insecure: Kit, kits: Path, inside: Any) -> None:
+    address, asked = inside
+    with opened(insecure, address):
+        assert post(insecure, "/v1/fleet/register-node")[0] == 202
+    assert len(asked) == 1
+    kit = with_port(kits, "small")
+    with opened(kit, address):
+        connection = http.client.HTTPSConnection("127.0.0.1", kit.server.port, context=client_context(kit.ca))
+        connection.request("POST", "/v1/fleet/register-node", b"")
+        assert connection.getresponse().status == 404
+        connection.close()
+
+
+def test_nobody_answers_in_the_name_of_another(insecure: Kit, inside: Any) -> None:
+    address, asked = inside
+
+    def pushed(node: int, source: int) -> bytes:
+        message = ProtoMessage(metadata=Metadata(src_node_id=source))
+        return PushMessagesRequest(node=Node(node_id=node), messages_list=[message]).SerializeToString()
+
+    with opened(insecure, address) as (_, told):
+        assert post(insecure, "/v1/fleet/push-messages", pushed(7, 7))[0] == 202
+        assert post(insecure, "/v1/fleet/push-messages", pushed(7, 8))[0] == 403
+        assert post(insecure, "/v1/fleet/push-messages", b"\xff\xff")[0] == 403
+    assert len(asked) == 1
+    assert told == ["refused (127.0.0.1): a member answers in the name of another"]
 
 
 def test_flower_that_is_not_up_yet_is_no_reason_to_give_up(insecure: Kit) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fleetfit.artifacts import Ledger, RunFolder, StepFolder, differences, write_atomically
+from fleetfit.artifacts import Ledger, RunFolder, StepFolder, differences, locked, write_atomically
 from fleetfit.config import Job
 from fleetfit.device import DeviceMemory
 from fleetfit.engines.flower.gate import Tell
@@ -55,7 +55,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
         shares = job.data.test_share, job.data.public_share
         public = load_data(kit, shares[0] / (sum(shares) or 1.0), ("public",))
         progress("data", 1, 1, f"{len(public.train)} public samples to train on")
-        with _server(kit, tell) as server:
+        with _server(kit, tell) as server, _alone(kit):
             _wait_for_edges(server, progress)
             carrier = server.carrier(_run_id(out))
             try:
@@ -84,6 +84,23 @@ def _server(kit: Kit, tell: Tell) -> Iterator[Server]:
         return
     with hold(kit.folder), Hub(kit, tell) as hub:
         yield hub
+
+
+@contextmanager
+def _alone(kit: Kit) -> Iterator[None]:
+    """Edges do one thing at a time.
+
+    Raises:
+        ValueError: another run is at it.
+    """
+    try:
+        held = locked(kit.state / ".run")
+    except ValueError:
+        raise ValueError(f"another `fleetfit run` is at work with {kit.folder}; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        held.close()
 
 
 def _wait_for_edges(server: Server, progress: Progress) -> None:

@@ -5,7 +5,6 @@ go where. Here it listens on this machine only, and this door passes what nodes 
 """
 
 import logging
-import re
 import secrets
 import socket
 import threading
@@ -33,11 +32,24 @@ from fleetfit.engines.flower.greeting import (
     read_greeting,
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
+from fleetfit.engines.flower.runtime import speaks_for_itself
 from fleetfit.messages import printable
 
 log = logging.getLogger(__name__)
 
-CALL = re.compile(r"[a-z]+(-[a-z]+)*")
+CALLS = {  # what Flower's nodes need
+    "activate-node",
+    "deactivate-node",
+    "send-node-heartbeat",
+    "pull-messages",
+    "pull-object",
+    "confirm-message-received",
+    "get-run",
+    "get-fab",
+    "push-messages",
+    "push-object",
+}
+CALLS_WITHOUT_KEYS = CALLS | {"register-node", "unregister-node"}  # of nodes that nobody knows beforehand
 MAX_CALL_BYTES = 8 * 2**20  # Flower cuts what it sends into pieces of 5 MiB
 AROUND = 2**20  # what Flower adds to a message at most
 NOT_PASSED_ON = {"connection", "host", "content-length", "transfer-encoding", "content-encoding", "keep-alive", "te"}
@@ -202,13 +214,16 @@ class Gate:
 
     async def _pass_on(self, request: Request) -> Response:
         call = request.path_params["call"]
-        if not CALL.fullmatch(call):
+        if call not in (CALLS_WITHOUT_KEYS if self.kit.file.insecure else CALLS):
             return Response(status_code=404)
+        address = request.client.host if request.client else ""
         body = await _read(request, MAX_CALL_BYTES)
         if body is None or self._is_too_much(request.headers.get(KEY, ""), call, len(body)):
-            address = request.client.host if request.client else ""
             self._refuse(address, f"a member sends more than links.max_message_bytes ({call})")
             return Response(status_code=413)
+        if call == PUSH_START and not speaks_for_itself(body):
+            self._refuse(address, "a member answers in the name of another")
+            return Response(status_code=403)
         headers = {k: v for k, v in request.headers.items() if k.lower() not in NOT_PASSED_ON}
         try:
             answer = await self._client.post(f"{self._inside}/v1/fleet/{call}", content=body, headers=headers)

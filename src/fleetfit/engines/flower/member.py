@@ -219,7 +219,7 @@ class Member:
             content = message.content if message.has_content() else RecordDict()
             request = decode_any(unpack(content, most, "it"), "it", most)
             return handle(message.metadata.group_id, request)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError, httpx.HTTPError) as error:
             kind = request.kind if request is not None else "message"
             log.warning("%s of %s", kind, above, exc_info=error)
             self._tell(f"a {kind} of {above} cannot be answered: {error}")

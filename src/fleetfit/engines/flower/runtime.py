@@ -26,7 +26,7 @@ from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PushMessagesRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -55,6 +55,7 @@ from flwr.superlink.grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime.run_clientapp import push_message
+from google.protobuf.message import DecodeError
 
 from fleetfit.engines.flower.link import CarrierFailed
 
@@ -324,6 +325,16 @@ def _task(api: Api, token: str) -> Iterator[RuntimeHttpClient]:
     finally:
         heartbeat.stop()
         client.close()
+
+
+def speaks_for_itself(body: bytes) -> bool:
+    """Whether the replies that a node pushes are its own: Flower checks who pushes, and not whose it says they are."""
+    request = PushMessagesRequest()
+    try:
+        request.ParseFromString(body)
+    except DecodeError:
+        return False
+    return all(m.metadata.src_node_id == request.node.node_id for m in request.messages_list)
 
 
 def sign_off(address: str, ca: Path, key: ec.EllipticCurvePrivateKey, node: int) -> None:
