@@ -30,7 +30,8 @@ from fleetfit.artifacts import (
     write_atomically,
 )
 from fleetfit.config import Job, make_job
-from fleetfit.messages import RoundReply, StatsRequest, encode
+from fleetfit.edge import EdgeState
+from fleetfit.messages import StatsRequest, encode
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.header import build_header
@@ -41,9 +42,9 @@ from fleetfit.records import BackboneShape, Block, HeaderSpec, ValidationScores
 torch.set_num_threads(1)
 
 
-def reply(value: float = 1.0) -> RoundReply:
+def reply(value: float = 1.0) -> EdgeState:
     scores = ValidationScores(num_samples=1, loss_sum=value, num_correct=1)
-    return RoundReply(scores=scores, tensors={"t": torch.full((3,), value)})
+    return EdgeState(scores=scores, tensors={"t": torch.full((3,), value)})
 
 
 # -- whole files or none ----------------------------------------------------------------------------------------------
@@ -125,18 +126,18 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_step_is_computed_once_and_its_cost_counted_once_in_each_run(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def run() -> tuple[Ledger, RoundReply, list[tuple[str, dict[str, int]]]]:
+    def run() -> tuple[Ledger, EdgeState, list[tuple[str, dict[str, int]]]]:
         ledger, told = Ledger(), []
         steps = StepFolder(tmp_path, ledger, lambda name, s, bytes_by_link, value: told.append((name, bytes_by_link)))
         ledger.traffic["up"] += 1000  # of something else, before
 
-        def compute() -> RoundReply:
+        def compute() -> EdgeState:
             calls.append(1)
             ledger.traffic["up"] += 5
             ledger.traffic["down"] += 7
             return reply(0.25)
 
-        value = steps.step("refine/phones/1", RoundReply, compute)
+        value = steps.step("refine/phones/1", EdgeState, compute)
         return ledger, value, told
 
     first, value, told = run()
@@ -155,23 +156,23 @@ def test_phases_add_up(tmp_path: Path) -> None:
     ledger = Ledger()
     steps = StepFolder(tmp_path, ledger)
     for name in ("a/x", "a/y", "b/x"):
-        steps.step(name, RoundReply, reply)
+        steps.step(name, EdgeState, reply)
     assert set(ledger.seconds) == {"a", "b"}
     one = Ledger()
-    StepFolder(tmp_path, one).step("a/x", RoundReply, reply)
+    StepFolder(tmp_path, one).step("a/x", EdgeState, reply)
     assert 0 < one.seconds["a"] < ledger.seconds["a"]
 
 
 def test_a_step_that_fails_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     steps = StepFolder(tmp_path, Ledger())
 
-    def fail() -> RoundReply:
+    def fail() -> EdgeState:
         raise RuntimeError("flux")
 
     with pytest.raises(RuntimeError, match="flux"):
-        steps.step("a", RoundReply, fail)
+        steps.step("a", EdgeState, fail)
     assert not list(tmp_path.rglob("*"))
-    assert steps.step("a", RoundReply, reply).scores == reply().scores
+    assert steps.step("a", EdgeState, reply).scores == reply().scores
 
 
 def never() -> Any:
@@ -185,7 +186,7 @@ def never() -> Any:
         (lambda blob: blob[:-1], "corrupt"),
         (lambda blob: blob[: len(blob) // 2], "truncated"),
         (lambda blob: b"\xff" * 300, "truncated or foreign"),
-        (lambda blob: encode(StatsRequest(), cost="{}"), "is a 'stats_request', expected a 'round_reply'"),
+        (lambda blob: encode(StatsRequest(), cost="{}"), "is a 'stats_request', expected a 'edge_state'"),
         (lambda blob: encode(reply()), "does not say what it cost"),
         (lambda blob: encode(reply(), cost="no json"), "does not say what it cost"),
         (lambda blob: encode(reply(), cost="[1]"), "does not say what it cost"),
@@ -195,17 +196,17 @@ def never() -> Any:
     ],
 )
 def test_a_corrupt_step_names_its_file_and_counts_nothing(tmp_path: Path, damage: Any, says: str) -> None:
-    StepFolder(tmp_path, Ledger()).step("a/b", RoundReply, reply)
+    StepFolder(tmp_path, Ledger()).step("a/b", EdgeState, reply)
     path = tmp_path / "a" / "b.safetensors"
     path.write_bytes(damage(path.read_bytes()))
     ledger = Ledger()
     with pytest.raises(ValueError, match=says) as error:
-        StepFolder(tmp_path, ledger).step("a/b", RoundReply, never)
+        StepFolder(tmp_path, ledger).step("a/b", EdgeState, never)
     assert str(error.value).startswith(f"{path} (delete it to compute this step again) ")
     assert not ledger.traffic
     assert not ledger.seconds
     path.unlink()
-    assert StepFolder(tmp_path, ledger).step("a/b", RoundReply, reply).scores == reply().scores
+    assert StepFolder(tmp_path, ledger).step("a/b", EdgeState, reply).scores == reply().scores
 
 
 def test_a_ledger_tells_what_was_added_since() -> None:
@@ -226,22 +227,40 @@ def test_the_last_two_memories_of_a_device_are_kept(tmp_path: Path) -> None:
         folder.save(step, reply(float(step)))
     assert sorted(p.name for p in folder.folder.iterdir()) == ["3.safetensors", "4.safetensors"]
     for step in (3, 4):
-        assert torch.equal(folder.load(step, RoundReply).tensors["t"], torch.full((3,), float(step)))
+        assert torch.equal(folder.load(step, EdgeState).tensors["t"], torch.full((3,), float(step)))
     # The message before the last is repeated after a kill: what it meets is still there afterwards.
     folder.save(4, reply(4.5))
-    assert float(folder.load(4, RoundReply).scores.loss_sum) == 4.5
-    assert folder.load(3, RoundReply).scores.loss_sum == 3.0
+    assert float(folder.load(4, EdgeState).scores.loss_sum) == 4.5
+    assert folder.load(3, EdgeState).scores.loss_sum == 3.0
+
+
+def test_the_memory_that_a_message_meets(tmp_path: Path) -> None:
+    """Also when steps were missed, and when the message is repeated; a step that is over meets none."""
+    folder = MemoryFolder(tmp_path)
+    assert folder.before(1, EdgeState) is None
+    for step in (1, 2, 5):
+        folder.save(step, reply(float(step)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2.safetensors", "5.safetensors"]
+    for step, met in ((5, 2), (6, 5), (9, 5)):
+        memory = folder.before(step, EdgeState)
+        assert memory is not None
+        assert float(memory.tensors["t"][0]) == met
+    for step in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"^step {step} is over: the device has come to 5$"):
+            folder.before(step, EdgeState)
+    folder.save(1, reply())  # another run begins
+    assert [p.name for p in tmp_path.iterdir()] == ["1.safetensors"]
 
 
 def test_a_memory_that_is_missing_or_corrupt_is_named(tmp_path: Path) -> None:
     folder = MemoryFolder(tmp_path)
     path = tmp_path / "7.safetensors"
     with pytest.raises(ValueError, match=r"7\.safetensors is missing: the run folder is damaged") as error:
-        folder.load(7, RoundReply)
+        folder.load(7, EdgeState)
     assert str(path) in str(error.value)
     folder.save(7, StatsRequest())
     with pytest.raises(ValueError, match="is a 'stats_request'") as error:
-        folder.load(7, RoundReply)
+        folder.load(7, EdgeState)
     assert str(path) in str(error.value)
 
 
@@ -290,8 +309,10 @@ def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -
     assert "(differs in model.config.hidden_size, refine.rounds, seed); choose another --out" in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert (tmp_path / "job.toml").read_bytes() == saved
-    with RunFolder(tmp_path, make_job({"run": {"threads": 2, "cache": "elsewhere"}})) as folder:
+    how = {"run": {"threads": 2, "cache": "elsewhere"}, "links": {"quorum": 0.25}}
+    with RunFolder(tmp_path, make_job(how)) as folder:
         assert folder.job.run.threads == 2  # how to run is no part of what is run
+        assert folder.job.links.quorum == 0.25
 
 
 def test_a_key_that_only_one_job_has_is_a_difference(tmp_path: Path) -> None:
@@ -320,7 +341,7 @@ def test_metrics_have_one_line_a_step_also_when_it_is_read_back(tmp_path: Path) 
     for _ in range(2):
         with RunFolder(tmp_path, Job()) as folder:
             for name in ("a/x", "b/x"):
-                folder.steps.step(name, RoundReply, reply)
+                folder.steps.step(name, EdgeState, reply)
             lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == ["a/x", "b/x"]
         assert lines[0]["scores"] == {"num_samples": 1, "loss_sum": 1.0, "num_correct": 1}

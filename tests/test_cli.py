@@ -1,5 +1,6 @@
 """The command line as a user meets it: help, output streams, exit codes, signals, speed. The engine is a stand-in."""
 
+import importlib.util
 import json
 import os
 import re
@@ -16,9 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 import fleetfit
-from fleetfit import cli, profiling, terminal
+from fleetfit import cli, engines, profiling, terminal
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.engines import local
+from fleetfit.engines.flower import simulation
+from fleetfit.engines.flower.nodes import Resources
 from fleetfit.job_text import explained_toml
 from fleetfit.messages import Progress
 from fleetfit.profiles import find_profile, ready_profiles
@@ -90,6 +93,48 @@ def test_run_prints_the_summary_on_stdout_and_progress_on_stderr(shell: Any) -> 
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("use:"))
     assert "reference ..." in result.stderr
     assert "summary" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "resources"),
+    [
+        ((), Resources(num_cpus=3.0)),
+        (("--num-cpus", "0.5", "--num-gpus", "0.25", "--address", "auto"), Resources(0.5, 0.25, "auto")),
+    ],
+)
+def test_the_simulation_is_told_what_a_device_takes(
+    shell: Any, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], resources: Resources
+) -> None:
+    given: list[Any] = []
+
+    def simulate(job: Any, out: Path, progress: Any, resources: Resources) -> dict[str, Any]:
+        given.append(resources)
+        return fake_run(job, out, progress)
+
+    monkeypatch.setattr(simulation, "run", simulate)
+    result = shell("run", RECIPE, "--engine", "simulation", "-s", "run.threads=3", *options)
+    assert result.exit_code == 0, result.stderr
+    assert given == [resources]
+    assert "look:    runs/digits/report.html" in result.stdout
+
+
+@pytest.mark.parametrize("option", ["--num-cpus=2", "--num-gpus=1", "--address=auto"])
+def test_what_only_the_simulation_knows_is_refused_elsewhere(shell: Any, option: str) -> None:
+    result = shell("run", RECIPE, option)
+    assert result.exit_code == 2
+    assert "goes with --engine simulation" in result.stderr
+
+
+def test_a_missing_package_of_an_engine_is_told_with_what_to_install(
+    shell: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("fleetfit.engines.flower")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(engines, "flower", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = shell("run", RECIPE, "--engine", "simulation")
+    assert result.exit_code == 1
+    assert 'pip install "fleetfit[flower]"' in result.stderr
 
 
 def test_progress_without_a_terminal_is_two_lines_a_phase(shell: Any) -> None:

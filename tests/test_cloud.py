@@ -141,10 +141,10 @@ class Edges:
 
     members = ("a", "b")
 
-    def ask(self, messages, reply):
-        if reply is ClusterStats:
-            assert all(isinstance(m, StatsRequest) for m in messages.values())
-            return {c: ClusterStats(devices=(make_device(10**6),)) for c in messages}
+    def ask(self, messages):
+        if all(isinstance(m, StatsRequest) for m in messages.values()):
+            one = make_device(10**6)
+            return {c: ClusterStats(devices=(one.model_copy(update={"device_id": f"{c}-1"}),)) for c in messages}
         assert all(isinstance(m, BackboneAssignment) for m in messages.values())
         return {
             c: ClusterReport(

@@ -19,6 +19,7 @@ from fleetfit.messages import (
     AttributesRequest,
     CoarseModel,
     CoarseReply,
+    Declined,
     Finish,
     FinishReply,
     Message,
@@ -231,15 +232,64 @@ def test_another_device_and_another_seed_see_other_batches() -> None:
     assert not torch.equal(replies[0], replies[2])
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 7])
-def test_a_message_of_a_wrong_step_is_refused(step: int) -> None:
-    state, _ = started(make_coarse())
-    with pytest.raises(ValueError, match=f"device phones-1: expected step 2, got {step}"):
-        handle(state, RefineRound(step=step, round=1))
+def test_a_step_that_is_over_is_refused() -> None:
+    state = whole_life(make_coarse(rounds=2, epochs=1))[1][0]
+    assert state.memory.step == 2
+    for step in (0, 1, 2):
+        with pytest.raises(ValueError, match=f"device phones-1: step {step} is over, it has come to 2"):
+            handle(state, RefineRound(step=step, round=1))
+
+
+def test_a_device_that_missed_steps_goes_on_from_what_the_edge_knows() -> None:
+    """Round 1 missed: with nothing known it starts from the coarse header, else from the personal tensors."""
+    coarse = make_coarse(rounds=2, epochs=1, prune_share=0.5)
+    (state, _), (after, reply) = whole_life(coarse)[:2]
+    missed, answer = handle(state, RefineRound(step=3, round=2))
+    assert (missed.memory.step, answer.step) == (3, 3)
+    assert all(bool(mask.all()) for mask in take(missed.memory.tensors, "kept").values())
+    # Round 2 trains on other batches than round 1, from the same header.
+    assert not torch.equal(
+        missed.memory.tensors["header.classifier.last.weight"], reply.tensors["header.classifier.last.weight"]
+    )
+    known, same = handle(state, RefineRound(step=3, round=2, tensors=personal(reply)))
+    then, expected = handle(after, RefineRound(step=3, round=2, tensors=personal(reply)))
+    assert_equal(same, expected)
+    assert_same_tensors(take(known.memory.tensors, "kept"), take(then.memory.tensors, "kept"))
+
+
+@pytest.mark.parametrize("options", [{}, {"fine_tune": True}, {"exchange": "importance", "fine_tune": True}], ids=str)
+def test_a_device_that_missed_the_proposal_ships_the_same(options: dict[str, Any]) -> None:
+    coarse = make_coarse(rounds=1, epochs=1, prune_share=0.5, **options)
+    steps = whole_life(coarse)
+    before, reply = steps[1]
+    state, finished = handle(before, Finish(step=4, header="refined", tensors=personal(reply)))
+    assert_equal(finished, steps[-1][1])
+    assert_same_tensors(take(state.memory.tensors, "shipped"), take(steps[-1][0].memory.tensors, "shipped"))
+    # Its proposal was made, and lost on the way: the tensors are not taken twice.
+    state, finished = handle(steps[2][0], Finish(step=4, header="refined", tensors=personal(reply)))
+    assert_equal(finished, steps[-1][1])
+
+
+def test_a_device_that_has_only_the_coarse_model_ships_it() -> None:
+    state, _ = started(make_coarse(rounds=3, epochs=1))
+    state, reply = handle(state, Finish(step=6, header="refined"))
+    assert isinstance(reply, FinishReply)
+    assert_same_tensors(take(state.memory.tensors, "shipped"), take(state.memory.tensors, "coarse"))
+
+
+def test_the_coarse_model_begins_anew_and_attributes_change_nothing() -> None:
+    coarse = make_coarse(rounds=1, epochs=1)
+    state = whole_life(coarse)[-1][0]
+    again, reply = handle(state, AttributesRequest(step=0))
+    assert again is state
+    fresh, expected = started(coarse)
+    anew, reply = handle(state, coarse)
+    assert_equal(reply, expected)
+    assert_equal(anew.memory, fresh.memory)
 
 
 @pytest.mark.parametrize(
-    "message", [StatsRequest(), AttributesReply(attributes=make_state().attributes), DeviceMemory()]
+    "message", [StatsRequest(), AttributesReply(step=0, attributes=make_state().attributes), DeviceMemory()]
 )
 def test_a_message_that_is_not_for_devices_is_refused(message: Message) -> None:
     with pytest.raises(ValueError, match=rf"device phones-1: cannot answer a '{message.kind}'"):
@@ -253,8 +303,9 @@ def test_nothing_but_attributes_before_the_coarse_model(message: Message) -> Non
     state, reply = handle(make_state(), AttributesRequest(step=0))
     assert isinstance(reply, AttributesReply)
     assert reply.attributes == state.attributes
-    with pytest.raises(ValueError, match=r"\S"):
-        handle(state, message)
+    after, declined = handle(state, message)
+    assert after is state
+    assert declined == Declined(reason="it has no coarse model", needs_model=True)
 
 
 def test_a_device_that_has_not_finished_has_no_model() -> None:
@@ -674,5 +725,17 @@ def test_a_model_over_the_limit_is_refused_with_both_sizes() -> None:
     coarse = make_coarse(rounds=1, epochs=1)
     size = report_of(whole_life(coarse)).size_bytes
     assert report_of(whole_life(coarse, make_state(limit=size))).size_bytes == size
+    # Told before anything is computed, and nothing of it is kept.
+    small = make_state(limit=size - 1)
+    after, reply = handle(small, coarse)
+    assert after is small
+    assert reply == Declined(reason=f"the model has {size} bytes, the device's limit is {size - 1}")
+
+
+def test_what_ships_is_checked_against_the_limit_once_more() -> None:
+    coarse = make_coarse(rounds=1, epochs=1)
+    state = whole_life(coarse)[-2][0]
+    size = report_of(whole_life(coarse)).size_bytes
+    shrunk = replace(state, attributes=state.attributes.model_copy(update={"storage_limit_bytes": size - 1}))
     with pytest.raises(ValueError, match=rf"phones-1.* {size} bytes.* {size - 1}"):
-        whole_life(coarse, make_state(limit=size - 1))
+        handle(shrunk, Finish(step=4, header="refined"))

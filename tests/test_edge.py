@@ -123,12 +123,13 @@ def test_calibrated_with_devices_of_one_sample(sketch: str) -> None:
 
 def test_the_first_state_pools_scores_and_keeps_the_order_of_devices() -> None:
     replies = {
-        f"d{i}": CoarseReply(scores=scores(2 + i, 0.5, i), tensors=put("sketch", {"all": features_of(g, i)}))
+        f"d{i}": CoarseReply(step=1, scores=scores(2 + i, 0.5, i), tensors=put("sketch", {"all": features_of(g, i)}))
         for i, g in enumerate((0, 1, 0))
     }
     state = edge.first_state(RefineConfig(), replies)
     assert state.scores.model_dump() == {"num_samples": 9, "loss_sum": 4.5, "num_correct": 3}
-    assert (state.round, dict(state.tensors)) == (0, {})
+    assert (state.round, state.devices) == (0, ("d0", "d1", "d2"))
+    assert all(edge.personal(state, d) == {} for d in state.devices), "a sketch is nobody else's business"
     weights = torch.tensor(state.weights)
     assert weights[0, 2] > weights[0, 1]
     assert weights[2, 0] > weights[2, 1]
@@ -143,6 +144,7 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
     """Q_1 = (1, 3 | 4) has sum 8, Q_2 = (30, 10 | 0) has sum 40: scaled (.125, .375 | .5) and (.75, .25 | 0)."""
     replies = {
         "one": RoundReply(
+            step=2,
             scores=scores(1, 1.0),
             tensors={
                 "importance.a": torch.tensor([1.0, 3.0]),
@@ -151,6 +153,7 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
             },
         ),
         "two": RoundReply(
+            step=2,
             scores=scores(3, 2.0, 2),
             tensors={
                 "importance.a": torch.tensor([30.0, 10.0]),
@@ -159,7 +162,7 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
             },
         ),
     }
-    state = edge.next_state(EdgeState(weights=WEIGHTS, scores=NOTHING, round=3), replies)
+    state = edge.next_state(EdgeState(devices=("one", "two"), weights=WEIGHTS, scores=NOTHING, round=3), replies)
     expected = {
         "one/importance.a": [0.28125, 0.34375],  # .75 * .125 + .25 * .75, .75 * .375 + .25 * .25
         "one/importance.b": [0.375],
@@ -177,6 +180,63 @@ def test_the_next_state_is_eq_21_worked_by_hand() -> None:
     }
 
 
+def test_who_missed_the_round_keeps_what_the_edge_knew_and_nobody_listens_to_it() -> None:
+    """Two of three: weights (.6, .2) and (.3, .5) are scaled to (.75, .25) and (.375, .625)."""
+    weights = ((0.6, 0.2, 0.2), (0.3, 0.5, 0.2), (0.1, 0.1, 0.8))
+    tensors = {
+        "two/header.w": torch.tensor([9.0]),
+        "three/header.w": torch.tensor([7.0]),
+        "three/importance.a": torch.tensor([0.5]),
+        "three/sketch.all": torch.tensor([[1.0]]),
+    }
+    before = EdgeState(devices=("one", "two", "three"), weights=weights, scores=NOTHING, tensors=tensors)
+    replies = {
+        d: RoundReply(
+            step=3, scores=scores(1, 1.0), tensors={"importance.a": torch.tensor([1.0]), "header.w": torch.tensor([w])}
+        )
+        for d, w in (("one", 0.0), ("two", 8.0))
+    }
+    state = edge.next_state(before, replies)
+    header = {d: float(edge.personal(state, d)["header.w"]) for d in before.devices}
+    assert header == pytest.approx({"one": 2.0, "two": 5.0, "three": 7.0})
+    assert edge.personal(state, "three") == {
+        "header.w": torch.tensor([7.0]),
+        "importance.a": torch.tensor([0.5]),
+    }
+    assert state.weights == weights
+    assert state.scores.num_samples == 2
+
+
+def test_weights_among_all_are_those_of_the_state_to_the_last_bit() -> None:
+    weights = ((0.1, 0.2, 0.7), (1 / 3, 1 / 3, 1 / 3), (0.3, 0.3, 0.4))
+    state = EdgeState(
+        devices=("a", "b", "c"), weights=weights, distance=((0, 1, 2), (1, 0, 3), (2, 3, 0)), scores=NOTHING
+    )
+    assert edge.weights_among(state, {"a": 1, "b": 2, "c": 3}).tolist() == [list(row) for row in weights]
+    some = edge.weights_among(state, ["a", "c", "never"])
+    torch.testing.assert_close(
+        some, torch.tensor([[0.125, 0.875, 0], [3 / 7, 4 / 7, 0], [0, 0, 1]], dtype=torch.float64)
+    )
+    assert edge.distance_among(state, ["a", "c", "never"]) == ((0, 2, 0), (2, 0, 0), (0, 0, 0))
+
+
+def test_who_joins_is_weighed_with_all_in_the_links_order() -> None:
+    """As if it had been there from the beginning; what the others have got stays theirs."""
+    order = ("d0", "d1", "d2")
+    replies = {
+        d: CoarseReply(step=1, scores=scores(2, 0.5), tensors=put("sketch", {"all": features_of(g, i)}))
+        for i, (d, g) in enumerate(zip(order, (0, 1, 0), strict=True))
+    }
+    together = edge.first_state(RefineConfig(), replies)
+    early = edge.first_state(RefineConfig(), {d: replies[d] for d in ("d0", "d2")})
+    early = early.model_copy(update={"tensors": early.tensors | {"d0/header.w": torch.ones(1)}})
+    late = edge.with_joined(RefineConfig(), early, {"d1": replies["d1"]}, order)
+    assert late.devices == order
+    assert (late.weights, late.distance) == (together.weights, together.distance)
+    assert edge.personal(late, "d0") == {"header.w": torch.ones(1)}
+    assert edge.with_joined(RefineConfig(), early, {}, order) is early
+
+
 def test_a_device_whose_name_begins_like_anothers_gets_only_its_own() -> None:
     tensors = {f"{d}/importance.a": torch.tensor([float(i)]) for i, d in enumerate(("d-1", "d-10", "d-1/x"))}
     state = EdgeState(scores=NOTHING, tensors=tensors)
@@ -185,8 +245,8 @@ def test_a_device_whose_name_begins_like_anothers_gets_only_its_own() -> None:
 
 @pytest.mark.parametrize("importance", [{}, {"importance.a": torch.zeros(2)}])
 def test_headers_without_neurons_and_importance_of_zero(importance: dict[str, Tensor]) -> None:
-    replies = {d: RoundReply(scores=NOTHING, tensors=importance) for d in ("one", "two")}
-    state = edge.next_state(EdgeState(weights=WEIGHTS, scores=NOTHING), replies)
+    replies = {d: RoundReply(step=2, scores=NOTHING, tensors=importance) for d in ("one", "two")}
+    state = edge.next_state(EdgeState(devices=("one", "two"), weights=WEIGHTS, scores=NOTHING), replies)
     assert {n: t.tolist() for n, t in edge.personal(state, "one").items()} == {n: [0.0, 0.0] for n in importance}
 
 
@@ -199,12 +259,13 @@ def replies_with(seed: int) -> dict[str, ProposeReply]:
     generator = named_generator(seed, "ways")
     return {
         f"d{i}": ProposeReply(
+            step=3,
             scores={
                 way: ValidationScores(
                     num_samples=n, loss_sum=n * float(torch.rand((), generator=generator)), num_correct=0
                 )
                 for way in WAYS
-            }
+            },
         )
         for i, n in enumerate((5, 0, 50))
     }
@@ -228,7 +289,9 @@ def test_the_lowest_pooled_loss_decides(seed: int, guard: bool) -> None:
 
 
 def propose(**loss_by_way: float) -> dict[str, ProposeReply]:
-    return {"d": ProposeReply(scores={way.replace("_", "/"): scores(4, loss) for way, loss in loss_by_way.items()})}
+    return {
+        "d": ProposeReply(step=3, scores={way.replace("_", "/"): scores(4, loss) for way, loss in loss_by_way.items()})
+    }
 
 
 @pytest.mark.parametrize(
@@ -249,14 +312,14 @@ def test_the_guard(losses: dict[str, float], guarded: Any, unguarded: Any) -> No
 
 @pytest.mark.parametrize("guard", [True, False])
 def test_without_validation_anywhere_nothing_speaks_for_a_change(guard: bool) -> None:
-    replies = {d: ProposeReply(scores=dict.fromkeys(WAYS, NOTHING)) for d in ("one", "two")}
+    replies = {d: ProposeReply(step=3, scores=dict.fromkeys(WAYS, NOTHING)) for d in ("one", "two")}
     decision = edge.decide(RefineConfig(guard=guard), replies)
     assert (decision.header, decision.prior_strength) == ("coarse" if guard else "refined", None)
 
 
 def test_devices_without_validation_have_no_voice() -> None:
     replies = propose(coarse=0.5, refined=0.6) | {
-        "e": ProposeReply(scores=dict.fromkeys(("coarse", "refined"), NOTHING))
+        "e": ProposeReply(step=3, scores=dict.fromkeys(("coarse", "refined"), NOTHING))
     }
     assert edge.decide(RefineConfig(), replies).loss_by_way == {"coarse": 0.5, "refined": 0.6}
     assert edge.decide(RefineConfig(), dict(reversed(replies.items()))).header == "coarse"

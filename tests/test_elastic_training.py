@@ -15,6 +15,7 @@ from fleetfit.elastic_training import (
     LayerImportance,
     better_depth_order,
     evaluate_shape,
+    gate_series,
     hidden_pairs,
     random_importance,
     removal_importance,
@@ -125,37 +126,47 @@ def test_taylor_is_the_derivative_in_a_gate(model: Classifier, batch_size: int) 
             assert float(importance.neurons[layer][neuron]) == pytest.approx(expected, rel=1e-4, abs=1e-7)
 
 
-def test_second_order_adds_half_the_curvature_of_the_logits_in_a_gate(model: Classifier) -> None:
-    """Gauss-Newton by central differences of the logits; the estimate with many draws comes near it."""
+@pytest.mark.parametrize("unit", ["heads", "neurons"])
+def test_gate_series_is_the_slope_and_gauss_newtons_curvature_in_a_gate(model: Classifier, unit: str) -> None:
+    """By central differences of the logits; the curvature's estimate with many draws comes near them."""
     model.double()
     some = TRAIN.rows(torch.arange(40))
     samples = Samples(Inputs.of(some.inputs[:].double()), some.labels, some.label_names, 16)
     elastic, header, step = ElasticBackbone(model.backbone), model.header, 1e-4
-    found = second_order(elastic, header, samples, torch.Generator().manual_seed(0), batch_size=16, draws=300)
-    assert torch.equal(torch.stack(found.heads), torch.stack(taylor_importance(elastic, header, samples, 16).heads))
+    found = gate_series(elastic, header, samples, torch.Generator().manual_seed(0), batch_size=16, draws=300)
+    series, number = (found[0], 3) if unit == "heads" else (found[1], 8)
 
-    def logits_at(layer: int, neuron: int, value: float) -> Tensor:
-        with torch.no_grad(), elastic.gated({}, {layer: one_at(neuron, 8, value)}) as gated:
+    def logits_at(layer: int, index: int, value: float) -> Tensor:
+        gate = {layer: one_at(index, number, value)}
+        with torch.no_grad(), elastic.gated(*((gate, {}) if unit == "heads" else ({}, gate))) as gated:
             return header(gated(samples.inputs[:]))
 
     for layer in range(3):
-        for neuron in range(8):
-            whole = logits_at(layer, neuron, 1.0)
-            slope = (logits_at(layer, neuron, 1 + step) - logits_at(layer, neuron, 1 - step)) / (2 * step)
-            share = whole.softmax(1)
+        for i in range(number):
+            share = logits_at(layer, i, 1.0).softmax(1)
+            along = (logits_at(layer, i, 1 + step) - logits_at(layer, i, 1 - step)) / (2 * step)
             wrong = share - torch.nn.functional.one_hot(samples.labels, share.shape[1])
-            curvature = (share * slope**2).sum(1) - (share * slope).sum(1) ** 2
-            expected = abs(float(0.5 * curvature.mean() - (wrong * slope).sum(1).mean()))
-            spread = 0.05 * float(curvature.mean())
-            assert float(found.neurons[layer][neuron]) == pytest.approx(expected, rel=0.02, abs=spread)
+            curvature = float(((share * along**2).sum(1) - (share * along).sum(1) ** 2).mean())
+            assert float(series.slopes[layer][i]) == pytest.approx(float((wrong * along).sum(1).mean()), abs=1e-6)
+            assert float(series.curvatures[layer][i]) == pytest.approx(curvature, rel=0.1, abs=1e-6)
 
 
-def test_second_order_ranks_neurons_nearer_to_exact_removal(model: Classifier) -> None:
+def test_second_order_is_slope_against_the_whole_estimated_curvature(model: Classifier) -> None:
     elastic, header = ElasticBackbone(model.backbone), model.header
-    exact = torch.cat(removal_importance(elastic, header, VALIDATION).neurons)
+    found = second_order(elastic, header, VALIDATION, torch.Generator().manual_seed(0))
+    heads, neurons = gate_series(elastic, header, VALIDATION, torch.Generator().manual_seed(0))
+    for importance, series in ((found.heads, heads), (found.neurons, neurons)):
+        for layer in range(3):  # half the second derivative, which is twice Gauss-Newton's
+            torch.testing.assert_close(importance[layer], (series.curvatures[layer] - series.slopes[layer]).abs())
+
+
+@pytest.mark.parametrize("unit", ["heads", "neurons"])
+def test_second_order_ranks_nearer_to_exact_removal(model: Classifier, unit: str) -> None:
+    elastic, header = ElasticBackbone(model.backbone), model.header
+    exact = torch.cat(getattr(removal_importance(elastic, header, VALIDATION), unit))
 
     def rank_correlation(importance: LayerImportance) -> float:
-        return float(spearmanr(torch.cat(importance.neurons), exact).statistic)
+        return float(spearmanr(torch.cat(getattr(importance, unit)), exact).statistic)
 
     second = rank_correlation(second_order(elastic, header, VALIDATION, torch.Generator().manual_seed(0)))
     assert second > rank_correlation(taylor_importance(elastic, header, VALIDATION))

@@ -41,6 +41,7 @@ CONFIG = {
     "patch_size": 2,
     "num_channels": 1,
 }
+DINOV2 = {name: value for name, value in CONFIG.items() if name != "intermediate_size"} | {"mlp_ratio": 2}
 BLOCKS = (
     Block(input_1=0, input_2=1, operation_1="conv3", operation_2="downsample"),
     Block(input_1=2, input_2=1, operation_1="conv1", operation_2="max_pool"),
@@ -50,11 +51,11 @@ SAMPLES = load_samples(Job())
 
 
 def make_model(kind: str) -> Classifier:
-    """linear: whole backbone; blocks, pruned: two convolutions, cut backbone; mlp: a hidden layer."""
+    """linear: whole backbone; blocks, pruned, dinov2: two convolutions, cut backbone; mlp: a hidden layer."""
     specs = {"linear": HeaderSpec(), "mlp": HeaderSpec(kind="mlp", hidden=6)}
     with seeded_init(0, "export", kind):
-        backbone = Backbone("vit", CONFIG)
-        if kind in ("blocks", "pruned"):
+        backbone = Backbone("dinov2", DINOV2) if kind == "dinov2" else Backbone("vit", CONFIG)
+        if kind in ("blocks", "pruned", "dinov2"):
             backbone = ElasticBackbone(backbone, "spread").extract(BackboneShape(width=0.5, depth=1))
         spec = specs.get(kind, HeaderSpec(kind="blocks", blocks=BLOCKS, channels=4, pooling=2))
         header = build_header(spec, backbone.feature_shape, 10)
@@ -73,7 +74,7 @@ def write_run(folder: Path, kinds: dict[str, str], limit_bytes: int = 10**6) -> 
             card = ModelCard(
                 device_id=name,
                 cluster="phones",
-                family="vit",
+                family=model.backbone.family,
                 config=model.backbone.config,
                 header=model.header.spec,
                 labels=LABELS,
@@ -91,7 +92,7 @@ def write_run(folder: Path, kinds: dict[str, str], limit_bytes: int = 10**6) -> 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    names = ("linear", "blocks", "pruned")
+    names = ("linear", "blocks", "pruned", "dinov2")
     folder = write_run(tmp_path_factory.mktemp("a") / "run", {f"phones-{n}": n for n in names})
     exports, problems = export_devices(folder, [f"phones-{n}" for n in names])
     assert not problems
@@ -106,7 +107,7 @@ def tree(folder: Path) -> list[str]:
 # -- ONNX -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["linear", "blocks", "pruned"])
+@pytest.mark.parametrize("kind", ["linear", "blocks", "pruned", "dinov2"])
 @torch.no_grad()
 def test_onnx_computes_what_the_model_computes(run: Path, kind: str) -> None:
     folder = run / "exports" / f"phones-{kind}"
@@ -148,14 +149,15 @@ def test_the_file_is_hardly_larger_than_the_weights(run: Path) -> None:
         assert b".py" not in content, "paths and stack traces of this machine travel with the model"
 
 
-def test_the_readme_runs_where_there_is_no_torch(run: Path) -> None:
-    folder = run / "exports" / "phones-pruned"
+@pytest.mark.parametrize("kind", ["pruned", "dinov2"])
+def test_the_readme_runs_where_there_is_no_torch(run: Path, kind: str) -> None:
+    folder = run / "exports" / f"phones-{kind}"
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
     pixels = 'numpy.zeros((1, 1, 8, 8), "float32")'
     assert pixels in code[1]
     with torch.no_grad():
-        best = make_model("pruned")(SAMPLES.inputs[:9]).argmax(1).tolist()
+        best = make_model(kind)(SAMPLES.inputs[:9]).argmax(1).tolist()
     np.save(folder.parent / "raw.npy", np.rint((SAMPLES.inputs[:9].numpy() * 0.5 + 0.5) * 16))
     block = "import sys; sys.modules.update(torch=None, fleetfit=None)\n"
     for text, expected in ((code[1], 1), (code[1].replace(pixels, 'numpy.load("../raw.npy")'), 9)):
@@ -318,7 +320,9 @@ def test_an_earlier_export_is_replaced_and_a_folder_of_another_is_not(
 
 
 def test_what_cannot_be_asked(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'phones-9' is no device of .*; there are phones-blocks, phones-linear"):
+    with pytest.raises(
+        ValueError, match=r"'phones-9' is no device of .*; there are phones-blocks, phones-dinov2, phones-linear"
+    ):
         export_devices(run, ["phones-9"])
     with pytest.raises(ValueError, match="only onnx can be quantized, got 'torch'"):
         export_devices(run, ["phones-linear"], kind="torch", quantize="int8")
@@ -343,10 +347,10 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     result = invoke("--all")
     assert result.exit_code == 0, result.stderr
     assert [line.split()[0] for line in result.stdout.splitlines() if line.startswith(" phones")] == [
-        *("phones-blocks", "phones-linear", "phones-pruned")
+        *("phones-blocks", "phones-dinov2", "phones-linear", "phones-pruned")
     ]
     assert f"models:  {tmp_path} (one folder each)" in result.stdout
-    assert re.search(r"^export: done in .*, 3 models$", result.stderr, re.MULTILINE)
+    assert re.search(r"^export: done in .*, 4 models$", result.stderr, re.MULTILINE)
     told = json.loads(invoke("-d", "phones-blocks", "--json").stdout)
     assert list(told) == [str(tmp_path / "phones-blocks")]
     assert Export.model_validate(told[str(tmp_path / "phones-blocks")]).format == "safetensors"

@@ -19,6 +19,7 @@ from fleetfit.config import RefineConfig
 from fleetfit.messages import (
     FORMAT_VERSION,
     MAX_HEADER_BYTES,
+    MAX_REASON,
     MESSAGES,
     AttributesReply,
     AttributesRequest,
@@ -27,12 +28,17 @@ from fleetfit.messages import (
     ClusterStats,
     CoarseModel,
     CoarseReply,
+    Declined,
+    DeviceMessage,
+    DeviceReply,
     Finish,
     FinishReply,
     Message,
     Propose,
     ProposeReply,
     RefineRound,
+    Refused,
+    Request,
     RoundReply,
     StatsRequest,
     decode,
@@ -40,6 +46,7 @@ from fleetfit.messages import (
     encode,
     put,
     read_metadata,
+    read_reply,
     silent,
     take,
 )
@@ -94,15 +101,16 @@ EXAMPLES: dict[str, Message] = {
             devices=(REPORT,),
         ),
         AttributesRequest(step=0),
-        AttributesReply(attributes=ATTRIBUTES),
+        AttributesReply(step=0, attributes=ATTRIBUTES),
         CoarseModel(step=1, **MODEL, refine=RefineConfig(), seed=2**62, class_shares=(0.1, 0.9)),
-        CoarseReply(scores=SCORES),
+        CoarseReply(step=1, scores=SCORES),
         RefineRound(step=2, round=1),
-        RoundReply(scores=SCORES),
+        RoundReply(step=2, scores=SCORES),
         Propose(step=3),
-        ProposeReply(scores={"coarse": SCORES, "refined/0.5": SCORES}),
+        ProposeReply(step=3, scores={"coarse": SCORES, "refined/0.5": SCORES}),
         Finish(step=4, header="refined", prior_strength=0.1),
-        FinishReply(report=REPORT),
+        FinishReply(step=4, report=REPORT),
+        Declined(reason="no room", needs_model=True),
     )
 }
 KINDS = sorted(MESSAGES)
@@ -137,7 +145,7 @@ names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 def test_there_is_an_example_of_every_kind() -> None:
     assert set(EXAMPLES) == set(MESSAGES)
     assert all(MESSAGES[kind] is type(example) for kind, example in EXAMPLES.items())
-    assert len(KINDS) == 14
+    assert len(KINDS) == 15
 
 
 @settings(deadline=None, derandomize=True, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
@@ -193,13 +201,13 @@ def test_extra_metadata_travels_and_is_no_field() -> None:
 
 def test_fields_that_are_not_numbers_survive() -> None:
     scores = ValidationScores(num_samples=0, loss_sum=math.nan, num_correct=0)
-    assert math.isnan(decode(encode(CoarseReply(scores=scores)), CoarseReply).scores.loss_sum)
+    assert math.isnan(decode(encode(CoarseReply(step=1, scores=scores)), CoarseReply).scores.loss_sum)
     assert decode_any(encode(EXAMPLES["cluster_report"])).trials[0].loss == math.inf  # type: ignore[attr-defined]
 
 
 # -- what is not a message --------------------------------------------------------------------------------------------
 
-SENT = RoundReply(scores=SCORES, tensors={"header.weight": torch.arange(3.0), "none": torch.zeros(0, 2)})
+SENT = RoundReply(step=2, scores=SCORES, tensors={"header.weight": torch.arange(3.0), "none": torch.zeros(0, 2)})
 
 
 def blob_of(header: object, data: bytes = b"") -> bytes:
@@ -398,6 +406,100 @@ def test_tensors_do_not_come_in_through_the_fields() -> None:
 def test_messages_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         SENT.scores = SCORES  # type: ignore[misc]
+
+
+# -- replies ----------------------------------------------------------------------------------------------------------
+
+ASKED = RefineRound(step=2, round=1)
+
+
+def test_each_request_knows_its_reply_and_device_messages_their_step() -> None:
+    requests = [m for m in MESSAGES.values() if issubclass(m, Request)]
+    assert {m.kind: m.reply.kind for m in requests} == {
+        "stats_request": "cluster_stats",
+        "backbone_assignment": "cluster_report",
+        "attributes_request": "attributes_reply",
+        "coarse_model": "coarse_reply",
+        "refine_round": "round_reply",
+        "propose": "propose_reply",
+        "finish": "finish_reply",
+    }
+    assert all(issubclass(m.reply, DeviceReply) is issubclass(m, DeviceMessage) for m in requests)
+
+
+def test_a_longer_blob_than_allowed_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    blob = encode(SENT)
+    assert decode(blob, RoundReply, max_bytes=len(blob)).scores == SCORES
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr("fleetfit.messages.json.loads", never)
+    monkeypatch.setattr("fleetfit.messages.safetensors.torch.load", never)
+    says = f"has {len(blob)} bytes, links.max_message_bytes is {len(blob) - 1}"
+    with pytest.raises(ValueError, match=says):
+        decode(blob, RoundReply, max_bytes=len(blob) - 1)
+    with pytest.raises(ValueError, match=says):
+        decode_any(blob, max_bytes=len(blob) - 1)
+    reply = read_reply([blob], ASKED, len(blob) - 1)
+    assert isinstance(reply, Refused)
+    assert says in reply.reason
+
+
+def test_a_reply_is_read_or_refused() -> None:
+    blob = encode(SENT)
+    for blobs in ([blob], [blob, encode(SENT)], [blob] * 3):
+        reply = read_reply(blobs, ASKED, len(blob))
+        assert isinstance(reply, RoundReply)
+        assert {n: bits_of(t) for n, t in reply.tensors.items()} == {n: bits_of(t) for n, t in SENT.tensors.items()}
+    assert read_reply([encode(EXAMPLES["coarse_reply"])], ASKED, 10**6) == Refused(
+        reason="it is a 'coarse_reply', expected a 'round_reply'"
+    )
+    for damaged in (b"", blob[:-1], blob + b"x", encode(SENT)[:20]):
+        reply = read_reply([damaged], ASKED, 10**6)
+        assert isinstance(reply, Refused)
+        assert reply.reason.startswith("it is ")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SENT.model_copy(update={"step": 3}),
+        SENT.model_copy(update={"tensors": {}}),
+        SENT.model_copy(update={"tensors": SENT.tensors | {"header.weight": torch.arange(3.0) + 1e-6}}),
+        SENT.model_copy(update={"tensors": SENT.tensors | {"none": torch.zeros(0, 2, dtype=torch.float64)}}),
+        SENT.model_copy(update={"tensors": SENT.tensors | {"none": torch.zeros(0, 3)}}),
+        EXAMPLES["coarse_reply"],
+        EXAMPLES["declined"],
+    ],
+)
+def test_a_reply_that_comes_twice_with_other_content_is_refused(other: Message) -> None:
+    for first, second in ((SENT, other), (other, SENT)):
+        reply = read_reply([encode(first), encode(first), encode(second)], ASKED, 10**6)
+        assert reply == Refused(reason="it came 3 times, with different content")
+    assert isinstance(read_reply([encode(SENT), b"garbage"], ASKED, 10**6), Refused)
+
+
+def test_who_declines_is_heard_but_not_echoed_as_it_is() -> None:
+    declined = Declined(reason="\x1b[2J no\nroom \u202e", needs_model=True)
+    reply = read_reply([encode(declined)], ASKED, 10**6)
+    assert reply == Refused(reason="declined:  [2J no room  ", needs_model=True)
+    kind = "\x1b[31m" + "k" * 10**6
+    foreign = read_reply([blob_of(metadata_of(kind=kind))], ASKED, 10**7)
+    assert isinstance(foreign, Refused)
+    assert len(foreign.reason) <= MAX_REASON
+    assert foreign.reason.isprintable()
+    with pytest.raises(ValueError, match="at most 500 characters"):
+        Declined(reason="x" * 501)
+
+
+def test_a_tensor_of_a_huge_empty_shape_takes_no_memory() -> None:
+    entry = {"dtype": "F32", "shape": [0, 2**40], "data_offsets": [0, 0]}
+    try:
+        got = decode(blob_of({**metadata_of(), "t": entry}), RoundReply)
+    except ValueError:
+        return
+    assert got.tensors["t"].untyped_storage().nbytes() == 0
 
 
 # -- names ------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from fleetfit.messages import (
     DeviceMessage,
     Message,
     RefineRound,
+    Refused,
+    Request,
     StatsRequest,
     TrainingState,
     silent,
@@ -45,12 +47,12 @@ class FakeLink:
     def members(self) -> tuple[str, ...]:
         return tuple(self.handlers)
 
-    def ask(self, messages: Mapping[str, Message], reply: type[M]) -> dict[str, M]:
-        replies = {}
+    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+        replies: dict[str, Message | Refused] = {}
         for member, message in messages.items():
             self.asked.append((member, message))
             answered = self.handlers[member](message)
-            assert isinstance(answered, reply)
+            assert isinstance(answered, message.reply)
             replies[member] = answered
         return replies
 
@@ -130,7 +132,7 @@ def assignment(job: Job, data: FleetData) -> BackboneAssignment:
 
 
 def attributes_of(name: str, limit: int = 10**6) -> DeviceAttributes:
-    return DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=EnergyModel(), num_samples=10)
+    return DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=EnergyModel(), num_samples=100)
 
 
 class Devices(FakeLink):
@@ -247,12 +249,12 @@ def test_the_header_is_searched_for_the_smallest_device(
     assert limits == [500_000]
 
 
-def test_gathering_asks_for_nothing_but_attributes(data: FleetData) -> None:
+def test_gathering_asks_for_nothing_but_attributes(job: Job, data: FleetData) -> None:
     link, steps = Devices(data), FakeSteps()
-    stats = gather_stats("far", link, steps)
+    stats = gather_stats(job, "far", link, steps)
     assert stats.devices == tuple(attributes_of(d) for d in DEVICES)
     assert [m.kind for _, m in link.asked] == ["attributes_request"] * 3
-    assert gather_stats("far", link, steps) == stats
+    assert gather_stats(job, "far", link, steps) == stats
     assert len(link.asked) == 3
 
 
@@ -308,6 +310,41 @@ def test_the_cloud_trains_once_and_gives_each_edge_its_own(job: Job, data: Fleet
     used = FakeSteps(cache.done)
     run_cloud(job, data.public, Edges({"near": 30_000, "far": 10**6}), FakeSteps(), used, silent)
     assert used.asked == list(cache.done)
+
+
+class Liars(Edges):
+    """Edges whose devices have the names of files elsewhere, or of each other's devices."""
+
+    def __init__(self, stats: Mapping[str, str], reports: Mapping[str, str]) -> None:
+        super().__init__(dict.fromkeys(stats, 10**6))
+        for cluster, honest in dict(self.handlers).items():
+            self.handlers[cluster] = self.lying(cluster, honest, stats, reports)  # type: ignore[index]
+
+    def lying(self, cluster: str, honest: Any, stats: Mapping[str, str], reports: Mapping[str, str]) -> Any:
+        def handled(message: Message) -> Message:
+            reply = honest(message)
+            if isinstance(reply, ClusterStats):
+                return ClusterStats(devices=(attributes_of(stats[cluster]),))
+            return reply.model_copy(update={"cluster": reports[cluster]})
+
+        return handled
+
+
+@pytest.mark.parametrize(
+    ("stats", "reports", "says"),
+    [
+        (("../near-1", "far-1"), ("near", "far"), "near: a device's name must be"),
+        (("near-1", "near-1"), ("near", "far"), "far: device 'near-1' is there twice, also in near"),
+        (("near-1", "far-1"), ("far", "far"), "near: its report is of 'far'"),
+    ],
+)
+def test_what_an_edge_says_is_checked_before_it_is_used(
+    job: Job, data: FleetData, stats: tuple[str, str], reports: tuple[str, str], says: str
+) -> None:
+    names = ("near", "far")
+    edges = Liars(dict(zip(names, stats, strict=True)), dict(zip(names, reports, strict=True)))
+    with pytest.raises(ValueError, match=says):
+        run_cloud(job, data.public, edges, FakeSteps(), FakeSteps(), silent)
 
 
 @pytest.mark.parametrize(

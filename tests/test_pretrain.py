@@ -20,8 +20,9 @@ from fleetfit.cloud import Reference, classifier_of, train_reference
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.sources import load_samples
-from fleetfit.engines import local
-from fleetfit.messages import TrainingState
+from fleetfit.engines import whole_fleet
+from fleetfit.messages import TrainingState, take
+from fleetfit.models.elastic import Backbone
 from fleetfit.pipeline import cached_reference
 from fleetfit.pretrain import CheckpointCard, pretrain
 
@@ -47,8 +48,8 @@ def make(folder: Path, **model: object) -> Job:
 
 
 def public_of(job: Job) -> Split:
-    devices = {c: [a.device_id for a in members] for c, members in local.fleet_of(job).items()}
-    return local.share_out(load_samples(job), job.data, devices, job.seed).public
+    devices = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(job).items()}
+    return whole_fleet.share_out(load_samples(job), job.data, devices, job.seed).public
 
 
 def quiet(done: int, total: int, note: str) -> None:
@@ -168,6 +169,29 @@ def test_the_header_comes_along_where_classes_agree(made: tuple[Path, Job, Check
     assert not torch.allclose(
         fresh.tensors["header.classifier.last.weight"], started.tensors["header.classifier.last.weight"], atol=1e-3
     )
+
+
+def test_a_fresh_header_is_trained_before_the_backbone(made: tuple[Path, Job, CheckpointCard], tmp_path: Path) -> None:
+    folder, job, _ = made
+    public, other = public_of(job), tmp_path / "other"
+    shutil.copytree(folder, other)
+    (other / "header.safetensors").unlink()
+    before = safetensors.torch.load_file(other / "model.safetensors")
+
+    def moved(**model: object) -> tuple[float, Reference]:
+        result = train_reference(make(folder, pretrained=str(other), epochs=1, **model), public, quiet)
+        backbone = Backbone("vit", result.config)
+        backbone.model.load_state_dict(take(result.tensors, "backbone"))
+        backbone.model.save_pretrained(tmp_path / "after")
+        after = safetensors.torch.load_file(tmp_path / "after" / "model.safetensors")
+        return max(float((after[name] - t).abs().max()) for name, t in before.items() if name in after), result
+
+    # With a rate of next to nothing the backbone stays, and the header has learned to read it all the same.
+    distance, result = moved(learning_rate=1e-9)
+    assert distance < 1e-6
+    assert result.validation_accuracy > 0.5
+    distance, _ = moved(learning_rate=1e-3)
+    assert distance > 1e-3
 
 
 def test_no_epochs_need_a_header(made: tuple[Path, Job, CheckpointCard], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fleetfit import edge
+from fleetfit import edge, members
 from fleetfit import privacy as module
 from fleetfit.artifacts import read_json
 from fleetfit.config import Job, PrivacyConfig, RefineConfig, make_job
@@ -395,10 +395,11 @@ def test_the_ledger_admits_one_message_a_step_also_after_a_restart(tmp_path: Pat
 
 def test_the_edge_says_how_much_noise_is_in_a_personal_header() -> None:
     weights = ((0.5, 0.5), (0.25, 0.75))
-    state = EdgeState(weights=weights, distance=((0, 0), (0, 0)), scores=NOTHING_SAID)
+    state = EdgeState(devices=("a", "b"), weights=weights, distance=((0, 0), (0, 0)), scores=NOTHING_SAID)
     tensors = {"importance.x": torch.ones(2), "header.w": torch.ones(3)}
     replies = {
-        name: RoundReply(tensors=tensors, scores=NOTHING_SAID, noise=noise) for name, noise in (("a", 3.0), ("b", 4.0))
+        name: RoundReply(step=2, tensors=tensors, scores=NOTHING_SAID, noise=noise)
+        for name, noise in (("a", 3.0), ("b", 4.0))
     }
     after = edge.next_state(state, replies)
     assert float(edge.personal(after, "a")["noise.header"]) == pytest.approx(2.5)
@@ -434,7 +435,7 @@ def test_a_personal_header_is_freed_from_noise() -> None:
 def test_an_edge_ships_what_stands_out_of_the_noise(guard: bool, noise: float, expected: tuple[str, Any]) -> None:
     losses = {"coarse": 0.0, "refined": -0.2, "refined/10": -0.9}
     scores = {way: ValidationScores(num_samples=1, loss_sum=loss, num_correct=0) for way, loss in losses.items()}
-    replies = {name: ProposeReply(scores=scores, noise=noise) for name in ("a", "b", "c", "d")}
+    replies = {name: ProposeReply(step=4, scores=scores, noise=noise) for name in ("a", "b", "c", "d")}
     decision = edge.decide(RefineConfig(guard=guard), replies)
     assert (decision.header, decision.prior_strength) == expected
 
@@ -454,6 +455,13 @@ def test_samples_are_no_sketch_with_privacy() -> None:
         make_job({"method": "paper", "privacy": {"noise_multiplier": 1.0}})
     for fine in ({"sketch": "sliced"}, {"similarity": "average"}, {"similarity": "alone"}):
         assert make_job({"refine": fine, "privacy": {"noise_multiplier": 1.0}}).privacy.on
+
+
+def test_models_do_not_go_up_with_privacy() -> None:
+    fields = {"refine": {"sketch": "sliced"}, "privacy": {"noise_multiplier": 1.0}, "links": {"send_models": True}}
+    with pytest.raises(ValueError, match=r"links.send_models must be false with privacy.noise_multiplier > 0"):
+        make_job(fields)
+    assert make_job({**fields, "privacy": {}}).links.send_models
 
 
 @pytest.mark.parametrize(
@@ -509,14 +517,14 @@ class Caught(list[Message]):
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        real: Callable[[DeviceState, Message], tuple[DeviceState, Message]] = local.handle
+        real: Callable[[DeviceState, Message], tuple[DeviceState, Message]] = members.handle
 
         def handling(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
             state, reply = real(state, message)
             self.append(reply)
             return state, reply
 
-        patch.setattr(local, "handle", handling)
+        patch.setattr(members, "handle", handling)
 
 
 def test_a_run_with_privacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,32 @@ def test_one_page_that_tells_everything(run: Path):
         assert fact in words, fact
 
 
+def test_who_was_absent_and_what_was_refused_is_told_only_where_there_is_something(tmp_path: Path, run: Path):
+    assert "Did not finish" not in read_page(run).text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["step"] == "finish/boxes":
+            line["absent"] = [{"device_id": "boxes-<3>", "since": "round 2"}]
+            line["faults"] = [
+                {"device_id": "boxes-<3>", "step": "round 2", "reason": "no reply", "times": 3, "recovered": False},
+                {"device_id": "boxes-1", "step": "finish", "reason": "<b>", "times": 1, "recovered": True},
+            ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = read_page(run)
+    assert "Did not finish, and got no model: boxes-<3> (since round 2)." in page.text
+    for cell in ("boxes-<3>", "round 2", "no reply", "3", "no", "<b>", "yes"):
+        assert cell in page.text
+    assert "b" in page.tags
+    assert "boxes-&lt;3&gt;" in (run / "report.html").read_text()
+    # With faults made good, and nobody absent.
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({k: v for k, v in line.items() if k != "absent"}) + "\n" for line in lines)
+    )
+    page = read_page(run)
+    assert "Did not finish" not in page.text
+    assert "missing or refused" in page.text
+
+
 def test_nothing_is_loaded_from_elsewhere(run: Path):
     page = read_page(run)
     assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "image", "use"})

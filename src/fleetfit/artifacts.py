@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 MODEL_FORMAT = 1
 KEEP_TRAINING_SECONDS = 120.0
+HOW = {"run", "links"}  # sections of the job that say how to run, not what: they may change when a run is gone on with
 ONNX_FILE = "model.onnx"
 TORCH_FILE = "model.pt2"
 
@@ -222,7 +223,7 @@ class StepFolder:
 
 
 class MemoryFolder:
-    """What one device keeps between messages: its memory after each step, the last two of them."""
+    """What one device keeps between messages: its memory after the last two steps that it did not miss."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -238,10 +239,28 @@ class MemoryFolder:
             raise ValueError(f"{path} is missing: the run folder is damaged; delete it and run again")
         return decode(path.read_bytes(), kind, str(path))
 
+    def before(self, step: int, kind: type[M]) -> M | None:
+        """The memory that a message of this step meets, also when it is repeated; None: the device has none.
+
+        Raises:
+            ValueError: the step is over, or a file is corrupt.
+        """
+        steps = self._steps()
+        if steps and step < steps[-1]:
+            raise ValueError(f"step {step} is over: the device has come to {steps[-1]}")
+        earlier = [s for s in steps if s < step]
+        return self.load(earlier[-1], kind) if earlier else None
+
     def save(self, step: int, memory: Message) -> None:
         """Keep the memory after a step; forget all but the one before it."""
         write_atomically(self._path(step), encode(memory))
-        self._path(step - 2).unlink(missing_ok=True)
+        before = [s for s in self._steps() if s < step][-1:]
+        for other in self._steps():
+            if other not in (step, *before):
+                self._path(other).unlink(missing_ok=True)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.safetensors"))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"{step}.safetensors"
@@ -279,7 +298,7 @@ class RunFolder:
         self.job = job
         self.ledger = Ledger()
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(path / ".lock")
+        self._lock = locked(path / ".lock")
         try:
             self._claim()
         except BaseException:
@@ -292,7 +311,7 @@ class RunFolder:
         saved = self.path / "job.toml"
         if saved.exists():
             before = load_job(saved)
-            differing = _differences(before.model_dump(exclude={"run"}), self.job.model_dump(exclude={"run"}))
+            differing = differences(before.model_dump(exclude=HOW), self.job.model_dump(exclude=HOW))
             if differing:
                 raise ValueError(
                     f"{self.path} holds the run of another job (differs in {', '.join(differing[:5])}); "
@@ -321,18 +340,8 @@ class RunFolder:
         return MemoryFolder(self.path / "memory" / device_id)
 
     def write_device(self, model: Classifier, card: ModelCard) -> None:
-        """Write devices/<id>/: the tensors first, then the card that makes them loadable.
-
-        The tokenizer of a text model goes into files of its own, not into the card.
-        """
-        folder = self.path / "devices" / card.device_id
-        tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-        write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        if isinstance(card.preprocessing, TextPreprocessing):
-            for name, content in tokenizer_files(card.preprocessing).items():
-                write_atomically(folder / name, content)
-        fields = card.model_dump_json(indent=2, exclude={"preprocessing": {"tokenizer"}})
-        write_atomically(folder / "model.json", fields + "\n")
+        """Write devices/<id>/."""
+        write_model(self.path / "devices" / card.device_id, model, card)
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows as CSV; the first row's keys are the columns."""
@@ -349,6 +358,20 @@ class RunFolder:
             ValueError: a number is not finite, which JSON cannot say.
         """
         write_atomically(self.path / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_model(folder: Path, model: Classifier, card: ModelCard) -> None:
+    """Write a device's model: the tensors first, then the card that makes them loadable.
+
+    The tokenizer of a text model goes into files of its own, not into the card.
+    """
+    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    if isinstance(card.preprocessing, TextPreprocessing):
+        for name, content in tokenizer_files(card.preprocessing).items():
+            write_atomically(folder / name, content)
+    fields = card.model_dump_json(indent=2, exclude={"preprocessing": {"tokenizer"}})
+    write_atomically(folder / "model.json", fields + "\n")
 
 
 def load_model(folder: str | Path) -> Classifier:
@@ -444,7 +467,7 @@ def content_hash(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _locked(path: Path) -> IO[bytes]:
+def locked(path: Path) -> IO[bytes]:
     """Hold a folder for one process; the lock goes with the process, also when it is killed."""
     file = path.open("ab")
     try:
@@ -455,12 +478,13 @@ def _locked(path: Path) -> IO[bytes]:
     return file
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Keys, with dots, whose values differ."""
     keys: list[str] = []
     for key in sorted({*a, *b}):
         x, y = a.get(key), b.get(key)
         if isinstance(x, dict) and isinstance(y, dict):
-            keys += _differences(x, y, f"{prefix}{key}.")
+            keys += differences(x, y, f"{prefix}{key}.")
         elif x != y:
             keys.append(f"{prefix}{key}")
     return keys

@@ -1,4 +1,4 @@
-"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | doctor``.
+"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | provision | start | doctor``.
 
 The only place that prints; results on stdout, all else on stderr.
 
@@ -20,6 +20,7 @@ try:
     import typer
     from click import Choice
 
+    from fleetfit import cli_fleet
     from fleetfit.terminal import Phases, format_bytes, reporting
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
@@ -73,6 +74,28 @@ def run(
         list[str] | None,
         typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the job; repeat for more."),
     ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            "--engine", click_type=Choice(["local", "simulation", "flower"]), help="Where devices compute; see below."
+        ),
+    ] = "local",
+    num_cpus: Annotated[
+        float | None,
+        typer.Option("--num-cpus", metavar="N", help="Simulation: CPUs of a device at work. Default: run.threads."),
+    ] = None,
+    num_gpus: Annotated[
+        float | None,
+        typer.Option("--num-gpus", metavar="X", help="Simulation: GPUs of a device at work, 0.25, say. Default: 0."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="RAY", help="Simulation: a Ray cluster, or auto. Default: this machine."),
+    ] = None,
+    cloud: Annotated[
+        Path | None,
+        typer.Option("--cloud", metavar="KIT", help="Flower: the cloud's kit."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every key of the resolved job, explained; run nothing.")
     ] = False,
@@ -96,6 +119,18 @@ def run(
       fleetfit run recipes/digits.toml
       fleetfit run recipes/digits.toml -s method=paper -s seed=1 -o runs/paper
       fleetfit run recipes/digits.toml --json > summary.json
+      fleetfit run recipes/digits.toml --engine simulation
+
+    [bold]Engines[/bold] give the same models with the same seed.
+
+      local        all in this process, one device after the other
+      simulation   devices in processes of Ray, as many at a time as there is room for,
+                   on this machine or a Ray cluster (--address). All machines of a cluster
+                   have fleetfit\\[flower] and share the storage of the run folder and of
+                   run.cache. Ray is started with the run and ends with it.
+      flower       edges and devices that are programs of their own, on their own machines:
+                   made by fleetfit provision, started with fleetfit start. Each device
+                   keeps its model. This is the cloud (--cloud)
 
     [bold]To go on[/bold] after Ctrl-C, a crash or a full disk, give the same command again:
     what was finished is read back, not computed again.
@@ -119,6 +154,12 @@ def run(
       run.torch_device        auto, cpu, cuda, mps
       run.cache               where trained references are kept
     """
+    given = {"--num-cpus": num_cpus, "--num-gpus": num_gpus, "--address": address}
+    if engine != "simulation" and any(value is not None for value in given.values()):
+        name = next(name for name, value in given.items() if value is not None)
+        raise typer.BadParameter("goes with --engine simulation", param_hint=name)
+    if (engine == "flower") != (cloud is not None):
+        raise typer.BadParameter("--engine flower and --cloud KIT go together", param_hint="--cloud")
     with reporting(debug, resumable=not dry_run) as signals:
         from fleetfit.config import load_job
 
@@ -132,10 +173,22 @@ def run(
         with Phases(signals, _opening(folder), enabled=not quiet) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.engines import local
-
+                if engine == "simulation":
+                    from fleetfit.engines.flower import simulation
+                    from fleetfit.engines.flower.nodes import Resources
+                elif cloud is not None:
+                    from fleetfit.engines.flower import cloud_run
+                else:
+                    from fleetfit.engines import local
             phases("libraries", 1, 1)
-            summary = local.run(resolved, folder, phases)
+            if engine == "simulation":
+                cpus = resolved.run.threads if num_cpus is None else num_cpus
+                resources = Resources(cpus, num_gpus or 0.0, address)
+                summary = simulation.run(resolved, folder, phases, resources)
+            elif cloud is not None:
+                summary = cloud_run.run(resolved, cloud, folder, phases, phases.tell)
+            else:
+                summary = local.run(resolved, folder, phases)
             problem: Exception | None = None
             page = folder / "report.html"
             try:
@@ -147,7 +200,7 @@ def run(
         if as_json:
             typer.echo(json.dumps(summary, indent=2))
         elif not quiet:
-            _print_summary(summary, folder, None if problem else page)
+            _print_summary(summary, folder, None if problem else page, models_here=cloud is None)
         if problem is not None:
             raise problem
 
@@ -163,7 +216,7 @@ def _build_report(folder: Path) -> Path:
     return build_report(folder)
 
 
-def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) -> None:
+def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, models_here: bool) -> None:
     console = _stdout()
     console.print()
     console.print(_summary_table(summary))
@@ -180,6 +233,9 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None) 
     console.print()
     if page is not None:
         console.print(f"look:    {page}", soft_wrap=True)
+    if not models_here:
+        console.print("models:  on each device, in the folder model of its kit", soft_wrap=True)
+        return
     console.print(f"models:  {folder / 'devices'} (one folder each)", soft_wrap=True)
     first = str(folder / "devices" / summary["devices"][0]["id"])
     console.print(f"use:     import fleetfit; model = fleetfit.load({first!r})  # inputs -> logits", soft_wrap=True)
@@ -604,6 +660,12 @@ def _profiling_table(found: "Profiling") -> "Table":
                 row += [f"{measured:.4g}", f"{said:.4g}", f"{said / measured - 1:+.1%}"]
         table.add_row(*row)
     return table
+
+
+# -- fleets of many machines ------------------------------------------------------------------------------------------
+
+app.command(no_args_is_help=True)(cli_fleet.provision)
+app.command(no_args_is_help=True)(cli_fleet.start)
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------

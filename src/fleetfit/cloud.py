@@ -54,6 +54,9 @@ from fleetfit.training import ParameterAverage, Scores, evaluate, fit, rate_shar
 ProgressOf = Callable[[int, int, str], None]
 VALIDATE_EVERY_SECONDS = 60.0  # of a long training, for who watches it
 
+HEADER_EPOCHS = 2  # of a fresh header alone, before a pre-trained backbone is trained with it
+HEADER_RATE = 1e-2
+
 OWN_POOLING = 4  # cells a side
 TEXT_CHANNELS = 64  # one cell has to carry what sixteen do
 
@@ -173,10 +176,11 @@ def train_reference(job: Job, public: Split, progress: ProgressOf, bookmark: Boo
             train and no header.
         TrainingDiverged: the loss is not finite.
     """
-    model = _untrained_reference(job, public.train)
+    model, fresh_header = _untrained_reference(job, public.train)
     torch_device = torch_device_of(job.run.torch_device)
     model, public = model.to(torch_device), public.to(torch_device)
-    curve = _fit_reference(job, model, public, progress, bookmark) if job.model.epochs else ()
+    header_first = fresh_header and bool(job.model.pretrained)
+    curve = _fit_reference(job, model, public, progress, bookmark, header_first) if job.model.epochs else ()
     model.eval()
     validation, test = scores_of(model, public.validation), scores_of(model, public.test)
     return Reference(
@@ -191,8 +195,11 @@ def train_reference(job: Job, public: Split, progress: ProgressOf, bookmark: Boo
     )
 
 
-def _untrained_reference(job: Job, train: Samples) -> Classifier:
-    """The whole model as its training begins: pre-trained, with its header where classes agree, or fresh."""
+def _untrained_reference(job: Job, train: Samples) -> tuple[Classifier, bool]:
+    """The whole model as its training begins: pre-trained, with its header where classes agree, or fresh.
+
+    The second value says whether its header is fresh.
+    """
     config = job.model
     with seeded_init(job.seed, "reference"):
         backbone = untrained_backbone(config, train.inputs.form)
@@ -207,20 +214,27 @@ def _untrained_reference(job: Job, train: Samples) -> Classifier:
                 f"header of this kind (model.header, header.channels) for the data's {train.num_classes} classes; "
                 "set model.epochs >= 1 to train one"
             )
-        return Classifier(backbone, header or build_header(spec, shape, train.num_classes))
+        return Classifier(backbone, header or build_header(spec, shape, train.num_classes)), header is None
 
 
 def _fit_reference(
-    job: Job, model: Classifier, public: Split, progress: ProgressOf, bookmark: Bookmark | None
+    job: Job,
+    model: Classifier,
+    public: Split,
+    progress: ProgressOf,
+    bookmark: Bookmark | None,
+    header_first: bool,
 ) -> tuple[float, ...]:
-    """Train the whole model in place, and keep the average of its weights where the job says so; returns the curve."""
+    """Train the whole model in place, and keep the average of its weights where the job says so; returns the curve.
+
+    ``header_first``: the header is trained alone before (Beyond). The gradient that reaches the backbone through a
+    fresh one is noise, and spoils what the backbone was pre-trained for.
+    """
     config, train = job.model, public.train
     torch_device = public.train.labels.device
     augmentation = Augmentation(config.shift_pixels, config.flip, config.cutout_pixels)
     shifts = named_generator(job.seed, "reference", "shifts")
-    average = ParameterAverage(model.parameters(), config.ema) if config.ema else None
     per_epoch = steps_per_epoch(len(train), config.batch_size)
-    note = ReferenceNote(model, average, public.validation)
 
     def loss_of(rows: Tensor) -> Tensor:
         inputs, labels = augmentation(train.inputs[rows], shifts), train.labels[rows]
@@ -233,12 +247,34 @@ def _fit_reference(
             partner = cross_entropy(logits, labels[mixed.partner], label_smoothing=config.label_smoothing)
         return mixed.share * loss + (1 - mixed.share) * partner
 
+    model.train()
+    if header_first and (bookmark is None or bookmark.load() is None):
+        model.backbone.requires_grad_(False)
+        fit(
+            loss_of,
+            model.header.parameters(),
+            len(train),
+            lengths=train.inputs.lengths,
+            steps=HEADER_EPOCHS * per_epoch,
+            batch_size=config.batch_size,
+            learning_rate=HEADER_RATE,
+            warmup_share=config.warmup_share,
+            weight_decay=config.weight_decay,
+            generator=named_generator(job.seed, "reference", "header", "order"),
+            after_step=lambda step, steps, loss: progress(
+                0, config.epochs * per_epoch, f"header alone, loss {loss:.3f}"
+            ),
+            name="reference, header alone",
+        )
+        model.backbone.requires_grad_(True)
+    average = ParameterAverage(model.parameters(), config.ema) if config.ema else None
+    note = ReferenceNote(model, average, public.validation)
+
     def tell(step: int, steps: int, loss: float) -> None:
         epoch = 1 + (step - 1) // per_epoch
         rate = config.learning_rate * rate_share(step - 1, steps, config.warmup_share)
         progress(step, steps, f"epoch {epoch} of {config.epochs}, loss {loss:.3f}, rate {rate:.1e}{note.validation}")
 
-    model.train()
     fitted = fit(
         loss_of,
         model.parameters(),
@@ -477,6 +513,7 @@ def cut_and_specialise(
         cluster=cluster,
         family=job.model.family,
         config=model.backbone.config,
+        shape=shape,
         labels=public.train.label_names,
         header=model.header.spec,
         tensors=_tensors(model),

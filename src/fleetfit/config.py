@@ -86,8 +86,9 @@ class Section(Record):
     @field_validator("*", mode="before")
     @classmethod
     def _numbers(cls, value: object, info: ValidationInfo) -> object:
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if kind in (int, float) and isinstance(value, (bool, str)):
+        field = cls.model_fields[str(info.field_name)]
+        kind, is_read = field.annotation, any(isinstance(m, BeforeValidator) for m in field.metadata)
+        if kind in (int, float) and not is_read and isinstance(value, (bool, str)):
             raise ValueError(f"must be {'an integer' if kind is int else 'a number'}")
         return value
 
@@ -429,6 +430,23 @@ class PrivacyConfig(Section):
         """Whether anything is clipped and noised."""
         return self.noise_multiplier > 0
 
+    def noise_of(self, clip_norm: float) -> float:
+        """Standard deviation of the noise on vectors of at most this norm: replacing one moves it by twice that."""
+        return self.noise_multiplier * 2 * clip_norm
+
+
+class LinksConfig(Section):
+    """Between cloud, edges and devices: what may go wrong without stopping a cluster."""
+
+    quorum: float = Field(
+        0.5, gt=0, le=1, description="share of a cluster's devices whose valid replies a round needs to go on"
+    )
+    deadline_seconds: float = Field(600.0, gt=0, description="how long a round waits for devices that do not reply")
+    max_message_bytes: Bytes = Field(10**9, description="longer messages are refused unread; bytes or '300 MB'")
+    send_models: bool = Field(
+        False, description="of a deployment: devices send their finished models up, and do not only write them"
+    )
+
 
 class RunConfig(Section):
     """How to run, not what."""
@@ -454,6 +472,7 @@ class Job(Section):
     backbone: BackboneConfig = BackboneConfig()
     header: HeaderConfig = HeaderConfig()
     refine: RefineConfig = RefineConfig()
+    links: LinksConfig = LinksConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     run: RunConfig = RunConfig()
 
@@ -463,6 +482,11 @@ class Job(Section):
             raise ValueError(
                 'refine.sketch must be "sliced" with privacy.noise_multiplier > 0, got "samples": what it shows are '
                 "samples' own features"
+            )
+        if self.privacy.on and self.links.send_models:
+            raise ValueError(
+                "links.send_models must be false with privacy.noise_multiplier > 0, got true: a finished model is "
+                "what its device has learned, without noise"
             )
         return self
 
@@ -484,9 +508,9 @@ def _known_keys(model: type[BaseModel]) -> list[str]:
     return list(model.model_fields)
 
 
-def _model_at(path: tuple[str | int, ...]) -> type[BaseModel] | None:
+def _model_at(path: tuple[str | int, ...], root: type[BaseModel]) -> type[BaseModel] | None:
     """The pydantic model that holds the key at this path, for the nearest-key hint."""
-    model: type[BaseModel] = Job
+    model = root
     for part in path[:-1]:
         if isinstance(part, int):
             continue
@@ -524,8 +548,8 @@ RULES = {
 }
 
 
-def _explain(error: ValidationError) -> str:
-    """One line per problem: key, rule, what it got, and the nearest key."""
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line per problem of a file whose keys are those of ``root``: key, rule, what it got, and the nearest key."""
     rules: dict[str, list[str]] = {}
     got: dict[str, str] = {}
     for problem in error.errors():
@@ -534,7 +558,7 @@ def _explain(error: ValidationError) -> str:
         if kind == "too_short" and value:
             continue  # the list is not short: its items are bad, and that is said
         if kind == "extra_forbidden":
-            model = _model_at(path)
+            model = _model_at(path, root)
             known = _known_keys(model) if model else []
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
@@ -577,7 +601,7 @@ def make_job(fields: dict[str, Any]) -> Job:
     try:
         return Job.model_validate(_merge(preset, fields))
     except ValidationError as error:
-        raise ValueError(_explain(error)) from None
+        raise ValueError(explain(error, Job)) from None
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fleetfit.messages import (
     AttributesRequest,
     CoarseModel,
     CoarseReply,
+    Declined,
     DeviceMessage,
     Finish,
     FinishReply,
@@ -42,14 +43,19 @@ from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
 from fleetfit.privacy import DevicePrivacy, personal_without_noise
 from fleetfit.randomness import named_generator
-from fleetfit.records import DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
-from fleetfit.refinement import drop_least_important, importance_set, train_header, with_dropped_as_shipped
+from fleetfit.records import BackboneShape, DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
+from fleetfit.refinement import (
+    SKETCH_PROJECTIONS,
+    drop_least_important,
+    importance_set,
+    train_header,
+    ways_to_ship,
+    with_dropped_as_shipped,
+)
 from fleetfit.training import predict, score
 
 M = TypeVar("M", bound=Message)
-PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen here would be out of reach
 TRAINING_PRIOR_STRENGTH = 3.0
-SKETCH_PROJECTIONS = 32
 
 
 class DeviceMemory(Message):
@@ -63,6 +69,7 @@ class DeviceMemory(Message):
     step: int = Field(-1, description="the last message this memory has seen")
     family: str = ""
     config: JsonDict = Field(default_factory=dict)
+    shape: BackboneShape | None = None
     labels: tuple[str, ...] = ()
     header: HeaderSpec = HeaderSpec()
     refine: RefineConfig = RefineConfig()
@@ -88,24 +95,31 @@ class DeviceState:
 def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
     """Answer one message of the edge; the same state and message always give the same answer.
 
+    The attributes need no memory and leave it as it is; the coarse model begins it anew. Every other message needs the
+    coarse model, and a memory from before its step: steps in between may have been missed.
+
     Raises:
-        ValueError: a message that is out of order or of a kind that devices do not answer.
+        ValueError: a message of a step that is over, or of a kind that devices do not answer.
     """
     if not isinstance(message, DeviceMessage):
         raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
-    if message.step != state.memory.step + 1:
-        raise ValueError(
-            f"device {state.attributes.device_id}: expected step {state.memory.step + 1}, got {message.step}"
-        )
     if state.privacy:
         state.privacy.check(message)
+    if isinstance(message, AttributesRequest):
+        attributes = AttributesReply(step=message.step, attributes=state.attributes)
+        return state, state.privacy.protected(message, attributes, {}) if state.privacy else attributes
+    if not isinstance(message, CoarseModel):
+        if state.memory.step < 0:
+            return state, Declined(reason="it has no coarse model", needs_model=True)
+        if message.step <= state.memory.step:
+            raise ValueError(
+                f"device {state.attributes.device_id}: step {message.step} is over, it has come to {state.memory.step}"
+            )
     memory: DeviceMemory
     reply: Message
     own, message = state, _on(message, state.torch_device)
     state = replace(own, data=own.data.to(own.torch_device), memory=_on(own.memory, own.torch_device))
-    if isinstance(message, AttributesRequest):
-        memory, reply = state.memory, AttributesReply(attributes=state.attributes)
-    elif isinstance(message, CoarseModel):
+    if isinstance(message, CoarseModel):
         memory, reply = _receive(state, message)
     elif isinstance(message, RefineRound):
         memory, reply = _refine(state, message)
@@ -115,6 +129,8 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         memory, reply = _finish(state, message)
     else:
         raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
+    if isinstance(reply, Declined):
+        return own, reply
     memory, reply = _on(memory, CPU).model_copy(update={"step": message.step}), _on(reply, CPU)
     if state.privacy:
         reply = state.privacy.protected(message, reply, take(memory.tensors, "coarse"))
@@ -136,11 +152,16 @@ def shipped_model(memory: DeviceMemory) -> Classifier:
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, CoarseReply]:
-    """Store the coarse model, compute all features once, and sketch them."""
+def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, CoarseReply | Declined]:
+    """Store the coarse model, compute all features once, and sketch them.
+
+    The model fits the smallest device whose attributes were known when it was made; one that was silent then may be
+    smaller still, and declines.
+    """
     memory = DeviceMemory(
         family=message.family,
         config=message.config,
+        shape=message.shape,
         labels=message.labels,
         header=message.header,
         refine=message.refine,
@@ -148,21 +169,22 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
         class_shares=message.class_shares,
         tensors={k: v for k, v in message.tensors.items() if k.startswith("backbone.")},
     )
-    backbone = _backbone(memory).eval()
+    backbone, coarse = _backbone(memory).eval(), take(message.tensors, "header")
+    header = _header(memory, coarse)
+    size_bytes, limit_bytes = _size_bytes(Classifier(backbone, header)), state.attributes.storage_limit_bytes
+    if size_bytes > limit_bytes:
+        return state.memory, Declined(reason=f"the model has {size_bytes} bytes, the device's limit is {limit_bytes}")
     tensors = dict(memory.tensors)
     for name in ("train", "validation", "test"):
         features = _run(backbone, getattr(state.data, name))
         tensors |= put(f"features.{name}", {"output": features.output, "penultimate": features.penultimate})
         if features.mask is not None:
             tensors[f"features.{name}.mask"] = features.mask
-    coarse = take(message.tensors, "header")
     tensors |= put("coarse", coarse) | put("header", coarse)
-    memory = memory.model_copy(update={"tensors": tensors})
-    header = _header(memory, coarse)
     masks = {n: torch.ones(layer.num_neurons, dtype=torch.bool) for n, layer in prunable_layers(header).items()}
     memory = memory.model_copy(update={"tensors": tensors | put("kept", masks)})
     scores = _validation(memory, header, state.data)
-    return memory, CoarseReply(tensors=_sketch(memory, state), scores=scores)
+    return memory, CoarseReply(step=message.step, tensors=_sketch(memory, state), scores=scores)
 
 
 def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, RoundReply]:
@@ -177,31 +199,29 @@ def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, Rou
         kept, coarse = take(memory.tensors, "kept"), take(memory.tensors, "coarse")
         tensors |= put("header", with_dropped_as_shipped(header, own, kept, coarse))
     memory = memory.model_copy(update={"tensors": memory.tensors | put("header", own)})
-    return memory, RoundReply(tensors=tensors, scores=_validation(memory, header, state.data))
+    return memory, RoundReply(step=message.step, tensors=tensors, scores=_validation(memory, header, state.data))
 
 
 def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, ProposeReply]:
     """Take the last personal tensors; score every way to ship on the validation split."""
-    memory = _take_personal(state.memory, message.tensors, state.memory.refine.rounds)
-    if memory.refine.fine_tune:
-        header = _header(memory, take(memory.tensors, "header"))
-        _train_round(header, memory, state, memory.refine.rounds + 1, together=True)
-        memory = memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header))})
+    memory = _settled(state, message.tensors)
+    headers = {
+        "coarse": _header(memory, take(memory.tensors, "coarse")),
+        "refined": _header(memory, take(memory.tensors, "header")),
+    }
+    counts = _counts(state.data.train, len(memory.labels))
     ways: dict[str, ValidationScores] = {}
-    for name, tensors in (("coarse", take(memory.tensors, "coarse")), ("refined", take(memory.tensors, "header"))):
-        header = _header(memory, tensors)
-        ways[name] = _validation(memory, header, state.data)
-        if memory.refine.class_prior:
-            counts = _counts(state.data.train, len(memory.labels))
-            for strength in PRIOR_STRENGTHS:
-                prior = _prior(memory, counts, strength)
-                ways[f"{name}/{strength:g}"] = _validation(memory, header, state.data, prior)
-    return memory, ProposeReply(scores=ways)
+    for way, (name, strength) in ways_to_ship(memory.refine).items():
+        prior = None if strength is None else _prior(memory, counts, strength)
+        ways[way] = _validation(memory, headers[name], state.data, prior)
+    return memory, ProposeReply(step=message.step, scores=ways)
 
 
 def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishReply]:
     """Build what is shipped, compare it with the coarse model and with local fine-tuning, and report."""
     memory, data = state.memory, state.data
+    if memory.step < message.step - 1:  # it missed the proposal
+        memory = _settled(state, message.tensors)
     coarse = _header(memory, take(memory.tensors, "coarse"))
     if message.header == "refined":
         header = _header(memory, take(memory.tensors, "header"))
@@ -227,9 +247,7 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
         num_train=len(data.train),
         num_test=len(data.test),
         parameters=num_parameters(model),
-        size_bytes=safetensors_size_bytes(
-            {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}, {"format": "pt"}
-        ),
+        size_bytes=_size_bytes(model),
         limit_bytes=state.attributes.storage_limit_bytes,
         kept_neurons=kept_neurons,
         neurons=neurons,
@@ -239,7 +257,7 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
         raise ValueError(
             f"device {report.device_id}: its model has {report.size_bytes} bytes, its limit is {report.limit_bytes}"
         )
-    return memory.model_copy(update={"report": report}), FinishReply(report=report)
+    return memory.model_copy(update={"report": report}), FinishReply(step=message.step, report=report)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -275,6 +293,11 @@ def _run(backbone: Backbone, samples: Samples) -> Features:
         return concatenated([backbone(inputs) for inputs in samples.inputs.batches()])
 
 
+def _size_bytes(model: Classifier) -> int:
+    shapes = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    return safetensors_size_bytes(shapes, {"format": "pt"})
+
+
 def _features(memory: DeviceMemory, split: str) -> Features:
     return Features(**take(memory.tensors, f"features.{split}"))
 
@@ -292,6 +315,16 @@ def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor], times: i
     kept = drop_least_important(header, take(tensors, "importance"), take(memory.tensors, "kept"), memory.refine, times)
     apply_masks(header, kept)
     return memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header)) | put("kept", kept)})
+
+
+def _settled(state: DeviceState, tensors: Mapping[str, Tensor]) -> DeviceMemory:
+    """The memory after the last personal tensors, and the last fine-tuning if there is one: what could be shipped."""
+    memory = _take_personal(state.memory, tensors, state.memory.refine.rounds)
+    if memory.refine.fine_tune:
+        header = _header(memory, take(memory.tensors, "header"))
+        _train_round(header, memory, state, memory.refine.rounds + 1, together=True)
+        memory = memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header))})
+    return memory
 
 
 def _train_round(

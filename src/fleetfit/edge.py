@@ -1,6 +1,6 @@
 """The edge: searches the header on its shared set, weighs how alike devices are, aggregates, guards what is shipped."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -42,7 +42,7 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.features import Features, concatenated
 from fleetfit.models.header import header_from_state
 from fleetfit.randomness import derive_seed, named_generator
-from fleetfit.records import HeaderSpec, HeaderTrial, JsonDict, ValidationScores
+from fleetfit.records import Fault, HeaderSpec, HeaderTrial, JsonDict, ValidationScores
 
 ProgressOf = Callable[[int, int, str], None]
 JS_BINS = 8
@@ -58,13 +58,20 @@ class HeaderResult(Message):
 
 
 class EdgeState(Message):
-    """What the edge knows between rounds. Tensors: ``<device>/importance.*`` and ``<device>/header.*``, personal."""
+    """What the edge knows between rounds.
+
+    Tensors: ``<device>/importance.*`` and ``<device>/header.*``, personal; ``<device>/sketch.*``, as it came.
+    """
 
     kind: ClassVar[str] = "edge_state"
     round: int = 0
+    devices: tuple[str, ...] = Field(
+        (), description="those that have the coarse model: rows and columns of what follows"
+    )
     distance: tuple[tuple[float, ...], ...] = ()
     weights: tuple[tuple[float, ...], ...] = ()
     scores: ValidationScores = Field(description="the cluster's pooled validation scores when this state was made")
+    faults: tuple[Fault, ...] = Field((), description="of this round")
 
 
 class Decision(Message):
@@ -74,6 +81,9 @@ class Decision(Message):
     header: Literal["coarse", "refined"]
     prior_strength: float | None = None
     loss_by_way: dict[str, float] = Field(default_factory=dict)
+    devices: tuple[str, ...] = Field((), description="those that had a voice in it")
+    joined: tuple[str, ...] = Field((), description="those that got the coarse model in this step")
+    faults: tuple[Fault, ...] = ()
 
 
 class LiveFeatures:
@@ -166,6 +176,7 @@ def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, 
         step=step,
         family=assignment.family,
         config=assignment.config,
+        shape=assignment.shape,
         labels=assignment.labels,
         header=found.header,
         refine=job.refine,
@@ -218,23 +229,68 @@ def weigh_devices(
 
 def first_state(refine: RefineConfig, replies: Mapping[str, CoarseReply]) -> EdgeState:
     """What the edge knows after the devices have shown their sketches."""
-    distance, weights = weigh_devices(refine, [take(r.tensors, "sketch") for r in replies.values()])
-    return EdgeState(
-        distance=tuple(tuple(row) for row in distance.tolist()),
-        weights=tuple(tuple(row) for row in weights.tolist()),
-        scores=pooled([r.scores for r in replies.values()]),
+    return with_joined(refine, EdgeState(scores=pooled([r.scores for r in replies.values()])), replies, tuple(replies))
+
+
+def with_joined(
+    refine: RefineConfig, state: EdgeState, replies: Mapping[str, CoarseReply], order: Sequence[str]
+) -> EdgeState:
+    """The state with the devices that have got the coarse model just now; all are weighed again, in this order."""
+    if not replies:
+        return state
+    tensors = dict(state.tensors)
+    for device, reply in replies.items():
+        tensors |= put(f"{device}/sketch", take(reply.tensors, "sketch"))
+    devices = tuple(d for d in order if d in state.devices or d in replies)
+    distance, weights = weigh_devices(refine, [take(tensors, f"{d}/sketch") for d in devices])
+    return state.model_copy(
+        update={
+            "devices": devices,
+            "distance": tuple(tuple(row) for row in distance.tolist()),
+            "weights": tuple(tuple(row) for row in weights.tolist()),
+            "tensors": tensors,
+        }
+    )
+
+
+def weights_among(state: EdgeState, devices: Collection[str]) -> Float[Tensor, "device peer"]:
+    """Weights of these devices for each other, [device, peer]; where others are left out, rows sum to 1 again.
+
+    Who has never been weighed listens to itself.
+    """
+    weights = torch.tensor(state.weights, dtype=torch.float64)
+    if tuple(devices) == state.devices:
+        return weights
+    among = alone_weights(len(devices))
+    for row, device in enumerate(devices):
+        if device in state.devices:
+            own = weights[state.devices.index(device)]
+            known = {d: own[i] for i, d in enumerate(state.devices) if d in devices}
+            among[row] = torch.stack([known.get(d, torch.zeros_like(own[0])) for d in devices]) / sum(known.values())
+    return among
+
+
+def distance_among(state: EdgeState, devices: Collection[str]) -> tuple[tuple[float, ...], ...]:
+    """Distances of these devices, [device, peer]; 0 from and to who has never been weighed."""
+    place = {device: i for i, device in enumerate(state.devices)}
+    return tuple(
+        tuple(state.distance[place[a]][place[b]] if a in place and b in place else 0.0 for b in devices)
+        for a in devices
     )
 
 
 def next_state(state: EdgeState, replies: Mapping[str, RoundReply]) -> EdgeState:
-    """Aggregate a round's replies for each device (Eq. 21): importance sets scaled to unit sum, weights as they are."""
-    weights = torch.tensor(state.weights, dtype=torch.float64)
+    """Aggregate a round's replies for each device (Eq. 21): importance sets scaled to unit sum, weights as they are.
+
+    Only who replied is listened to. For who did not, what the edge knew before stays.
+    """
+    weights = weights_among(state, replies)
     importance = aggregate(weights, [unit_sum(take(r.tensors, "importance")) for r in replies.values()])
     headers: list[dict[str, Tensor]] = [{} for _ in replies]
     sets = [take(r.tensors, "header") for r in replies.values()]
     if all(sets):
         headers = aggregate(weights, sets)
-    tensors: dict[str, Tensor] = {}
+    tensors = dict(state.tensors)
     for device, of_importance, of_header in zip(replies, importance, headers, strict=True):
         tensors |= put(f"{device}/importance", of_importance) | put(f"{device}/header", of_header)
     noise = noise_of_sum(weights, [r.noise for r in replies.values()])
@@ -250,9 +306,13 @@ def next_state(state: EdgeState, replies: Mapping[str, RoundReply]) -> EdgeState
 
 
 def personal(state: EdgeState, device: str) -> dict[str, Tensor]:
-    """The tensors addressed to one device."""
-    start = f"{device}/"
-    return {name[len(start) :]: t for name, t in state.tensors.items() if name.startswith(start)}
+    """The tensors addressed to one device; none if it has not finished a round yet."""
+    start, sketch = f"{device}/", f"{device}/sketch."
+    return {
+        name[len(start) :]: t
+        for name, t in state.tensors.items()
+        if name.startswith(start) and not name.startswith(sketch)
+    }
 
 
 def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decision:

@@ -30,6 +30,7 @@ from fleetfit.training import Scores, StepCallback, evaluate, fit
 
 WEIGHT_DECAY = 0.01
 CURVATURE_DRAWS = 4
+HESSIAN_OVER_GAUSS_NEWTON = 2.0
 
 
 @dataclass(frozen=True)
@@ -68,40 +69,78 @@ def taylor_importance(
 
 
 def second_order(
+    elastic: ElasticBackbone, header: Header, samples: Samples, generator: torch.Generator
+) -> LayerImportance:
+    """Importance of heads and neurons to second order (Beyond Eq. 8), of the whole set's mean loss.
+
+    The loss's second derivative along a gate is estimated as twice Gauss-Newton's: what that leaves out, the logits'
+    own curvature in a gate, has been about as large wherever it was measured (benchmarks/results/digits.md).
+    """
+
+    def of(series: GateSeries) -> tuple[Tensor, ...]:
+        return tuple(
+            second_order_importance(s, HESSIAN_OVER_GAUSS_NEWTON * c).cpu()
+            for s, c in zip(series.slopes, series.curvatures, strict=True)
+        )
+
+    heads, neurons = gate_series(elastic, header, samples, generator)
+    return LayerImportance(of(heads), of(neurons))
+
+
+@dataclass(frozen=True)
+class GateSeries:
+    """By layer, the mean loss's slope along each unit's gate at 1, and Gauss-Newton's curvature there."""
+
+    slopes: tuple[Float[Tensor, " unit"], ...]
+    curvatures: tuple[Float[Tensor, " unit"], ...]
+
+
+def gate_series(
     elastic: ElasticBackbone,
     header: Header,
     samples: Samples,
     generator: torch.Generator,
     batch_size: int = 64,
     draws: int = CURVATURE_DRAWS,
-) -> LayerImportance:
-    """Importance to second order (Beyond): neurons by slope and Gauss-Newton curvature, heads as Eq. 8 has them.
+) -> tuple[GateSeries, GateSeries]:
+    """The Taylor series of the loss in the gates of (attention heads, neurons).
 
-    Of heads, the mean over samples of the absolute first-order change ranks well enough.
+    Args:
+        elastic: The backbone at full size.
+        header: Its header.
+        samples: What the loss is the mean over.
+        generator: Draws the random signs of the curvature.
+        batch_size: Samples a pass.
+        draws: Random signs a sample; one more backward pass each.
     """
     there = samples.labels.device
-    first = taylor_importance(elastic, header, samples, batch_size)
-    slopes = [torch.zeros(elastic.num_neurons, device=there) for _ in range(elastic.num_layers)]
-    curvatures = [torch.zeros(elastic.num_neurons, device=there) for _ in range(elastic.num_layers)]
-    with elastic.recorded() as (_, neurons):
+    sizes = [elastic.num_heads] * elastic.num_layers + [elastic.num_neurons] * elastic.num_layers
+    slopes = [torch.zeros(size, device=there) for size in sizes]
+    curvatures = [torch.zeros(size, device=there) for size in sizes]
+    with elastic.recorded() as (heads, neurons):
         for rows in torch.split(torch.arange(len(samples), device=there), batch_size):
             logits = header(elastic.backbone(samples.inputs[rows]))
-            outputs = [neurons[layer] for layer in range(elastic.num_layers)]
+            outputs = [heads[i] for i in range(elastic.num_layers)] + [neurons[i] for i in range(elastic.num_layers)]
 
             def along_gates(scalar: Tensor, outputs: list[Tensor] = outputs) -> list[Tensor]:
                 gradients = torch.autograd.grad(scalar, outputs, retain_graph=True)
-                return [contributions(o.detach(), g) for o, g in zip(outputs, gradients, strict=True)]
+                return [
+                    contributions(o.detach().view(*o.shape[:2], size, -1), g.reshape(*o.shape[:2], size, -1))
+                    for o, g, size in zip(outputs, gradients, sizes, strict=True)
+                ]
 
-            for slope, change in zip(
-                slopes, along_gates(cross_entropy(logits, samples.labels[rows], reduction="sum")), strict=True
-            ):
+            changes = along_gates(cross_entropy(logits, samples.labels[rows], reduction="sum"))
+            for slope, change in zip(slopes, changes, strict=True):
                 slope += change.sum(dim=0) / len(samples)
             for _ in range(draws):
                 signs = moved(torch.randint(0, 2, logits.shape, generator=generator) * 2.0 - 1.0, there)
                 for curvature, change in zip(curvatures, along_gates(curvature_probe(logits, signs)), strict=True):
                     curvature += (change**2).sum(dim=0) / (draws * len(samples))
-    pairs = zip(slopes, curvatures, strict=True)
-    return LayerImportance(first.heads, tuple(second_order_importance(s, c).cpu() for s, c in pairs))
+    n = elastic.num_layers
+    return (
+        GateSeries(tuple(slopes[:n]), tuple(curvatures[:n])),
+        GateSeries(tuple(slopes[n:]), tuple(curvatures[n:])),
+    )
 
 
 def removal_importance(

@@ -6,8 +6,8 @@ format version and the fields. No pickle, no code. What is decoded is validated 
 
 import json
 import struct
-from collections.abc import Callable, Mapping
-from typing import ClassVar, Literal, Protocol, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 
 from fleetfit.config import RefineConfig
 from fleetfit.records import (
+    AbsentDevice,
+    BackboneShape,
     DeviceAttributes,
     DeviceReport,
+    Fault,
     HeaderSpec,
     HeaderTrial,
     JsonDict,
@@ -28,6 +31,7 @@ from fleetfit.records import (
 
 FORMAT_VERSION = 1
 MAX_HEADER_BYTES = 16 * 2**20
+MAX_REASON = 500  # characters
 
 
 class Message(Record):
@@ -37,13 +41,13 @@ class Message(Record):
     tensors: dict[str, Tensor] = Field(default_factory=dict, exclude=True, repr=False)
 
 
+class Request(Message):
+    """A message that is answered by one of the kind ``reply``."""
+
+    reply: ClassVar[type[Message]]
+
+
 # -- cloud <-> edge ---------------------------------------------------------------------------------------------------
-
-
-class StatsRequest(Message):
-    """Cloud to edge: tell me about your cluster."""
-
-    kind: ClassVar[str] = "stats_request"
 
 
 class ClusterStats(Message):
@@ -51,24 +55,22 @@ class ClusterStats(Message):
 
     kind: ClassVar[str] = "cluster_stats"
     devices: tuple[DeviceAttributes, ...]
+    silent: tuple[str, ...] = Field((), description="devices whose attributes are not known")
+    faults: tuple[Fault, ...] = ()
 
 
-class BackboneAssignment(Message):
-    """Cloud to edge: the cluster's backbone, physically cut, and the header that was distilled with it.
+class StatsRequest(Request):
+    """Cloud to edge: tell me about your cluster."""
 
-    Tensors: ``backbone.<name>`` and ``header.<name>``.
-    """
-
-    kind: ClassVar[str] = "backbone_assignment"
-    cluster: str
-    family: str
-    config: JsonDict
-    labels: tuple[str, ...]
-    header: HeaderSpec
+    kind: ClassVar[str] = "stats_request"
+    reply: ClassVar[type[Message]] = ClusterStats
 
 
 class ClusterReport(Message):
-    """Edge to cloud: the header it chose, what it was compared with, and how its devices fared."""
+    """Edge to cloud: the header it chose, what it was compared with, and how its devices fared.
+
+    Tensors, where devices send their models up: ``backbone.<name>``, and ``<device>/header.<name>`` as shipped.
+    """
 
     kind: ClassVar[str] = "cluster_report"
     cluster: str
@@ -79,44 +81,68 @@ class ClusterReport(Message):
     rounds: tuple[JsonDict, ...] = Field(description="per round, the cluster's pooled validation scores")
     decision: JsonDict = Field(description="what the guard and the class prior decided, and on which scores")
     devices: tuple[DeviceReport, ...]
+    absent: tuple[AbsentDevice, ...] = Field((), description="the others")
+    faults: tuple[Fault, ...] = ()
+    traffic: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        default_factory=dict, description="bytes by link, of an edge that keeps its own books"
+    )
+    seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="the same by phase")
+
+
+class BackboneAssignment(Request):
+    """Cloud to edge: the cluster's backbone, physically cut, and the header that was distilled with it.
+
+    Tensors: ``backbone.<name>`` and ``header.<name>``.
+    """
+
+    kind: ClassVar[str] = "backbone_assignment"
+    reply: ClassVar[type[Message]] = ClusterReport
+    cluster: str
+    family: str
+    config: JsonDict
+    shape: BackboneShape | None = Field(None, description="what was cut from the reference, for the model's card")
+    labels: tuple[str, ...]
+    header: HeaderSpec
 
 
 # -- edge <-> device --------------------------------------------------------------------------------------------------
 
 
-class DeviceMessage(Message):
+class DeviceMessage(Request):
     """Base of what an edge asks a device; ``step`` counts 0, 1, 2, ..., so that repeats are known."""
 
     step: int = Field(ge=0)
 
 
-class AttributesRequest(DeviceMessage):
-    """Edge to device: tell me your hardware."""
+class DeviceReply(Message):
+    """Base of what a device replies; ``step`` is that of the message it answers."""
 
-    kind: ClassVar[str] = "attributes_request"
+    step: int = Field(ge=0)
 
 
-class AttributesReply(Message):
+class Declined(Message):
+    """In place of any other reply: a device or an edge cannot answer, and why."""
+
+    kind: ClassVar[str] = "declined"
+    reason: str = Field(max_length=MAX_REASON)
+    needs_model: bool = Field(False, description="a device that has not got the coarse model, or has lost it")
+
+
+class AttributesReply(DeviceReply):
     """Device to edge: hardware and volume."""
 
     kind: ClassVar[str] = "attributes_reply"
     attributes: DeviceAttributes
 
 
-class CoarseModel(DeviceMessage):
-    """Edge to device: the backbone and the coarse header. Tensors: ``backbone.<name>``, ``header.<name>``."""
+class AttributesRequest(DeviceMessage):
+    """Edge to device: tell me your hardware."""
 
-    kind: ClassVar[str] = "coarse_model"
-    family: str
-    config: JsonDict
-    labels: tuple[str, ...]
-    header: HeaderSpec
-    refine: RefineConfig
-    seed: int
-    class_shares: tuple[float, ...] = Field(description="q, class shares of the edge's shared set")
+    kind: ClassVar[str] = "attributes_request"
+    reply: ClassVar[type[Message]] = AttributesReply
 
 
-class CoarseReply(Message):
+class CoarseReply(DeviceReply):
     """Device to edge: a sketch of its features for Eq. 19, and how the coarse model does on its validation split.
 
     Tensors: ``sketch.all``, [sample feature] or [quantile projection]; the latter also of two halves of the sample,
@@ -127,14 +153,22 @@ class CoarseReply(Message):
     scores: ValidationScores
 
 
-class RefineRound(DeviceMessage):
-    """Edge to device: do one round. Tensors from round 2 on: the personal ``importance.*`` and ``header.*``."""
+class CoarseModel(DeviceMessage):
+    """Edge to device: the backbone and the coarse header. Tensors: ``backbone.<name>``, ``header.<name>``."""
 
-    kind: ClassVar[str] = "refine_round"
-    round: int = Field(ge=1)
+    kind: ClassVar[str] = "coarse_model"
+    reply: ClassVar[type[Message]] = CoarseReply
+    family: str
+    config: JsonDict
+    shape: BackboneShape | None = None
+    labels: tuple[str, ...]
+    header: HeaderSpec
+    refine: RefineConfig
+    seed: int
+    class_shares: tuple[float, ...] = Field(description="q, class shares of the edge's shared set")
 
 
-class RoundReply(Message):
+class RoundReply(DeviceReply):
     """Device to edge: ``importance.*`` and, where weights are exchanged, ``header.*`` after local training."""
 
     kind: ClassVar[str] = "round_reply"
@@ -142,13 +176,15 @@ class RoundReply(Message):
     noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in header.*")
 
 
-class Propose(DeviceMessage):
-    """Edge to device: the last personal tensors; how do the ways to ship them do on your validation split?"""
+class RefineRound(DeviceMessage):
+    """Edge to device: do one round. Tensors, once there are any: the personal ``importance.*`` and ``header.*``."""
 
-    kind: ClassVar[str] = "propose"
+    kind: ClassVar[str] = "refine_round"
+    reply: ClassVar[type[Message]] = RoundReply
+    round: int = Field(ge=1)
 
 
-class ProposeReply(Message):
+class ProposeReply(DeviceReply):
     """Device to edge: validation scores by way to ship, "<header>" or "<header>/<k of the class prior>"."""
 
     kind: ClassVar[str] = "propose_reply"
@@ -156,19 +192,30 @@ class ProposeReply(Message):
     noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in each loss_sum")
 
 
-class Finish(DeviceMessage):
-    """Edge to device: what the cluster decided; build what you ship and report."""
+class Propose(DeviceMessage):
+    """Edge to device: the last personal tensors; how do the ways to ship them do on your validation split?"""
 
-    kind: ClassVar[str] = "finish"
-    header: Literal["coarse", "refined"]
-    prior_strength: float | None = Field(None, description="k of the class prior; None: no prior")
+    kind: ClassVar[str] = "propose"
+    reply: ClassVar[type[Message]] = ProposeReply
 
 
-class FinishReply(Message):
-    """Device to edge: the device's report."""
+class FinishReply(DeviceReply):
+    """Device to edge: the device's report. Tensors: ``header.*`` as shipped, if it lets its model go up, else none."""
 
     kind: ClassVar[str] = "finish_reply"
     report: DeviceReport
+
+
+class Finish(DeviceMessage):
+    """Edge to device: what the cluster decided; build what you ship and report.
+
+    Tensors: the last personal ones, for a device that missed the proposal.
+    """
+
+    kind: ClassVar[str] = "finish"
+    reply: ClassVar[type[Message]] = FinishReply
+    header: Literal["coarse", "refined"]
+    prior_strength: float | None = Field(None, description="k of the class prior; None: no prior")
 
 
 MESSAGES: dict[str, type[Message]] = {
@@ -188,6 +235,7 @@ MESSAGES: dict[str, type[Message]] = {
         ProposeReply,
         Finish,
         FinishReply,
+        Declined,
     )
 }
 
@@ -205,12 +253,14 @@ def encode(message: Message, **extra: str) -> bytes:
     return blob
 
 
-def read_metadata(blob: bytes, what: str = "message") -> dict[str, str]:
+def read_metadata(blob: bytes, what: str = "message", max_bytes: int | None = None) -> dict[str, str]:
     """The metadata of a safetensors blob, checked for length and form before anything is decoded.
 
     Raises:
-        ValueError: the blob is truncated or is not ours.
+        ValueError: the blob is over ``max_bytes``, truncated, or not ours.
     """
+    if max_bytes is not None and len(blob) > max_bytes:
+        raise ValueError(f"{what} has {len(blob)} bytes, links.max_message_bytes is {max_bytes}")
     if len(blob) < 8:
         raise ValueError(f"{what} is truncated: {len(blob)} bytes, at least 8 expected")
     (length,) = struct.unpack("<Q", blob[:8])
@@ -225,13 +275,13 @@ def read_metadata(blob: bytes, what: str = "message") -> dict[str, str]:
     return {str(k): str(v) for k, v in metadata.items()}
 
 
-def decode(blob: bytes, expected: type[M], what: str = "message") -> M:
+def decode(blob: bytes, expected: type[M], what: str = "message", max_bytes: int | None = None) -> M:
     """The message in a blob, validated.
 
     Raises:
-        ValueError: truncated, foreign, of another version or kind, or fields of the wrong type.
+        ValueError: over ``max_bytes``, truncated, foreign, of another version or kind, or fields of the wrong type.
     """
-    metadata = read_metadata(blob, what)
+    metadata = read_metadata(blob, what, max_bytes)
     if metadata["version"] != str(FORMAT_VERSION):
         raise ValueError(f"{what} has format version {metadata['version']}, this fleetfit reads {FORMAT_VERSION}")
     if metadata["kind"] != expected.kind:
@@ -254,13 +304,13 @@ def first_problem(error: ValidationError) -> str:
     return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
-def decode_any(blob: bytes, what: str = "message") -> Message:
+def decode_any(blob: bytes, what: str = "message", max_bytes: int | None = None) -> Message:
     """The message in a blob, of whichever kind crosses links.
 
     Raises:
         ValueError: as ``decode``, or a kind that does not cross links.
     """
-    kind = read_metadata(blob, what)["kind"]
+    kind = read_metadata(blob, what, max_bytes)["kind"]
     if kind not in MESSAGES:
         raise ValueError(f"{what} is of the unknown kind {kind!r}")
     return decode(blob, MESSAGES[kind], what)
@@ -277,15 +327,63 @@ def put(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": t for name, t in tensors.items()}
 
 
+class Refused(Record):
+    """A member's reply that the link does not pass on, and why."""
+
+    reason: str
+    needs_model: bool = Field(False, description="the member declined for want of the coarse model")
+
+
+def read_reply(blobs: Sequence[bytes], request: Request, max_bytes: int) -> Message | Refused:
+    """A member's reply, decoded, of the kind that the request asks for; or why it is refused.
+
+    Args:
+        blobs: All that came in answer to the request, at least one. The same reply twice is one.
+        request: What was asked.
+        max_bytes: A longer blob is not decoded.
+    """
+    try:
+        replies = [decode_any(blob, "it", max_bytes) for blob in blobs]
+    except ValueError as error:
+        return Refused(reason=printable(str(error)))
+    first = replies[0]
+    if not all(_same(first, other) for other in replies[1:]):
+        return Refused(reason=f"it came {len(replies)} times, with different content")
+    if isinstance(first, Declined):
+        return Refused(reason=printable(f"declined: {first.reason}"), needs_model=first.needs_model)
+    if type(first) is not request.reply:
+        return Refused(reason=f"it is a {first.kind!r}, expected a {request.reply.kind!r}")
+    return first
+
+
+def _same(one: Message, other: Message) -> bool:
+    return (
+        type(one) is type(other)
+        and one.model_dump_json() == other.model_dump_json()
+        and one.tensors.keys() == other.tensors.keys()
+        and all(t.dtype == other.tensors[n].dtype and torch.equal(t, other.tensors[n]) for n, t in one.tensors.items())
+    )
+
+
+def printable(text: str) -> str:
+    """What others wrote, fit to be shown: one line, not long, no control characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:MAX_REASON])
+
+
 class Link(Protocol):
     """One tier's connection to the members below it; knows how messages travel, not what they mean."""
 
     @property
     def members(self) -> tuple[str, ...]:
-        """Who is connected, in a fixed order."""
+        """Who belongs here, connected or not, in a fixed order."""
 
-    def ask(self, messages: Mapping[str, Message], reply: type[M]) -> dict[str, M]:
-        """Send each member its message; return the replies by member, in the order of ``messages``."""
+    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+        """Send each member its message; wait until all have replied, or until the deadline.
+
+        Returns:
+            In the order of ``messages``: each member's reply, of the kind ``message.reply``; or why what came is
+            refused (``read_reply``). Who did not reply in time is absent. What comes later is dropped.
+        """
 
 
 class TrainingState(Message):

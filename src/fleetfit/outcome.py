@@ -8,15 +8,16 @@ from typing import Any
 from fleetfit.artifacts import ModelCard, RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData
+from fleetfit.data.preprocessing import Form
 from fleetfit.data.samples import Samples
 from fleetfit.device import DeviceMemory, shipped_model
 from fleetfit.pipeline import FleetResult
 from fleetfit.privacy import promise
-from fleetfit.records import Record
+from fleetfit.records import BackboneShape, DeviceReport, Record
 
 
-def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samples) -> None:
-    """The table of candidates, the cloud's view for the report, and every device's model."""
+def write_front(folder: RunFolder, result: FleetResult) -> None:
+    """The table of candidates, the cloud's view for the report."""
     rows = []
     for cluster, choice in result.choices.items():
         for i, candidate in enumerate(result.candidates.candidates):
@@ -44,28 +45,48 @@ def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samp
                 }
             )
     folder.write_table("cloud/front.csv", rows)
+
+
+def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samples) -> None:
+    """The model of every device that finished, where the devices' memories are in the run folder."""
     last_step = job.refine.rounds + 3
     form = samples.inputs.form
     for cluster, report in result.reports.items():
         shape = result.candidates.candidates[result.choices[cluster].chosen].shape
         for device in report.devices:
             memory = folder.memory_of(device.device_id).load(last_step, DeviceMemory)
-            card = ModelCard(
-                device_id=device.device_id,
-                cluster=cluster,
-                family=memory.family,
-                config=memory.config,
-                header=memory.header,
-                labels=memory.labels,
-                width=shape.width,
-                depth=shape.depth,
-                inputs=form.words if form else f"samples as data.source {job.data.source!r} gives them",
-                preprocessing=form,
-                size_bytes=device.size_bytes,
-                limit_bytes=device.limit_bytes,
-                accuracy=device.accuracy,
-            )
-            folder.write_device(shipped_model(memory), card)
+            inputs = form.words if form else f"samples as data.source {job.data.source!r} gives them"
+            folder.write_device(shipped_model(memory), device_card(cluster, memory, device, shape, form, inputs))
+
+
+def device_card(
+    cluster: str, memory: DeviceMemory, device: DeviceReport, shape: BackboneShape, form: Form | None, inputs: str
+) -> ModelCard:
+    """The card of a finished device's model.
+
+    Args:
+        cluster: Its cluster.
+        memory: What it kept in the end.
+        device: What it reported.
+        shape: Of its backbone.
+        form: How its inputs are made.
+        inputs: The same in words.
+    """
+    return ModelCard(
+        device_id=device.device_id,
+        cluster=cluster,
+        family=memory.family,
+        config=memory.config,
+        header=memory.header,
+        labels=memory.labels,
+        width=shape.width,
+        depth=shape.depth,
+        inputs=inputs,
+        preprocessing=form,
+        size_bytes=device.size_bytes,
+        limit_bytes=device.limit_bytes,
+        accuracy=device.accuracy,
+    )
 
 
 class ClusterSummary(Record):
@@ -88,17 +109,23 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def summarise(
-    job: Job,
-    folder: RunFolder,
-    data: FleetData,
-    result: FleetResult,
-) -> dict[str, Any]:
-    """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured."""
-    traffic = folder.ledger.traffic
-    raw = sum(
+def raw_bytes(data: FleetData) -> int:
+    """What the devices' samples would cost on the wire as they are."""
+    return sum(
         (len(d.train) + len(d.validation) + len(d.test)) * d.train.raw_bytes_per_sample for d in data.devices.values()
     )
+
+
+def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult) -> dict[str, Any]:
+    """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured.
+
+    Args:
+        job: The resolved job.
+        folder: With what the run has cost.
+        raw: ``raw_bytes`` of the devices, where the data is at hand.
+        result: What the cloud knows.
+    """
+    traffic = folder.ledger.traffic
     clusters = []
     for cluster, choice in result.choices.items():
         candidate = result.candidates.candidates[choice.chosen]
@@ -138,13 +165,23 @@ def summarise(
         "reference": {"accuracy": _known(result.reference.accuracy), "parameters": result.reference.parameters},
         "clusters": [c.model_dump() for c in clusters],
         "devices": devices,
+        "absent": [
+            {"id": d.device_id, "cluster": cluster, "since": d.since}
+            for cluster, report in result.reports.items()
+            for d in report.absent
+        ],
+        "faults": [
+            {"id": f.device_id, "cluster": cluster, **f.model_dump(exclude={"device_id"})}
+            for cluster, report in result.reports.items()
+            for f in report.faults
+        ],
         "traffic": {
             "device_to_edge_bytes": traffic["device_to_edge"],
             "edge_to_device_bytes": traffic["edge_to_device"],
             "edge_to_cloud_bytes": traffic["edge_to_cloud"],
             "cloud_to_edge_bytes": traffic["cloud_to_edge"],
             "raw_data_bytes": raw,
-            "upload_ratio": traffic["device_to_edge"] / raw,
+            "upload_ratio": traffic["device_to_edge"] / raw if raw else None,
         },
         "privacy": promise(job),
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},

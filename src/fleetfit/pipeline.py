@@ -3,7 +3,7 @@
 Both talk through a ``Link`` and know nothing of what carries it. Steps are named "<phase>/<who>[/<round>]".
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,9 @@ from fleetfit.messages import (
 )
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import fingerprint
+from fleetfit.quorum import Cluster, ask_edges
+from fleetfit.records import AbsentDevice, Fault
+from fleetfit.replies import check_cluster_report, check_stats, expected_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def run_cloud(
         cache: Trained references of all runs.
         progress: Told how far each phase is.
     """
-    stats = edges.ask({cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
+    stats = ask_edges(edges, {cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
+    check_stats(stats)
 
     def of(phase: str) -> cloud.ProgressOf:
         return lambda done, total, note: progress(phase, done, total, note)
@@ -87,7 +91,9 @@ def run_cloud(
                 job, reference, elastic, public, cluster, shape, of("specialise")
             ),
         )
-    reports = edges.ask(assignments, ClusterReport)
+    reports = ask_edges(edges, assignments, ClusterReport)
+    for cluster, report in reports.items():
+        check_cluster_report(cluster, report, stats[cluster])
     return FleetResult(reference, elastic, candidates, choices, reports)
 
 
@@ -97,12 +103,19 @@ def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: clou
     return cache.step(key, Reference, lambda: cloud.train_reference(job, public, progress, cache.bookmark(key)))
 
 
-def gather_stats(cluster: str, devices: Link, steps: Checkpoints) -> ClusterStats:
+def gather_stats(job: Job, cluster: str, devices: Link, steps: Checkpoints) -> ClusterStats:
     """The edge's answer to the cloud: its devices' attributes."""
 
     def ask() -> ClusterStats:
-        replies = devices.ask({d: AttributesRequest(step=0) for d in devices.members}, AttributesReply)
-        return ClusterStats(devices=tuple(r.attributes for r in replies.values()))
+        everybody = devices.members
+        came = Cluster(cluster, devices, job.links).ask(
+            "attributes", AttributesReply, lambda _: AttributesRequest(step=0), everybody
+        )
+        return ClusterStats(
+            devices=tuple(r.attributes for r in came.replies.values()),
+            silent=tuple(d for d in everybody if d not in came.replies),
+            faults=came.faults,
+        )
 
     return steps.step(f"attributes/{cluster}", ClusterStats, ask)
 
@@ -121,7 +134,7 @@ def run_edge(
         progress: Told how far each phase is.
     """
     cluster = assignment.cluster
-    stats = gather_stats(cluster, devices, steps)
+    stats = gather_stats(job, cluster, devices, steps)
     limit_bytes = min(d.storage_limit_bytes for d in stats.devices)
 
     found = steps.step(
@@ -132,77 +145,116 @@ def run_edge(
         ),
     )
 
-    return refine_cluster(job, assignment, found, data, devices, steps, progress)
+    return refine_cluster(job, assignment, stats, found, data, devices, steps, progress)
 
 
 def refine_cluster(
     job: Job,
     assignment: BackboneAssignment,
+    stats: ClusterStats,
     found: HeaderResult,
     data: Split,
     devices: Link,
     steps: Checkpoints,
     progress: Progress,
 ) -> ClusterReport:
-    """Phase 2-2 on one edge (Algorithm 2): send the coarse model, T rounds, decide together what to ship, finish."""
-    cluster = assignment.cluster
+    """Phase 2-2 on one edge (Algorithm 2): send the coarse model, T rounds, decide together what to ship, finish.
+
+    Each step goes on with those devices that reply. Who missed a step is asked the next one all the same, with what the
+    edge last knew for it; who has not got the coarse model gets it first.
+    """
+    name = assignment.cluster
     total = job.refine.rounds + 3
-    progress("refine", 0, total, f"{cluster}: coarse model")
+    progress("refine", 0, total, f"{name}: coarse model")
+    coarse = edge.coarse_model(job, assignment, found, data, step=1)
+    known = {a.device_id: a for a in stats.devices}
+    expected = expected_of(coarse, known, job.privacy, job.links.send_models)
+    cluster = Cluster(name, devices, job.links, expected, coarse)
 
     def send_coarse() -> EdgeState:
-        message = edge.coarse_model(job, assignment, found, data, step=1)
-        return edge.first_state(job.refine, devices.ask(dict.fromkeys(devices.members, message), CoarseReply))
+        came = cluster.ask("coarse model", CoarseReply, lambda _: coarse, devices.members)
+        return edge.first_state(job.refine, came.replies).model_copy(update={"faults": came.faults})
 
-    state = steps.step(f"refine/{cluster}/0", EdgeState, send_coarse)
+    state = steps.step(f"refine/{name}/0", EdgeState, send_coarse)
     history = [state]
     for number in range(1, job.refine.rounds + 1):
-        progress("refine", number, total, f"{cluster}: round {number} of {job.refine.rounds}")
+        progress("refine", number, total, f"{name}: round {number} of {job.refine.rounds}")
 
         def one_round(number: int = number, state: EdgeState = state) -> EdgeState:
-            asked = {
-                d: RefineRound(step=1 + number, round=number, tensors=edge.personal(state, d)) for d in devices.members
-            }
-            return edge.next_state(state, devices.ask(asked, RoundReply))
+            def question(device: str) -> RefineRound:
+                return RefineRound(step=1 + number, round=number, tensors=edge.personal(state, device))
 
-        state = steps.step(f"refine/{cluster}/{number}", EdgeState, one_round)
+            came = cluster.ask(f"round {number}", RoundReply, question, state.devices)
+            state = edge.with_joined(job.refine, state, came.joined, devices.members)
+            return edge.next_state(state, came.replies).model_copy(update={"faults": came.faults})
+
+        state = steps.step(f"refine/{name}/{number}", EdgeState, one_round)
         history.append(state)
 
     last = 2 + job.refine.rounds
-    progress("refine", last - 1, total, f"{cluster}: what to ship")
+    progress("refine", last - 1, total, f"{name}: what to ship")
 
     def propose() -> Decision:
-        asked = {d: Propose(step=last, tensors=edge.personal(state, d)) for d in devices.members}
-        return edge.decide(job.refine, devices.ask(asked, ProposeReply))
+        def question(device: str) -> Propose:
+            return Propose(step=last, tensors=edge.personal(state, device))
 
-    decision = steps.step(f"propose/{cluster}", Decision, propose)
+        came = cluster.ask("proposal", ProposeReply, question, state.devices)
+        decision = edge.decide(job.refine, came.replies)
+        return decision.model_copy(
+            update={"devices": tuple(came.replies), "joined": tuple(came.joined), "faults": came.faults}
+        )
+
+    decision = steps.step(f"propose/{name}", Decision, propose)
 
     def finish() -> ClusterReport:
-        message = Finish(step=last + 1, header=decision.header, prior_strength=decision.prior_strength)
-        replies = devices.ask(dict.fromkeys(devices.members, message), FinishReply)
-        return _report(cluster, found, history, decision, replies)
+        def question(device: str) -> Finish:
+            missed = {} if device in decision.devices else edge.personal(state, device)
+            header, strength = decision.header, decision.prior_strength
+            return Finish(step=last + 1, header=header, prior_strength=strength, tensors=missed)
 
-    report = steps.step(f"finish/{cluster}", ClusterReport, finish)
-    progress("refine", total, total, f"{cluster}: done")
+        came = cluster.ask("finish", FinishReply, question, (*state.devices, *decision.joined))
+        of_rounds = [f for state in history for f in state.faults]
+        faults = (*stats.faults, *of_rounds, *decision.faults, *came.faults)
+        return _report(cluster, found, history, decision, came.replies, faults)
+
+    report = steps.step(f"finish/{name}", ClusterReport, finish)
+    progress("refine", total, total, f"{name}: done")
     return report
 
 
 def _report(
-    cluster: str,
+    cluster: Cluster,
     found: HeaderResult,
-    history: list[EdgeState],
+    history: Sequence[EdgeState],
     decision: Decision,
-    reports: Mapping[str, FinishReply],
+    replies: Mapping[str, FinishReply],
+    faults: Sequence[Fault],
 ) -> ClusterReport:
+    steps = ["attributes", "coarse model", *(f"round {s.round}" for s in history[1:]), "proposal", "finish"]
+    absent = [d for d in cluster.devices.members if d not in replies]
+    models = {f"{device}/{name}": t for device, reply in replies.items() for name, t in reply.tensors.items()}
+    if models:
+        models |= {name: t for name, t in found.tensors.items() if name.startswith("backbone.")}
     return ClusterReport(
-        cluster=cluster,
+        cluster=cluster.name,
         header=found.header,
         trials=found.trials,
-        similarity=history[-1].weights,
-        distance=history[-1].distance,
+        similarity=edge.weights_among(history[-1], replies).tolist(),
+        distance=edge.distance_among(history[-1], replies),
         rounds=tuple({"round": s.round, **s.scores.model_dump()} for s in history),
-        decision=decision.model_dump(),
-        devices=tuple(r.report for r in reports.values()),
+        decision=decision.model_dump(include={"header", "prior_strength", "loss_by_way"}),
+        devices=tuple(r.report for r in replies.values()),
+        absent=tuple(AbsentDevice(device_id=d, since=absent_since(d, steps, faults)) for d in absent),
+        faults=tuple(faults),
+        tensors=models,
     )
+
+
+def absent_since(device: str, steps: Sequence[str], faults: Sequence[Fault]) -> str:
+    """The first of the steps that a device missed without coming back."""
+    missed = {f.step for f in faults if f.device_id == device and not f.recovered}
+    heard = max((place for place, step in enumerate(steps[:-1]) if step not in missed), default=-1)
+    return steps[heard + 1]
 
 
 def _reference_key(job: Job, public: Split) -> str:

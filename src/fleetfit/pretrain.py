@@ -30,7 +30,7 @@ from fleetfit.data.partition import Split, share_out
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tokenizer_files import tokenizer_files
-from fleetfit.engines.local import fleet_of
+from fleetfit.engines.whole_fleet import fleet_of
 from fleetfit.hardware import torch_device_of
 from fleetfit.messages import Progress, silent
 from fleetfit.models.classifier import Classifier

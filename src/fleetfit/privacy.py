@@ -149,18 +149,15 @@ class DevicePrivacy:
             tensors = put("importance", self._importance(message, take(reply.tensors, "importance")))
             if header := take(reply.tensors, "header"):
                 tensors |= put("header", self._header(message, header, coarse))
-            noise = self._noise(self.config.clip_header) if header else 0.0
+            noise = self.config.noise_of(self.config.clip_header) if header else 0.0
             return reply.model_copy(update={"tensors": tensors, "scores": NOTHING_SAID, "noise": noise})
         if isinstance(reply, ProposeReply):
             return self._losses(message, reply)
         if isinstance(reply, FinishReply):
             unknown = {"accuracy_coarse": None, "accuracy_local": None, "accuracy": None, "num_train": 0, "num_test": 0}
-            return reply.model_copy(update={"report": reply.report.model_copy(update={**unknown, "notes": (NOTE,)})})
+            report = reply.report.model_copy(update={**unknown, "notes": (NOTE,)})
+            return reply.model_copy(update={"report": report, "tensors": {}})
         raise ValueError(f"privacy: a {reply.kind!r} cannot be protected")
-
-    def _noise(self, clip_norm: float) -> float:
-        """Standard deviation of the noise on vectors of at most this norm: replacing one moves it by twice that."""
-        return self.config.noise_multiplier * 2 * clip_norm
 
     def _released(
         self, vector: Tensor, noise: float, message: DeviceMessage, part: str, like: Mapping[str, Tensor]
@@ -173,7 +170,7 @@ class DevicePrivacy:
             return {name: torch.zeros_like(tensor) for name, tensor in reply.tensors.items()}
         vector = flat(reply.tensors)
         norm = self.config.clip_sketch * len(vector) ** 0.5
-        return self._released(clipped(vector, norm), self._noise(norm), message, "sketch", reply.tensors)
+        return self._released(clipped(vector, norm), self.config.noise_of(norm), message, "sketch", reply.tensors)
 
     def _importance(self, message: DeviceMessage, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scaled to unit sum, as the edge does it anyway: no clipping is needed then. Negative ones become 0."""
@@ -188,7 +185,7 @@ class DevicePrivacy:
     ) -> dict[str, Tensor]:
         known = flat(coarse)
         change = clipped(flat(header) - known, self.config.clip_header)
-        return self._released(known + change, self._noise(self.config.clip_header), message, "header", header)
+        return self._released(known + change, self.config.noise_of(self.config.clip_header), message, "header", header)
 
     def _losses(self, message: DeviceMessage, reply: ProposeReply) -> ProposeReply:
         """Of the ways that may ship, the mean validation loss less that of the first one; each device counts alike."""
@@ -200,7 +197,7 @@ class DevicePrivacy:
             for way, s in reply.scores.items()
         }
         above = {way: mean[way] - mean[allowed[0]] for way in allowed[1:]}
-        noise = self._noise(self.config.clip_loss)
+        noise = self.config.noise_of(self.config.clip_loss)
         noised = self._released(clipped(flat(above), self.config.clip_loss), noise, message, "losses", above)
         scores = {
             way: ValidationScores(num_samples=1, loss_sum=float(noised.get(way, 0.0)), num_correct=0)

@@ -35,8 +35,9 @@ class PrivacyLedger:
         """Note a message before it is answered.
 
         Raises:
-            ValueError: another message was answered at its step.
+            ValueError: it was not agreed to, or another message was answered at its step.
         """
+        self.privacy.check(message)
         kept = read_json(self.path)
         answered, step, name = dict(kept["answered"]), str(message.step), digest(message).hex()
         if answered.setdefault(step, name) != name:

@@ -119,6 +119,23 @@ class DeviceReport(Record):
     notes: tuple[str, ...] = ()
 
 
+class Fault(Record):
+    """Why a device's reply was missing in a step."""
+
+    device_id: str
+    step: str = Field(description="attributes, coarse model, round 1, round 2, ..., proposal or finish")
+    reason: str = Field(description='"no reply", or why the reply was refused')
+    times: int = Field(ge=1, description="how often in this step")
+    recovered: bool = Field(description="it was asked again in this step, and then its reply was good")
+
+
+class AbsentDevice(Record):
+    """A device that did not finish."""
+
+    device_id: str
+    since: str = Field(description="the first of the steps that it missed without coming back")
+
+
 class HeaderTrial(Record):
     """One header that the edge's search looked at, for the comparison table; scores on the edge's validation split."""
 

@@ -15,6 +15,8 @@ from fleetfit.models.pruning import apply_masks, prunable_layers
 from fleetfit.training import fit, steps_per_epoch
 
 WEIGHT_DECAY = 0.01
+PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen on a device would be out of its reach
+SKETCH_PROJECTIONS = 32
 
 
 def train_header(
@@ -118,6 +120,23 @@ def importance_set(
             sums[name] += gate_importance(triples)
     header.zero_grad(set_to_none=True)
     return sums
+
+
+def importance_shapes(header: Header, refine: RefineConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of an importance set."""
+    if refine.importance == "parameter":
+        return {name: tuple(p.shape) for name, p in header.named_parameters()}
+    return {name: (layer.num_neurons,) for name, layer in prunable_layers(header).items()}
+
+
+def ways_to_ship(refine: RefineConfig) -> dict[str, tuple[str, float | None]]:
+    """The ways that a cluster chooses from, by name: which header, and the strength of its class prior, if any."""
+    strengths = (None, *PRIOR_STRENGTHS) if refine.class_prior else (None,)
+    return {
+        header if strength is None else f"{header}/{strength:g}": (header, strength)
+        for header in ("coarse", "refined")
+        for strength in strengths
+    }
 
 
 def drop_least_important(

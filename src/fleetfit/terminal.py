@@ -187,6 +187,11 @@ class Phases:
         if done >= total:
             self._finish(key, done, "" if colon else what, now)
 
+    def tell(self, text: str) -> None:
+        """A line of its own, above the bar."""
+        if self.enabled:
+            self.console.print(f"· {text}", style="dim")
+
     def _left(self, now: float, done: int, total: int) -> str:
         """When a slow phase will end, as it went so far; what was read back at its beginning does not count."""
         since, first = self.begun

@@ -8,20 +8,24 @@ from typing import Any
 import pytest
 import torch
 
+from fleetfit import members
 from fleetfit.artifacts import Ledger, MemoryFolder, read_card
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory
-from fleetfit.engines import local
-from fleetfit.engines.local import LocalLink, device_handler, fleet_of
+from fleetfit.engines import local, whole_fleet
+from fleetfit.engines.whole_fleet import LocalLink, fleet_of
+from fleetfit.members import device_handler
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,
     ClusterStats,
-    CoarseReply,
     Message,
+    Propose,
     RefineRound,
+    Refused,
+    Request,
     RoundReply,
     StatsRequest,
     decode_any,
@@ -81,16 +85,16 @@ class Run:
         self.asked: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
         ask = LocalLink.ask
 
-        def noting(link: LocalLink, messages: Mapping[str, Message], reply: Any) -> Any:
+        def noting(link: LocalLink, messages: Mapping[str, Request]) -> Any:
             self.asked.append((link.down, link.members, tuple(messages)))
-            return ask(link, messages, reply)
+            return ask(link, messages)
 
         def encoding(message: Message) -> bytes:
             self.blobs.append(encode(message))
             return self.blobs[-1]
 
         patch.setattr(LocalLink, "ask", noting)
-        patch.setattr(local, "encode", encoding)
+        patch.setattr(whole_fleet, "encode", encoding)
         self.job = tiny_job(folder / "cache")
         self.summary = local.run(self.job, self.out)
 
@@ -123,10 +127,10 @@ def test_raw_data_is_what_the_devices_hold(run: Run) -> None:
 def test_an_edge_talks_to_its_own_devices_only(run: Run) -> None:
     own = {c: tuple(f"{c}-{i}" for i in range(1, n + 1)) for c, n in CLUSTERS.items()}
     seen = set()
-    for down, members, asked in run.asked:
-        assert members == asked
-        assert members in ([tuple(CLUSTERS)] if down == "cloud_to_edge" else list(own.values()))
-        seen.add(members)
+    for down, connected, asked in run.asked:
+        assert connected == asked
+        assert connected in ([tuple(CLUSTERS)] if down == "cloud_to_edge" else list(own.values()))
+        seen.add(connected)
     assert seen == {tuple(CLUSTERS), *own.values()}
 
 
@@ -145,7 +149,7 @@ def test_a_finished_run_is_read_back_without_a_message_to_a_device(run: Run, mon
     def never(*_: object) -> None:
         raise AssertionError("a device was asked again")
 
-    monkeypatch.setattr(local, "handle", never)
+    monkeypatch.setattr(members, "handle", never)
     again = local.run(run.job, run.out)
     for summary in (again, run.summary):
         summary = dict(summary)
@@ -168,31 +172,35 @@ def test_a_link_passes_copies_and_counts_both_ways() -> None:
     def answer(message: Message) -> Message:
         received.append(message)
         message.tensors["a"] += 1  # the sender must not notice
-        return RoundReply(scores=ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0), tensors={"b": shared})
+        scores = ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
+        return RoundReply(step=1, scores=scores, tensors={"b": shared})
 
     ledger = Ledger()
     link = LocalLink({"two": answer, "one": answer}, ledger, "down", "up")
     sent = RefineRound(step=1, round=1, tensors={"a": torch.zeros(2)})
-    replies = link.ask({"one": sent, "two": sent}, RoundReply)
+    replies = link.ask({"one": sent, "two": sent})
     assert link.members == ("two", "one")
     assert list(replies) == ["one", "two"]
     assert sent.tensors["a"].tolist() == [0, 0]
+    assert isinstance(replies["one"], RoundReply)
+    assert isinstance(replies["two"], RoundReply)
     replies["one"].tensors["b"].zero_()
     assert shared.tolist() == replies["two"].tensors["b"].tolist() == [1, 1, 1]
     assert all(m is not sent and m.model_dump() == sent.model_dump() for m in received)
     assert ledger.traffic == {"down": 2 * len(encode(sent)), "up": 2 * len(encode(replies["one"]))}
 
 
-def test_a_reply_of_another_kind_is_refused_and_names_the_member() -> None:
-    link = LocalLink({"m": lambda _: AttributesReply(attributes=attributes_of("m"))}, Ledger(), "down", "up")
-    with pytest.raises(ValueError, match="reply of m is a 'attributes_reply', expected a 'coarse_reply'"):
-        link.ask({"m": AttributesRequest(step=0)}, CoarseReply)
+def test_a_reply_of_another_kind_is_refused_and_the_others_pass() -> None:
+    reply = AttributesReply(step=0, attributes=attributes_of("m"))
+    link = LocalLink({"m": lambda _: reply, "n": lambda _: reply}, Ledger(), "down", "up")
+    replies = link.ask({"m": Propose(step=2), "n": AttributesRequest(step=0)})
+    assert replies == {"m": Refused(reason="it is a 'attributes_reply', expected a 'propose_reply'"), "n": reply}
 
 
 def test_messages_that_do_not_cross_links_are_refused() -> None:
     link = LocalLink({"m": lambda m: m}, Ledger(), "down", "up")
     with pytest.raises(ValueError, match="unknown kind 'device_memory'"):
-        link.ask({"m": DeviceMemory()}, DeviceMemory)
+        link.ask({"m": DeviceMemory()})  # type: ignore[dict-item]
 
 
 # -- devices in files -------------------------------------------------------------------------------------------------
@@ -208,16 +216,23 @@ def test_a_repeated_message_meets_the_memory_it_met_before(run: Run, tmp_path: P
     chain = [m for m in mine if m.kind != "attributes_request"][0 :: CLUSTERS["small"]][:5]
     chain = [next(m for m in mine if m.kind == "attributes_request"), *chain]
     assert [getattr(m, "step", None) for m in chain] == list(range(6))
-    for number, message in enumerate(chain):
+    for message in (chain[0], chain[0]):
+        answer(message)
+    assert not list(tmp_path.iterdir()), "attributes need no memory"
+    for number, message in enumerate(chain[1:], start=1):
         first, memory = answer(message), memories.load(number, DeviceMemory)
         again, memory_again = answer(message), memories.load(number, DeviceMemory)
         for a, b in ((first, again), (memory, memory_again)):
             assert a.model_dump_json() == b.model_dump_json()
             torch.testing.assert_close(dict(a.tensors), dict(b.tensors), rtol=0, atol=0)
         kept = sorted(int(p.stem) for p in tmp_path.glob("*.safetensors"))
-        assert kept == [n for n in (number - 1, number) if n >= 0]
-    with pytest.raises(ValueError, match=r"1\.safetensors is missing"):
-        answer(chain[2])
+        assert kept == [n for n in (number - 1, number) if n >= 1]
+    for over in chain[2:-1]:
+        with pytest.raises(ValueError, match=f"step {over.step} is over: the device has come to 5"):
+            answer(over)
+    # Another run begins with a coarse model.
+    answer(chain[1])
+    assert [p.stem for p in tmp_path.glob("*.safetensors")] == ["1"]
 
 
 def test_a_device_answers_devices_messages_only(run: Run, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fleetfit.config import PAPER, Job, load_job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.edge import Decision, EdgeState
-from fleetfit.engines import local
+from fleetfit.engines import whole_fleet
 from fleetfit.messages import (
     BackboneAssignment,
     CoarseModel,
@@ -62,9 +62,9 @@ class Digits:
             return blob
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(local, "encode", encoding)
+            patch.setattr(whole_fleet, "encode", encoding)
             self.summary = fleetfit.run(fields, self.out)
-        fleet = {c: [a.device_id for a in members] for c, members in local.fleet_of(self.job).items()}
+        fleet = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(self.job).items()}
         self.data: FleetData = share_out(load_samples(self.job), self.job.data, fleet, self.job.seed)
 
     def of(self, kind: type[Message]) -> Iterator[Any]:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fleetfit import members
 from fleetfit.config import make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState
-from fleetfit.engines import local
+from fleetfit.engines import local, whole_fleet
 from fleetfit.messages import AttributesReply, CoarseReply, FinishReply, Message, RoundReply, decode, decode_any, encode
 
 torch.set_num_threads(1)
@@ -48,6 +49,7 @@ REPORT = {
     "neurons",
     "notes",
 }
+FAULT = {"device_id", "step", "reason", "times", "recovered"}
 NOISE = {"noise"}  # how much of it there is: the job says that, and not the data
 HEADER = {"kind", "blocks", "repeats", "channels", "pooling", "hidden"}
 BLOCK = {f"blocks.{f}" for f in ("input_1", "input_2", "operation_1", "operation_2")}
@@ -60,22 +62,25 @@ def under(prefix: str, fields: set[str]) -> set[str]:
 # All that may go up, by kind: JSON fields (lists have no level of their own), and first parts of tensors' names.
 # Whoever adds one here answers the question: what does it tell about a person's data?
 MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
-    "attributes_reply": (under("attributes", ATTRIBUTES), set()),
-    "coarse_reply": (SCORES, {"sketch"}),
-    "round_reply": (SCORES | NOISE, {"importance", "header"}),
+    "attributes_reply": ({"step"} | under("attributes", ATTRIBUTES), set()),
+    "coarse_reply": ({"step"} | SCORES, {"sketch"}),
+    "round_reply": ({"step"} | SCORES | NOISE, {"importance", "header"}),
     "propose_reply": (
-        {s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")} | NOISE,
+        {"step"} | {s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")} | NOISE,
         set(),
     ),
-    "finish_reply": (under("report", REPORT), set()),
-    "cluster_stats": (under("devices", ATTRIBUTES), set()),
+    "finish_reply": ({"step"} | under("report", REPORT), set()),
+    "cluster_stats": (under("devices", ATTRIBUTES) | {"silent"} | under("faults", FAULT), set()),
     "cluster_report": (
         {"cluster", "similarity", "distance", "decision.header", "decision.prior_strength"}
         | under("header", HEADER | BLOCK)
         | under("trials", {"name", "loss", "accuracy", "parameters"} | under("spec", HEADER | BLOCK))
         | under("rounds", {"round", "num_samples", "loss_sum", "num_correct"})
         | {"decision.loss_by_way.coarse", "decision.loss_by_way.refined"}
-        | under("devices", REPORT),
+        | under("devices", REPORT)
+        | under("absent", {"device_id", "since"})
+        | under("faults", FAULT)
+        | {"seconds", "traffic"},  # of an edge's work, by phase
         set(),
     ),
 }
@@ -123,11 +128,11 @@ class Caught:
             return blobs[-1]
 
         with patch.context() as patched:
-            patched.setattr(local, "encode", encoding)
+            patched.setattr(whole_fleet, "encode", encoding)
             local.run(job, folder)
         self.folder = folder
         self.refine = job.refine
-        devices = {c: [a.device_id for a in members] for c, members in local.fleet_of(job).items()}
+        devices = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(job).items()}
         self.data: FleetData = share_out(load_samples(job), job.data, devices, job.seed)
         self.up = [(decode_any(b), b) for b in blobs if decode_any(b).kind in MAY_GO_UP]
         assert {m.kind for m, _ in self.up} == set(MAY_GO_UP)
@@ -406,13 +411,13 @@ def test_what_leaks_is_caught(name: str, runs: dict[str, Caught]) -> None:
 
 
 def test_a_device_that_leaks_is_caught(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = local.handle
+    real = members.handle
 
     def leaking(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         state, reply = real(state, message)
         return state, LEAKS["inputs"][0](state, reply) if state.attributes.device_id == "large-2" else reply
 
-    monkeypatch.setattr(local, "handle", leaking)
+    monkeypatch.setattr(members, "handle", leaking)
     run = Caught(folder / "leak", monkeypatch)
     for check in (check_image_bytes, check_image_values):
         with pytest.raises(AssertionError):

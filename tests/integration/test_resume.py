@@ -16,8 +16,7 @@ import tomli_w
 import torch
 
 import fleetfit
-from fleetfit import artifacts
-from fleetfit.engines import local
+from fleetfit import artifacts, members
 
 torch.set_num_threads(1)
 
@@ -183,7 +182,7 @@ def test_killed_in_a_round_the_devices_do_not_train_twice(
     tmp_path: Path, whole: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One device of two has answered when the edge dies: it is asked again, and starts from where it was then."""
-    real, seen = local.handle, []
+    real, seen = members.handle, []
 
     def dies(state: Any, message: Any) -> Any:
         if (state.attributes.device_id, message.step) == ("small-2", 3):
@@ -192,7 +191,7 @@ def test_killed_in_a_round_the_devices_do_not_train_twice(
         return real(state, message)
 
     with monkeypatch.context() as patched:
-        patched.setattr(local, "handle", dies)
+        patched.setattr(members, "handle", dies)
         with pytest.raises(Killed):
             run(tmp_path)
     assert seen[-1] == ("small-1", 3)

@@ -41,11 +41,13 @@ class PixelStore:
         pixels: One row for each image that was asked for; memory-mapped, not to be written to.
         bad: Rows whose image cannot be read.
         bytes_per_image: What an encoded image weighs, on average.
+        path: The file of the pixels.
     """
 
     pixels: UInt8[Tensor, "image channel row column"]
     bad: tuple[int, ...]
     bytes_per_image: int
+    path: Path
 
 
 def pixel_store(
@@ -113,7 +115,7 @@ def _read(folder: Path, shape: tuple[int, ...]) -> PixelStore | None:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it may not be written to, and nobody does
-        return PixelStore(torch.from_numpy(pixels), bad, weight)
+        return PixelStore(torch.from_numpy(pixels), bad, weight, folder / "pixels.npy")
 
 
 def _decode(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Int, Shaped
@@ -22,12 +23,14 @@ class Inputs:
         index: Which rows of the store these are.
         form: How pixels become inputs, or how texts became token ids; None: the store holds inputs.
         torch_device: Where inputs go when they are looked up; None: they are there, where the store is.
+        path: The .npy file that the store is memory-mapped from, if it is.
     """
 
     store: Shaped[Tensor, "stored ..."]
     index: Int[Tensor, " sample"]
     form: Preprocessing | TextPreprocessing | None = None
     torch_device: torch.device | None = None
+    path: Path | None = None
 
     @classmethod
     def of(cls, store: Shaped[Tensor, "sample ..."], form: Preprocessing | TextPreprocessing | None = None) -> "Inputs":

@@ -3,9 +3,10 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -30,8 +31,33 @@ log = logging.getLogger(__name__)
 CHUNK = 1000
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where samples came from, value by value, before they became inputs.
+
+    Attributes:
+        chunks: Values of some rows of the source, in order, a few at a time.
+        rows: The source's row of each row of the samples' store.
+        folder: What relative paths in the values start from.
+    """
+
+    chunks: Callable[[list[int]], Iterator[list[Any]]]
+    rows: Int[Tensor, " stored"]
+    folder: Path | None = None
+
+    def values(self, samples: Samples) -> Iterator[Any]:
+        """The values that some of the samples were made of; images may be encoded, paths, or arrays of bytes."""
+        for part in self.chunks(self.rows[samples.inputs.index].tolist()):
+            yield from part
+
+
 def load_samples(job: Job, progress: Progress = silent) -> Samples:
-    """All samples of the job's source.
+    """All samples of the job's source; ``load_source`` without where each came from."""
+    return load_source(job, progress)[0]
+
+
+def load_source(job: Job, progress: Progress = silent) -> tuple[Samples, Origin]:
+    """All samples of the job's source, and where each came from.
 
     Args:
         job: The resolved job: where from, for which model, and where the cache is.
@@ -46,7 +72,10 @@ def load_samples(job: Job, progress: Progress = silent) -> Samples:
     if job.data.source == "digits":
         if kind == "text":
             raise ValueError(f"data.source = 'digits' has images, but model.family = {job.model.family!r} reads texts")
-        return _some(_digits(), job)
+        digits = _digits()
+        store = digits.inputs.store.numpy()
+        origin = Origin(lambda rows: iter([list(store[rows])]), torch.arange(len(store)))
+        return _some(digits, job), origin
     if job.model.pretrained:
         read_config_of(job.model.pretrained, job.model.family)  # is it there, and does it read what the family reads?
     cache = Path(job.run.cache).expanduser()
@@ -61,7 +90,7 @@ def load_samples(job: Job, progress: Progress = silent) -> Samples:
         raise ValueError(f"data.source = {job.data.source!r}: the samples that are left are of one class")
     form = found.inputs.form
     content = (table.fingerprint, column, used.tolist(), labels[used].tolist(), names, form and form.model_dump())
-    return Samples(
+    samples = Samples(
         found.inputs,
         labels[used],
         names,
@@ -70,6 +99,9 @@ def load_samples(job: Job, progress: Progress = silent) -> Samples:
         fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
         notes=(f"from {table.origin}", *found.notes),
     )
+    stored = torch.zeros(len(found.inputs.store), dtype=torch.long)
+    stored[found.inputs.index] = used
+    return samples, Origin(lambda chosen: table.chunks(column, chosen, CHUNK), stored, table.folder)
 
 
 @dataclass(frozen=True)
@@ -97,7 +129,7 @@ def _images(job: Job, table: Table, column: str, rows: Int[Tensor, " row"], cach
     good[list(store.bad)] = False
     index = good.nonzero().flatten()
     notes = (f"{len(store.bad):,} images that cannot be read are left out",) if store.bad else ()
-    return _Made(Inputs(store.pixels, index, form), index, store.bytes_per_image, notes)
+    return _Made(Inputs(store.pixels, index, form, path=store.path), index, store.bytes_per_image, notes)
 
 
 def _texts(job: Job, table: Table, column: str, rows: Int[Tensor, " row"], cache: Path, progress: Progress) -> _Made:

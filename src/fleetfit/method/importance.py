@@ -73,7 +73,7 @@ def second_order_importance(slope: Float[Tensor, " unit"], curvature: Float[Tens
 
     Args:
         slope: First derivative of the mean loss along each unit's gate at 1: Eq. 8 before its bars.
-        curvature: Second derivative, at least 0.
+        curvature: Second derivative there, or an estimate of it.
     """
     return (0.5 * curvature - slope).abs()
 

@@ -198,6 +198,28 @@ def devices(run: Run) -> Markup:
         element("ul", *legend, class_="legend"),
         per_cluster(run, contents),
         _device_table(run),
+        _faults(run),
+    )
+
+
+def _faults(run: Run) -> Markup | None:
+    """Who did not finish, and whose replies were missing or refused; nothing where all went well."""
+    absent = [a for report in run.reports.values() for a in report.absent]
+    rows = [
+        table_row(f.device_id, cluster, f.step, f.reason, count(f.times), "yes" if f.recovered else "no", numeric=(4,))
+        for cluster, report in run.reports.items()
+        for f in report.faults
+    ]
+    if not absent and not rows:
+        return None
+    names = ", ".join(f"{a.device_id} (since {a.since})" for a in absent)
+    columns = ["Device", "Cluster", "Step", "Why", "Times", "Made good"]
+    caption = "Replies that were missing or refused; made good: asked again in the same step, the device replied"
+    return join(
+        note(f"Did not finish, and got no model: {names}.") if absent else None,
+        element(
+            "details", element("summary", "Replies that were missing or refused"), table(caption, columns, rows, (4,))
+        ),
     )
 
 

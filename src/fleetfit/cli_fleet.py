@@ -1,0 +1,89 @@
+"""The commands for fleets of many machines: ``fleetfit provision | start``."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleetfit.terminal import Phases, reporting
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and log lines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+
+
+def provision(
+    fleet: Annotated[Path, typer.Argument(metavar="FLEET", hidden=True)],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where the kits go.")] = Path("kits"),
+    split_data: Annotated[
+        bool, typer.Option("--split-data", help="Put a part of the job's data into each kit, to try it out.")
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="No TLS: for addresses of this machine only, to see what is sent.")
+    ] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Make a kit for every participant of a fleet: cloud, edges, devices.
+
+    [bold]FLEET[/bold] is a TOML file. It names the job, the cloud's address, the edges with
+    theirs, and the devices of each edge; recipes/fleet-loopback.toml is one.
+    A kit is a folder with keys and certificates, the job, and whom it knows. Copy
+    each to its machine, and keep kits/ca where no participant is.
+
+    [bold]Examples[/bold]
+
+      fleetfit provision recipes/fleet-loopback.toml --split-data --out kits
+      fleetfit start kits/phones-1
+    """
+    with reporting(debug) as signals:
+        with Phases(signals, f"kits in {out}", enabled=not as_json) as phases:
+            phases("libraries", 0, 1)
+            with signals.after_this():
+                from fleetfit.engines.flower.provision import provision as make
+
+            phases("libraries", 1, 1)
+            made = make(fleet, out, split_data, insecure, phases)
+        if as_json:
+            kits = [str(kit) for kit in made.kits]
+            typer.echo(json.dumps({"fleet": made.fleet, "kits": kits, "days": made.days}, indent=2))
+            return
+        cloud, *others = made.kits
+        typer.echo(f"kits:    {out} (fleet {made.fleet}, valid for {made.days} days)")
+        for number, kit in enumerate(others):
+            typer.echo(f"{'' if number else 'start:':8} fleetfit start {kit}")
+        typer.echo(f"run:     fleetfit run {cloud / 'job.toml'} --engine flower --cloud {cloud}")
+        typer.echo(f"secret:  {out / 'ca'} can make participants of this fleet: keep it offline, or delete it")
+        if insecure:
+            typer.secho("INSECURE: nothing is encrypted, and anyone on this machine can join", fg="red", err=True)
+
+
+def start(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", hidden=True)],
+    once: Annotated[
+        bool, typer.Option("--once", help="Of an edge or a device: stop when the job is finished.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Take part in a fleet, as the cloud, an edge or a device: whosever kit it is.
+
+    [bold]KIT[/bold] is a folder that [bold]fleetfit provision[/bold] made. Runs until Ctrl-C, and leaves
+    nothing behind; started again, it goes on where it was. What is wrong with a
+    key, a certificate, an address or the data is said at once, here and at the
+    other end. In any order: who is early, waits.
+
+    [bold]Examples[/bold]
+
+      fleetfit start kits/phones
+      fleetfit start kits/phones-1 --once
+    """
+    with reporting(debug, resumable=True, go_on="the same command goes on from here") as signals:
+        with signals.after_this():
+            from fleetfit.engines.flower.kit import read_kit
+            from fleetfit.engines.flower.participants import start as take_part
+        take_part(read_kit(kit), once, _tell, signals.check)
+
+
+def _tell(text: str) -> None:
+    typer.echo(f"{time.strftime('%H:%M:%S')}  {text}", err=True)

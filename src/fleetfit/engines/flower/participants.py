@@ -1,0 +1,276 @@
+"""What `fleetfit start` runs: a cloud that waits for a run, an edge between cloud and devices, a device."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from fleetfit.artifacts import Ledger, MemoryFolder, StepFolder, write_model
+from fleetfit.data.owned import load_owned
+from fleetfit.data.partition import Split
+from fleetfit.device import DeviceMemory, shipped_model
+from fleetfit.engines.flower.gate import Tell
+from fleetfit.engines.flower.greeting import Status
+from fleetfit.engines.flower.hub import Hub, Server
+from fleetfit.engines.flower.kit import Kit, hold
+from fleetfit.engines.flower.link import FlowerLink, Heard
+from fleetfit.engines.flower.member import Member
+from fleetfit.engines.flower.runtime import RunCarrier
+from fleetfit.hardware import torch_device_of
+from fleetfit.members import Handler, device_handler, edge_handler
+from fleetfit.messages import ClusterReport, Finish, FinishReply, Message, RefineRound, put, take
+from fleetfit.outcome import device_card
+from fleetfit.privacy_ledger import ledger_of
+from fleetfit.records import BackboneShape
+
+log = logging.getLogger(__name__)
+
+KEPT_RUNS = 2
+POLL_SECONDS = 0.5
+IDLE_SECONDS = 1.0
+WORDS = {
+    "attributes_request": "told what it can do",
+    "coarse_model": "has the coarse model",
+    "propose": "compared the ways to ship",
+    "finish": "finished",
+}
+
+
+def start(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
+    """Take part until the end.
+
+    Args:
+        kit: Whose part.
+        once: The end is when the job is finished; otherwise when ``check`` raises.
+        tell: Told in words what happens.
+        check: Called every second or so; raises to stop.
+
+    Raises:
+        ValueError: a bad kit or data, a port that is taken, one above that does not let this participant take part.
+        OSError: a file cannot be read or written.
+    """
+    with hold(kit.folder):
+        torch.set_num_threads(kit.job.run.threads)
+        {"cloud": _cloud, "edge": _edge, "device": _device}[kit.file.role](kit, once, tell, check)
+
+
+# -- the cloud --------------------------------------------------------------------------------------------------------
+
+
+def _cloud(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
+    if once:
+        raise ValueError("--once is for edges and devices: a cloud is done when `fleetfit run` is")
+    with Hub(kit, tell) as hub:
+        names = ", ".join(member.name for member in kit.file.members)
+        tell(f"{kit.file.name} listens at {kit.server.address}:{kit.server.port} for {names}")
+        while True:
+            time.sleep(IDLE_SECONDS)
+            check()
+            hub.check()
+
+
+# -- an edge ----------------------------------------------------------------------------------------------------------
+
+
+class Nodes(Mapping[str, int]):
+    """Nodes of those below, as they are now.
+
+    Args:
+        server: Who knows them.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+
+    def __getitem__(self, name: str) -> int:
+        return self.server.members()[name].node
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.server.members())
+
+    def __len__(self) -> int:
+        return len(self.server.members())
+
+
+class _Edge:
+    """An edge at work: what it keeps between messages of one run."""
+
+    def __init__(self, kit: Kit, data: Split, hub: Hub, member: Member, tell: Tell, check: Callable[[], None]) -> None:
+        self.kit = kit
+        self.data = data
+        self.hub = hub
+        self.member = member
+        self.is_finished = False
+        self._tell = tell
+        self._check = check
+        self._told = ""
+        self._carrier: RunCarrier | None = None
+
+    def handle(self, run: str, message: Message) -> Message:
+        """Answer the cloud, by asking the devices; from finished steps as far as there are any."""
+        folder = _folder_of(self.kit, run)
+        ledger = Ledger()
+        links, heard = self.kit.job.links, Heard(self._progress)
+        link = FlowerLink(
+            self._carrier_of(run),
+            Nodes(self.hub),
+            ledger,
+            "edge_to_device",
+            "device_to_edge",
+            max_message_bytes=links.max_message_bytes,
+            deadline_seconds=links.deadline_seconds,
+            poll_seconds=POLL_SECONDS,
+            replied=self._replied(heard),
+        )
+        steps = StepFolder(folder / "steps", ledger)
+        cluster = self.kit.file.name
+        reply = edge_handler(self.kit.job, cluster, self.data, link, steps, heard)(message)
+        if isinstance(reply, ClusterReport):
+            self.is_finished = True
+            self._tell("finished; the cloud has the report")
+            reply = reply.model_copy(update={"traffic": dict(ledger.traffic), "seconds": dict(ledger.seconds)})
+        return reply
+
+    def close(self) -> None:
+        """No more questions to the devices."""
+        if self._carrier is not None:
+            self._carrier.close()
+
+    def _carrier_of(self, run: str) -> RunCarrier:
+        if self._carrier is None or self._carrier.run != run:
+            self.close()
+            self._carrier = self.hub.carrier(run)
+        return self._carrier
+
+    def _replied(self, heard: Heard) -> Callable[[int, int], None]:
+        def replied(number: int, asked: int) -> None:
+            self._check()
+            self.hub.check()
+            heard.replied(number, asked)
+
+        return replied
+
+    def _progress(self, phase: str, done: int, total: int, note: str = "") -> None:
+        """For the cloud, with the next greeting; and here, a line when a phase or round begins."""
+        self._check()
+        what = note.removeprefix(f"{self.kit.file.name}: ")
+        self.member.status = Status(phase=phase, done=min(done, total), total=max(total, 1), note=what[:200])
+        line = f"{phase}: {what}" if phase == "refine" else phase
+        line = line.partition(", ")[0]
+        if line != self._told:
+            self._told = line
+            self._tell(line)
+
+
+def _edge(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
+    with Member(kit, tell) as member:
+        member.knock()
+        data = _load(kit, member, 0.0, ("edge", kit.file.name), tell)
+        with Hub(kit, tell) as hub:
+            names = ", ".join(m.name for m in kit.file.members)
+            tell(f"{kit.file.name} listens at {kit.server.address}:{kit.server.port} for {names}")
+            edge = _Edge(kit, data, hub, member, tell, check)
+
+            def check_both() -> None:
+                check()
+                hub.check()
+
+            try:
+                member.serve(edge.handle, lambda: once and edge.is_finished, check_both)
+            finally:
+                edge.close()
+
+
+# -- a device ---------------------------------------------------------------------------------------------------------
+
+
+class _Device:
+    """A device at work: what it keeps lies in files, the last messages' memories of each run."""
+
+    def __init__(self, kit: Kit, data: Split, member: Member, tell: Tell) -> None:
+        self.kit = kit
+        self.member = member
+        self.is_finished = False
+        self._data = data
+        self._tell = tell
+        self._torch_device = torch_device_of(kit.job.run.torch_device)
+
+    def handle(self, run: str, message: Message) -> Message:
+        """Answer the edge."""
+        memories = MemoryFolder(_folder_of(self.kit, run) / "memory")
+        attributes = self.kit.attributes(len(self._data.train) + len(self._data.validation))
+        handler: Handler = device_handler(
+            attributes, self._data, memories, self._torch_device, ledger_of(memories.folder, self.kit.job)
+        )
+        reply = handler(message)
+        rounds = self.kit.job.refine.rounds
+        number = message.round if isinstance(message, RefineRound) else 0
+        what = f"round {number} of {rounds}" if number else WORDS.get(message.kind, message.kind)
+        self.member.status = Status(phase="refine", done=number, total=rounds, note=what)
+        self._tell(what)
+        if isinstance(message, Finish) and isinstance(reply, FinishReply):
+            memory = memories.load(message.step, DeviceMemory)
+            self._write(memory)
+            self.is_finished = True
+            if self.kit.job.links.send_models:
+                reply = with_model(reply, memory)
+        return reply
+
+    def _write(self, memory: DeviceMemory) -> None:
+        report, form = memory.report, self.kit.task.form
+        assert report is not None, "it has finished"
+        shape = memory.shape or BackboneShape(width=1.0, depth=1)
+        card = device_card(self.kit.upstream.name, memory, report, shape, form, form.words)
+        folder = self.kit.folder / "model"
+        write_model(folder, shipped_model(memory), card)
+        self._tell(f"model: {folder}")
+
+
+def with_model(reply: FinishReply, memory: DeviceMemory) -> FinishReply:
+    """The report together with what is the device's own of its model; the backbone is the cluster's."""
+    return reply.model_copy(update={"tensors": put("header", take(memory.tensors, "shipped"))})
+
+
+def _device(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
+    with Member(kit, tell) as member:
+        member.knock()
+        data = _load(kit, member, kit.job.data.device_test_share, ("device", kit.file.name), tell)
+        device = _Device(kit, data, member, tell)
+        member.serve(device.handle, lambda: once and device.is_finished, check)
+
+
+# -- for all ----------------------------------------------------------------------------------------------------------
+
+
+def load_data(kit: Kit, test_share: float, names: tuple[str, ...]) -> Split:
+    """A participant's samples, as its kit says.
+
+    Raises:
+        ValueError: they are not there, cannot be read, or have labels that the job does not know.
+        OSError: a file cannot be read.
+    """
+    return load_owned(kit.job, kit.data_source, kit.file.data.cut, kit.task.labels, kit.task.form, test_share, names)
+
+
+def _load(kit: Kit, member: Member, test_share: float, names: tuple[str, ...], tell: Tell) -> Split:
+    try:
+        data = load_data(kit, test_share, names)
+    except (ValueError, OSError):
+        member.give_up("its data are missing, cannot be read, or have labels that the job does not know")
+        raise
+    tell(f"data: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test samples")
+    return data
+
+
+def _folder_of(kit: Kit, run: str) -> Path:
+    """What is kept of one run. When a new one begins, all are forgotten but it and the one before it."""
+    folder = kit.of_run(run)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        known = sorted(folder.parent.iterdir(), key=lambda f: f.stat().st_mtime)
+        for old in known[:-KEPT_RUNS]:
+            shutil.rmtree(old)
+    return folder

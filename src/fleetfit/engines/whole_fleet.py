@@ -1,0 +1,168 @@
+"""A whole fleet run from one process, which has all data: load, share out, connect the devices, run, write the results.
+
+Cloud and edges are in this process; where the devices are is the engine's choice.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fleetfit.artifacts import Ledger, RunFolder, StepFolder
+from fleetfit.cloud import form_clusters
+from fleetfit.config import DeviceGroup, EnergyConfig, Job, LinksConfig
+from fleetfit.data.partition import FleetData, share_out
+from fleetfit.data.sources import load_samples
+from fleetfit.hardware import torch_device_of
+from fleetfit.members import Handler, edge_handler
+from fleetfit.messages import Link, Message, Progress, Refused, Request, decode_any, encode, read_reply
+from fleetfit.outcome import raw_bytes, summarise, write_front, write_models
+from fleetfit.pipeline import FleetResult, run_cloud
+from fleetfit.privacy import tell_promise
+from fleetfit.records import DeviceAttributes, EnergyModel
+
+Fleet = Mapping[str, tuple[DeviceAttributes, ...]]  # of every cluster
+Connect = Callable[[RunFolder, Fleet, FleetData], AbstractContextManager[Mapping[str, Link]]]
+
+
+class LocalLink:
+    """Members in this process. Messages cross it in their encoded form only, so what is counted is what would travel.
+
+    Args:
+        handlers: What answers for each member.
+        ledger: Where bytes are counted.
+        down: Name of the direction to the members.
+        up: Name of the direction from them.
+        links: How long a message may be. There is no deadline: in one process all reply.
+    """
+
+    def __init__(
+        self, handlers: Mapping[str, Handler], ledger: Ledger, down: str, up: str, links: LinksConfig | None = None
+    ) -> None:
+        self.handlers = handlers
+        self.ledger = ledger
+        self.down = down
+        self.up = up
+        self.max_bytes = (links or LinksConfig()).max_message_bytes
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Who is connected, in the order of the job."""
+        return tuple(self.handlers)
+
+    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+        """Ask one member after the other."""
+        replies = {}
+        for member, message in messages.items():
+            sent = encode(message)
+            self.ledger.traffic[self.down] += len(sent)
+            answers = self.deliver(member, sent)
+            self.ledger.traffic[self.up] += sum(len(answer) for answer in answers)
+            if answers:
+                replies[member] = read_reply(answers, message, self.max_bytes)
+        return replies
+
+    def deliver(self, member: str, sent: bytes) -> list[bytes]:
+        """What comes back for a message, encoded: here always one reply."""
+        return [encode(self.handlers[member](decode_any(sent, f"message to {member}", self.max_bytes)))]
+
+
+def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
+    """The devices of every cluster, named <cluster>-<number>; clusters by k-means where the job names none.
+
+    ``num_samples`` is filled in when the data is there.
+    """
+    devices: list[tuple[str | None, DeviceAttributes]] = []
+    for group in job.fleet.devices:
+        energies = _energies(group, job.fleet.energy)
+        for i in range(group.count):
+            energy = energies[i % len(energies)]
+            limit = group.storage_limit[i % len(group.storage_limit)]
+            name = f"device{len(devices) + 1}"
+            attributes = DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=energy, num_samples=0)
+            devices.append((group.cluster, attributes))
+    clusters: dict[str, tuple[DeviceAttributes, ...]]
+    if devices[0][0] is None:
+        number = job.fleet.num_clusters or min(3, len(devices))
+        clusters = form_clusters([a for _, a in devices], number, job.seed)
+    else:
+        names = dict.fromkeys(str(cluster) for cluster, _ in devices)
+        clusters = {name: tuple(a for cluster, a in devices if cluster == name) for name in names}
+    return {
+        cluster: tuple(a.model_copy(update={"device_id": f"{cluster}-{i}"}) for i, a in enumerate(members, start=1))
+        for cluster, members in clusters.items()
+    }
+
+
+def _energies(group: DeviceGroup, constants: EnergyConfig) -> tuple[EnergyModel, ...]:
+    """Constants of a group's devices, to be dealt out in turn."""
+    if group.profile is not None:
+        return (group.profile.energy,)
+    return tuple(
+        EnergyModel(
+            power_watts=watts,
+            power_slope_watts=watts * constants.power_slope_share,
+            patch_power_watts=watts * constants.patch_power_share,
+            latency_seconds=constants.latency_seconds,
+            latency_slope_seconds=constants.latency_seconds * constants.latency_slope_share,
+        )
+        for watts in group.gpu_capacity or ()
+    )
+
+
+def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -> dict[str, Any]:
+    """Run a job; a folder with a run that was killed is gone on with.
+
+    Args:
+        job: The resolved job.
+        out: The run folder.
+        progress: Told how far each phase is.
+        connect: Makes the link of every edge to its devices, and takes them down in the end. It is given devices as
+            they are known when the data is there.
+
+    Returns:
+        The summary, as in summary.json.
+
+    Raises:
+        ValueError: bad data, limits that nothing fits, a damaged run folder, a loss that is not finite.
+        OSError: the folder cannot be written.
+        ImportError: the job asks for privacy, and its accountant is missing.
+    """
+    torch.set_num_threads(job.run.threads)
+    torch_device_of(job.run.torch_device)  # what is not there is told before anything is done
+    tell_promise(job, progress)
+    with RunFolder(out, job) as folder:
+        progress("data", 0, 1, job.data.source)
+        samples = load_samples(job, progress)
+        fleet = fleet_of(job)
+        data = share_out(
+            samples, job.data, {c: [a.device_id for a in members] for c, members in fleet.items()}, job.seed
+        )
+        progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *data.notes)))
+        known = {cluster: tuple(_known(a, data) for a in members) for cluster, members in fleet.items()}
+        with connect(folder, known, data) as links:
+            result = _run_tiers(job, folder, links, data, progress)
+        summary = summarise(job, folder, raw_bytes(data), result)
+        write_front(folder, result)
+        write_models(job, folder, result, samples)
+        folder.write_json("summary.json", summary)
+    return summary
+
+
+def _known(attributes: DeviceAttributes, data: FleetData) -> DeviceAttributes:
+    own = data.devices[attributes.device_id]
+    return attributes.model_copy(update={"num_samples": len(own.train) + len(own.validation)})
+
+
+def _run_tiers(
+    job: Job, folder: RunFolder, links: Mapping[str, Link], data: FleetData, progress: Progress
+) -> FleetResult:
+    edges = {
+        cluster: edge_handler(job, cluster, data.edges[cluster], devices, folder.steps, progress)
+        for cluster, devices in links.items()
+    }
+    link = LocalLink(edges, folder.ledger, "cloud_to_edge", "edge_to_cloud", job.links)
+    cache = StepFolder(Path(job.run.cache).expanduser(), Ledger())
+    return run_cloud(job, data.public, link, folder.steps, cache, progress)

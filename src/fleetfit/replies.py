@@ -1,0 +1,254 @@
+"""What a device's reply must be like to be used, given what the device was asked. Here nobody trusts a device.
+
+A link has already refused what is too long, is no message, or is of another kind. What passes here too has the names,
+shapes and dtypes of the cluster's header, and numbers that are finite and of a size that real ones have. A device that
+lies within these bounds keeps its weight in the averages and its voice in what ships.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fleetfit.config import PrivacyConfig, RefineConfig
+from fleetfit.messages import (
+    AttributesReply,
+    ClusterReport,
+    ClusterStats,
+    CoarseModel,
+    CoarseReply,
+    DeviceMessage,
+    DeviceReply,
+    FinishReply,
+    Message,
+    ProposeReply,
+    RoundReply,
+    take,
+)
+from fleetfit.models.elastic import Backbone
+from fleetfit.models.header import header_from_state
+from fleetfit.records import DeviceAttributes, DeviceReport, ValidationScores
+from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes, ways_to_ship
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # fit for a file's name
+MAX_COUNT = 2**53
+MAX_WATTS_OR_SECONDS = 1e9
+MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown everybody else's in an average
+MAX_IMPORTANCE = 1e12  # a square of one
+MAX_LOSS = 1e6  # nats a sample
+MAX_NOTES = 20
+MAX_NOTE = 200  # characters
+Like = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an edge can tell about valid replies: of its devices' attributes, and of the model that it sent them."""
+
+    attributes: Mapping[str, DeviceAttributes] = field(default_factory=dict)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    channels: int = 0
+    header: Mapping[str, Like] = field(default_factory=dict)
+    importance: Mapping[str, Like] = field(default_factory=dict)
+    models: bool = False
+
+
+def expected_of(
+    coarse: CoarseModel,
+    attributes: Mapping[str, DeviceAttributes],
+    privacy: PrivacyConfig | None = None,
+    models: bool = False,
+) -> Expected:
+    """What follows from the coarse model, known attributes, the noise that was agreed, and whether models may come."""
+    with torch.device("meta"):
+        shape = Backbone(coarse.family, coarse.config).feature_shape
+    tensors = take(coarse.tensors, "header")
+    header = header_from_state(coarse.header, shape, len(coarse.labels), tensors)
+    return Expected(
+        attributes=attributes,
+        refine=coarse.refine,
+        channels=shape.channels,
+        header={name: (tuple(t.shape), t.dtype) for name, t in tensors.items()},
+        privacy=privacy or PrivacyConfig(),
+        importance={n: (s, torch.float32) for n, s in importance_shapes(header, coarse.refine).items()},
+        models=models,
+    )
+
+
+def check_reply(device: str, request: DeviceMessage, reply: Message, expected: Expected) -> None:
+    """Whether a device's reply may be used.
+
+    Raises:
+        ValueError: it may not, and why.
+    """
+    if not isinstance(reply, request.reply) or not isinstance(reply, DeviceReply):
+        raise ValueError(f"it is a {reply.kind!r}, expected a {request.reply.kind!r}")
+    if reply.step != request.step:
+        raise ValueError(f"it answers step {reply.step}, expected {request.step}")
+    known = expected.attributes.get(device)
+    if isinstance(reply, AttributesReply):
+        _check_tensors(reply, {})
+        check_attributes(reply.attributes, device)
+    elif isinstance(reply, CoarseReply):
+        _check_tensors(reply, _sketch(reply, expected))
+        _check_scores(reply.scores, known)
+    elif isinstance(reply, RoundReply):
+        header = expected.header if expected.refine.exchange == "weights" else {}
+        _check_tensors(reply, _put("importance", expected.importance) | _put("header", header))
+        for name, tensor in take(reply.tensors, "importance").items():
+            if bool((tensor < 0).any()):
+                raise ValueError(f"importance of {name!r} must be >= 0, got {float(tensor.min()):g}")
+        _check_scores(reply.scores, known)
+        _check_noise(reply.noise, expected.privacy.noise_of(expected.privacy.clip_header) if header else 0.0)
+    elif isinstance(reply, ProposeReply):
+        _check_tensors(reply, {})
+        _check_noise(reply.noise, expected.privacy.noise_of(expected.privacy.clip_loss))
+        if list(reply.scores) != list(ways_to_ship(expected.refine)):
+            raise ValueError(f"it must score {', '.join(ways_to_ship(expected.refine))}, got {', '.join(reply.scores)}")
+        for scores in reply.scores.values():
+            _check_scores(scores, known)
+    elif isinstance(reply, FinishReply):
+        _check_tensors(reply, _shipped(reply, expected))
+        check_report(reply.report, device)
+        if known and reply.report.limit_bytes != known.storage_limit_bytes:
+            raise ValueError(f"limit_bytes must be {known.storage_limit_bytes}, got {reply.report.limit_bytes}")
+
+
+def check_attributes(attributes: DeviceAttributes, device: str) -> None:
+    """Raises ValueError if they are another's, or no real device's."""
+    if attributes.device_id != device:
+        raise ValueError(f"device_id must be {device!r}, got {attributes.device_id!r}")
+    _check_range("storage_limit_bytes", attributes.storage_limit_bytes, 1, MAX_COUNT)
+    _check_range("num_samples", attributes.num_samples, 0, MAX_COUNT)
+    for name, value in attributes.energy.model_dump().items():
+        _check_range(name, value, 0, MAX_WATTS_OR_SECONDS)
+
+
+def check_report(report: DeviceReport, device: str) -> None:
+    """Raises ValueError if it is another's, or says what cannot be."""
+    if report.device_id != device:
+        raise ValueError(f"device_id must be {device!r}, got {report.device_id!r}")
+    for name in ("accuracy_coarse", "accuracy_local", "accuracy"):
+        if (accuracy := getattr(report, name)) is not None:
+            _check_range(name, accuracy, 0, 1)
+    for name in ("num_train", "num_test", "parameters", "neurons", "limit_bytes"):
+        _check_range(name, getattr(report, name), 0, MAX_COUNT)
+    _check_range("size_bytes", report.size_bytes, 1, report.limit_bytes)
+    _check_range("kept_neurons", report.kept_neurons, 0, report.neurons)
+    if len(report.notes) > MAX_NOTES or any(len(n) > MAX_NOTE or not n.isprintable() for n in report.notes):
+        raise ValueError(f"notes must be at most {MAX_NOTES} lines of at most {MAX_NOTE} characters")
+
+
+def check_stats(stats: Mapping[str, ClusterStats]) -> None:
+    """Whether the cloud may use what the edges say of their devices.
+
+    Raises:
+        ValueError: names an edge and what is wrong, or a device that two clusters have.
+    """
+    owner: dict[str, str] = {}
+    for cluster, own in stats.items():
+        if not own.devices:
+            raise ValueError(f"{cluster}: it must know the attributes of a device at least")
+        for device in (*(a.device_id for a in own.devices), *own.silent):
+            if not NAME.fullmatch(device):
+                rule = "must be at most 200 letters, digits, '-', '_' and '.', the first a letter or digit"
+                raise ValueError(f"{cluster}: a device's name {rule}, got {device!r}")
+            if device in owner:
+                raise ValueError(f"{cluster}: device {device!r} is there twice, also in {owner[device]}")
+            owner[device] = cluster
+        for attributes in own.devices:
+            try:
+                check_attributes(attributes, attributes.device_id)
+            except ValueError as error:
+                raise ValueError(f"{cluster}: device {attributes.device_id}: {error}") from None
+
+
+def check_cluster_report(cluster: str, report: ClusterReport, stats: ClusterStats) -> None:
+    """Whether the cloud may use an edge's report: files are named after clusters and devices, so they must be known.
+
+    Raises:
+        ValueError: names the edge, and what is wrong.
+    """
+    if report.cluster != cluster:
+        raise ValueError(f"{cluster}: its report is of {report.cluster!r}")
+    members = {*(a.device_id for a in stats.devices), *stats.silent}
+    names = [*(d.device_id for d in report.devices), *(d.device_id for d in report.absent)]
+    unknown = [name for name in (*names, *(f.device_id for f in report.faults)) if name not in members]
+    if unknown or len(set(names)) < len(names):
+        raise ValueError(f"{cluster}: its report must name its own devices, each once, got {unknown or names}")
+    for name, tensor in report.tensors.items():
+        if name.partition("/")[0] not in names and not name.startswith("backbone."):
+            raise ValueError(f"{cluster}: tensor {name!r} of its report is no device's of its own")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{cluster}: tensor {name!r} of its report must be finite")
+    for device in report.devices:
+        try:
+            check_report(device, device.device_id)
+        except ValueError as error:
+            raise ValueError(f"{cluster}: device {device.device_id}: {error}") from None
+
+
+def _sketch(reply: CoarseReply, expected: Expected) -> dict[str, Like]:
+    """The sketch as it must be; one of samples may have fewer rows, where the device has fewer."""
+    most = expected.refine.sketch_samples
+    if expected.refine.sketch == "sliced":
+        like = ((most, SKETCH_PROJECTIONS), torch.float32)
+        return dict.fromkeys(("sketch.all", "sketch.first", "sketch.second"), like)
+    sent = reply.tensors.get("sketch.all")
+    rows = len(sent) if sent is not None and sent.ndim else 0
+    return {"sketch.all": ((min(max(rows, 1), most), expected.channels), torch.float32)}
+
+
+def _shipped(reply: FinishReply, expected: Expected) -> dict[str, Like]:
+    """The header as it is shipped, where models may come and one came: as it was sent, or with fewer neurons."""
+    if not expected.models or not reply.tensors:
+        return {}
+    likes = {}
+    for name, (shape, dtype) in expected.header.items():
+        sent = reply.tensors.get(f"header.{name}")
+        smaller = sent is not None and sent.ndim == len(shape) and all(map(lambda a, b: 0 < a <= b, sent.shape, shape))
+        likes[f"header.{name}"] = (tuple(sent.shape) if sent is not None and smaller else shape, dtype)
+    return likes
+
+
+def _put(prefix: str, likes: Mapping[str, Like]) -> dict[str, Like]:
+    return {f"{prefix}.{name}": like for name, like in likes.items()}
+
+
+def _check_tensors(reply: Message, expected: Mapping[str, Like]) -> None:
+    for name in (*expected, *reply.tensors):
+        if name not in reply.tensors:
+            raise ValueError(f"tensor {name!r} is missing")
+        if name not in expected:
+            raise ValueError(f"tensor {name!r} is unexpected")
+    for name, (shape, dtype) in expected.items():
+        tensor = reply.tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"tensor {name!r} must be {dtype} {shape}, got {got}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor {name!r} must be finite")
+        most = MAX_IMPORTANCE if name.startswith("importance.") else MAX_VALUE
+        if tensor.numel() and float(tensor.abs().max()) > most:
+            raise ValueError(f"tensor {name!r} must be within {most:g}, got {float(tensor.abs().max()):g}")
+
+
+def _check_noise(noise: float, agreed: float) -> None:
+    """A device that claims more would have everybody's average taken for noise."""
+    if noise > agreed:
+        raise ValueError(f"noise must be <= {agreed:g}, as [privacy] has it, got {noise:g}")
+
+
+def _check_scores(scores: ValidationScores, known: DeviceAttributes | None) -> None:
+    most = max(known.num_samples, 1) if known else MAX_COUNT  # who is private says 0, and counts as 1
+    _check_range("num_samples", scores.num_samples, 0, most)
+    _check_range("num_correct", scores.num_correct, 0, scores.num_samples)
+    bound = MAX_LOSS * max(scores.num_samples, 1)
+    _check_range("loss_sum", scores.loss_sum, -bound, bound)  # noise may take it below 0
+
+
+def _check_range(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:  # also what is not a number
+        raise ValueError(f"{name} must be within {least:.16g} and {most:.16g}, got {value}")

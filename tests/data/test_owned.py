@@ -1,0 +1,135 @@
+"""An owner's own files: the same inputs as in the whole source, labels by name or number, what is told of others'."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+
+from fleetfit.config import Job, make_job
+from fleetfit.data.owned import load_owned, write_owned
+from fleetfit.data.partition import Split, share_out
+from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.sources import load_source
+
+LABELS = ("cat", "dog", "owl")
+FORM = Preprocessing(size=(4, 4), channels=1, maximum=255, mean=(0.5,), std=(0.5,))
+
+
+def job(cache: Path, **data: Any) -> Job:
+    return make_job({"run": {"cache": str(cache)}, "data": data})
+
+
+def load(tmp_path: Path, source: Path, cut: Any = "own", labels: tuple[str, ...] = LABELS, **data: Any) -> Split:
+    return load_owned(job(tmp_path / "cache", **data), str(source), cut, labels, FORM, 0.25, ("device", "a"))
+
+
+def pictures(folder: Path, labels: list[Any], feature: Any = None) -> Path:
+    """As many grey pictures, each of one value."""
+    values = [np.full((4, 4), i, np.uint8).tolist() for i in range(len(labels))]
+    rows = Dataset.from_dict({"image": values, "label": labels})
+    if feature is not None:
+        rows = rows.cast_column("label", feature)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows.to_parquet(str(folder / "rows.parquet"))
+    return folder
+
+
+def of(split: Split) -> dict[int, int]:
+    """Label by the picture's value."""
+    return {
+        round(float(x.mean() * 0.5 + 0.5) * 255): int(y)
+        for part in (split.train, split.validation, split.test)
+        for x, y in zip(part.inputs[:], part.labels, strict=True)
+    }
+
+
+def test_labels_are_the_fleets_whichever_are_there(tmp_path: Path) -> None:
+    named = load(tmp_path, pictures(tmp_path / "a", ["owl", "cat", "owl", "owl"]))
+    assert of(named) == {0: 2, 1: 0, 2: 2, 3: 2}
+    assert named.train.label_names == LABELS
+    numbered = load(tmp_path, pictures(tmp_path / "b", [2, 1, 1, 2]))
+    assert of(numbered) == {0: 2, 1: 1, 2: 1, 3: 2}
+    own_order = load(tmp_path, pictures(tmp_path / "c", [0, 1, 1, 0], ClassLabel(names=["owl", "dog"])))
+    assert of(own_order) == {0: 2, 1: 1, 2: 1, 3: 2}
+
+
+def test_numbers_that_are_names_are_looked_up(tmp_path: Path) -> None:
+    found = load(tmp_path, pictures(tmp_path / "a", [7, 5, 5, 7]), labels=("5", "6", "7"))
+    assert of(found) == {0: 2, 1: 0, 2: 0, 3: 2}
+
+
+def test_one_class_is_enough_for_a_device(tmp_path: Path) -> None:
+    assert set(of(load(tmp_path, pictures(tmp_path / "a", ["dog"] * 4))).values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (["cat", "emu", "dog", "ant"], r"'ant', 'emu', which the job does not know; its 3 are cat, dog, owl"),
+        ([0, 1, 3, -1], r"'-1', '3', which the job does not know"),
+        (["cat", None, "dog", "cat"], "1 of 4 are missing"),
+    ],
+)
+def test_labels_that_the_job_does_not_know_are_told(tmp_path: Path, labels: list[Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        load(tmp_path, pictures(tmp_path / "a", labels))
+
+
+def test_data_that_are_not_there_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no file or folder here"):
+        load(tmp_path, tmp_path / "nothing" / "here")
+    with pytest.raises(ValueError, match=r"must have a split train, with data\.cut = 'given'"):
+        load(tmp_path, pictures(tmp_path / "a", ["cat", "dog"]), cut="given")
+
+
+def test_a_cut_that_is_given_is_kept_and_parts_may_be_missing(tmp_path: Path) -> None:
+    for name, values in (("train", ["cat", "dog"]), ("test", ["owl"])):
+        pictures(tmp_path / name, values)
+        (tmp_path / "given").mkdir(exist_ok=True)
+        shutil.move(tmp_path / name / "rows.parquet", tmp_path / "given" / f"{name}.parquet")
+    split = load(tmp_path, tmp_path / "given", cut="given")
+    assert [len(split.train), len(split.validation), len(split.test)] == [2, 0, 1]
+    assert split.train.labels.tolist() == [0, 1]
+    assert split.validation.inputs[:].shape == (0, 1, 4, 4)
+
+
+def test_an_own_cut_is_the_owners_and_the_seeds(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "a", ["cat", "dog"] * 20)
+    one, two = load(tmp_path, folder), load(tmp_path, folder)
+    assert [len(one.train), len(one.validation), len(one.test)] == [24, 6, 10]
+    assert torch.equal(one.train.inputs[:], two.train.inputs[:])
+
+
+def test_texts_become_the_same_tokens_on_each_owners_machine(tmp_path: Path) -> None:
+    words = [
+        f"the {colour} {thing}" for colour in ("red", "blue", "green") for thing in ("bird", "fish", "card", "bank")
+    ]
+    rows = Dataset.from_dict(
+        {"text": words * 5, "intent": [i % 3 for i in range(60)]},
+        features=Features({"text": Value("string"), "intent": ClassLabel(names=list(LABELS))}),
+    )
+    (tmp_path / "texts").mkdir()
+    rows.to_parquet(str(tmp_path / "texts" / "all.parquet"))
+    resolved = make_job(
+        {
+            "model": {"family": "bert"},
+            "data": {"source": str(tmp_path / "texts"), "split": "iid"},
+            "run": {"cache": str(tmp_path / "cache")},
+        }
+    )
+    samples, origin = load_source(resolved)
+    data = share_out(samples, resolved.data, {"a": ["a-1", "a-2"]}, 0)
+    assert samples.inputs.form is not None
+    for name, split in {**data.edges, **data.devices}.items():
+        write_owned(tmp_path / name, resolved, split, origin)
+        found = load_owned(
+            resolved, str(tmp_path / name), "given", samples.label_names, samples.inputs.form, 0.3, ("x",)
+        )
+        for part in ("train", "validation", "test"):
+            ours, theirs = getattr(split, part), getattr(found, part)
+            assert torch.equal(ours.inputs[:], theirs.inputs[:])
+            assert torch.equal(ours.labels, theirs.labels)

@@ -1,0 +1,364 @@
+"""The door: whom it lets in, what it tells of those it does not, on both sides, and what it passes on to Flower."""
+
+import base64
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from fleetfit.engines.flower import gate as gate_module
+from fleetfit.engines.flower.certificates import Authority, make_member_key, make_server, read_member_key, sign
+from fleetfit.engines.flower.gate import MAX_CALL_BYTES, Gate, listen
+from fleetfit.engines.flower.greeting import Greeter, Greeting, NotThere, Refused, Status, objection
+from fleetfit.engines.flower.hub import check_certificate, free_port
+from fleetfit.engines.flower.kit import Kit, kit_toml, read_kit
+from fleetfit.engines.flower.provision import provision
+
+
+def with_port(kits: Path, upper: str, *lower: str) -> Kit:
+    """The kit of a server, and those of its members, with a port that is free now."""
+    port = free_port()
+    for name in (upper, *lower):
+        kit = read_kit(kits / name)
+        part = "server" if name == upper else "upstream"
+        changed = getattr(kit.file, part).model_copy(update={"port": port})
+        (kits / name / "kit.toml").write_text(kit_toml(kit.file.model_copy(update={part: changed})))
+    return read_kit(kits / upper)
+
+
+@contextmanager
+def opened(kit: Kit, inside: str = "127.0.0.1:1") -> Iterator[tuple[Gate, list[str]]]:
+    told: list[str] = []
+    gate = Gate(kit, inside, listen(kit), {"small-1": 5}, told.append)
+    try:
+        yield gate, told
+    finally:
+        gate.close()
+
+
+def greeter(kits: Path, name: str, instance: str = "one") -> Greeter:
+    kit = read_kit(kits / name)
+    return Greeter(kit, read_member_key(kit.node_key), instance)
+
+
+def authority(kits: Path) -> Authority:
+    key = load_pem_private_key((kits / "ca" / "ca.key").read_bytes(), None)
+    return Authority(key, x509.load_pem_x509_certificate((kits / "ca" / "ca.pem").read_bytes()))  # type: ignore[arg-type]
+
+
+def test_a_member_comes_tells_how_far_it_is_and_leaves(kits: Path) -> None:
+    with opened(with_port(kits, "small", "small-1")) as (gate, told):
+        one = greeter(kits, "small-1")
+        welcome = one.greet()
+        assert (welcome.problem, welcome.instance, welcome.node) == ("", gate.instance, 5)
+        status = Status(phase="refine", done=1, total=2, note="round 1 of 2")
+        one.greet(status, node=17)
+        (found,) = gate.present.values()
+        assert (found.status, found.node, found.address) == (status, 17, "127.0.0.1")
+        one.greet(leaves=True)
+        assert gate.present == {}
+    assert told == ["small-1 is there (127.0.0.1)", "small-1 has left"]
+
+
+def test_a_member_that_is_silent_is_gone(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(with_port(kits, "small", "small-1")) as (gate, told):
+        greeter(kits, "small-1").greet()
+        gate.look()
+        assert list(gate.present) == ["small-1"]
+        monkeypatch.setattr(gate_module, "GONE_SECONDS", 0.0)
+        gate.look()
+        assert gate.present == {}
+    assert told[1].startswith("small-1 is gone")
+
+
+def test_two_with_one_name_are_told_apart_on_both_sides(kits: Path) -> None:
+    with opened(with_port(kits, "small", "small-1")) as (gate, told):
+        greeter(kits, "small-1", "one").greet()
+        welcome = greeter(kits, "small-1", "two").greet()
+        assert welcome.taken
+        assert "'small-1' is taken: a program with the same kit is at work at 127.0.0.1" in welcome.problem
+        assert gate.present["small-1"].instance == "one"
+        greeter(kits, "small-1", "one").greet(leaves=True)
+        assert greeter(kits, "small-1", "two").greet().problem == ""
+    assert told[1] == f"refused (127.0.0.1): {welcome.problem}"
+
+
+def test_a_kit_of_another_fleet_is_refused_on_both_sides(
+    kits: Path, tmp_path: Path, tiny: dict[str, Any], fleet: dict[str, Any], write: Any
+) -> None:
+    provision(write(tmp_path / "other", tiny, fleet), tmp_path / "others", split_data=True)
+    kit = with_port(kits, "small")
+    stranger = read_kit(tmp_path / "others" / "small-1")
+    up = stranger.upstream.model_copy(update={"port": kit.server.port})
+    (stranger.folder / "kit.toml").write_text(kit_toml(stranger.file.model_copy(update={"upstream": up})))
+    with opened(kit) as (gate, told):
+        with pytest.raises(Refused, match=r"is not signed by the authority of this kit .* another fleet"):
+            greeter(tmp_path / "others", "small-1").greet()
+        assert gate.present == {}
+    assert len(told) == 1
+    assert told[0].startswith("refused (127.0.0.1): 'small-1' has a kit from another fleet")
+
+
+def test_an_expired_certificate_is_told_on_both_sides(kits: Path) -> None:
+    kit = with_port(kits, "small", "small-1")
+    certificate, key = make_server(authority(kits), "small", ["127.0.0.1"], days=0)
+    kit.server_certificate.write_bytes(certificate)
+    kit.server_key.write_bytes(key)
+    with (
+        opened(kit) as (_, told),
+        pytest.raises(Refused, match=r"the certificate of small at .* has expired: provision"),
+    ):
+        greeter(kits, "small-1").greet()
+    assert told[0].startswith("refused (127.0.0.1): small-1 cannot take part: the certificate of small")
+    with pytest.raises(ValueError, match=r"server\.pem has expired on \d{4}-\d\d-\d\d: provision again"):
+        check_certificate(kit, told.append)
+
+
+def test_the_servers_certificate_must_be_of_its_own_kit(kits: Path) -> None:
+    told: list[str] = []
+    kit = read_kit(kits / "small")
+    check_certificate(kit, told.append)
+    assert told == []
+    soon, key = make_server(authority(kits), "small", ["127.0.0.1"], days=3)
+    kit.server_certificate.write_bytes(soon)
+    kit.server_key.write_bytes(key)
+    check_certificate(kit, told.append)
+    assert "expires on" in told[0]
+    from fleetfit.engines.flower.certificates import make_authority
+
+    kit.ca.write_bytes(make_authority("another", 9).certificate_pem)
+    with pytest.raises(ValueError, match="files of two kits are mixed"):
+        check_certificate(kit, told.append)
+
+
+def test_nobody_there_is_not_a_refusal(kits: Path) -> None:
+    with_port(kits, "small", "small-1")
+    with pytest.raises(NotThere, match=r"small at 127\.0\.0\.1:\d+ does not answer: Connection refused"):
+        greeter(kits, "small-1").greet()
+
+
+def test_something_else_at_the_port_is_told(kits: Path) -> None:
+    kit = with_port(kits, "small", "small-1")
+
+    class Other(BaseHTTPRequestHandler):
+        pass
+
+    server = HTTPServer(("127.0.0.1", kit.server.port), Other)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        with pytest.raises(Refused, match="speaks no TLS, or not ours"):
+            greeter(kits, "small-1").greet()
+        with pytest.raises(ValueError, match=r"small cannot listen at 127\.0\.0\.1:\d+: Address already in use"):
+            listen(kit)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+# -- what is wrong with a greeting, case by case ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({}, ""),
+        ({"fleet": "0" * 16}, "'small-1' has a kit from another fleet (0000000000000000); small is of fleet"),
+        ({"name": "small-9"}, "'small-9' is not among the devices of small"),
+        ({"name": "large-1"}, "'large-1' is not among the devices of small"),
+        ({"role": "edge"}, "'small-1' is not among the devices of small"),
+        ({"fleetfit": "9.9"}, "'small-1' has fleetfit 9.9 (messages 1), small has"),
+        ({"messages": 99}, "install the same version on both"),
+        ({"job": "0" * 16}, "'small-1' has another job than small: job.toml was changed"),
+        ({"seconds": -3600.0}, "the clock of 'small-1' is 3600 seconds behind that of small"),
+        ({"seconds": 3600.0}, "the clock of 'small-1' is 3600 seconds ahead of that of small"),
+    ],
+)
+def test_each_objection_says_what_is_wrong(kits: Path, changed: dict[str, Any], told: str) -> None:
+    kit = read_kit(kits / "small")
+    now = time.time()
+    right = honest(kits)
+    moved = {k: (now + v if k == "seconds" else v) for k, v in changed.items()}
+    greeting = right.model_copy(update={"seconds": now} | moved)
+    body = greeting.model_dump_json().encode()
+    signature = base64.b64encode(sign(read_member_key(kits / "small-1" / "node.key"), body)).decode()
+    found = objection(kit, greeting, body, signature)
+    assert told in found
+    assert bool(told) == bool(found)
+
+
+def honest(kits: Path) -> Greeting:
+    kit = read_kit(kits / "small-1")
+    from fleetfit.artifacts import own_version
+    from fleetfit.messages import FORMAT_VERSION
+
+    return Greeting(
+        fleet=kit.file.fleet,
+        name="small-1",
+        role="device",
+        fleetfit=own_version(),
+        messages=FORMAT_VERSION,
+        job=kit.job_hash,
+        instance="one",
+        seconds=time.time(),
+    )
+
+
+def test_a_wrong_key_is_told(kits: Path) -> None:
+    kit, greeting = read_kit(kits / "small"), honest(kits)
+    body = greeting.model_dump_json().encode()
+    (kits / "other.key").write_bytes(make_member_key()[0])
+    for signature in (base64.b64encode(sign(read_member_key(kits / "other.key"), body)).decode(), "", "%%%"):
+        assert "does not have the key that small was given for it" in objection(kit, greeting, body, signature)
+
+
+def test_another_job_is_noticed_but_not_another_machine(kits: Path) -> None:
+    kit = read_kit(kits / "small-1")
+    before = kit.job_hash
+    for changed, same in (
+        ({"run": {"threads": 7}}, True),
+        ({"links": {"deadline_seconds": 7.0}}, True),
+        ({"data": {"source": "/elsewhere"}}, True),
+        ({"refine": {"rounds": 7}}, False),
+        ({"seed": 7}, False),
+        ({"data": {"alpha": 7.0}}, False),
+    ):
+        fields = kit.job.model_dump(mode="json", exclude_none=True)
+        for key, value in changed.items():
+            fields[key] = fields[key] | value if isinstance(value, dict) else value
+        (kits / "small-1" / "job.toml").write_text(tomli_w.dumps(fields))
+        assert (read_kit(kits / "small-1").job_hash == before) is same, changed
+
+
+# -- what is passed on ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def inside() -> Iterator[tuple[str, list[tuple[str, int, str]]]]:
+    """In Flower's place: writes down what it is asked."""
+    asked: list[tuple[str, int, str]] = []
+
+    class SuperLink(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            length = int(self.headers["content-length"])
+            self.rfile.read(length)
+            asked.append((self.path, length, self.headers.get("flwr-public-key", "")))
+            self.send_response(202)
+            self.send_header("content-length", "5")
+            self.send_header("flwr-answer", "yes")
+            self.end_headers()
+            self.wfile.write(b"there")
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), SuperLink)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}", asked
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def insecure_kits(tmp_path_factory: pytest.TempPathFactory, tiny: dict[str, Any], fleet: Any, write: Any) -> Path:
+    folder = tmp_path_factory.mktemp("insecure")
+    links = {"links": {"max_message_bytes": 3_000_000}}
+    provision(write(folder / "f", tiny | links, fleet), folder / "kits", split_data=True, insecure=True)
+    return folder / "kits"
+
+
+@pytest.fixture
+def insecure(insecure_kits: Path) -> Kit:
+    return with_port(insecure_kits, "small")
+
+
+def post(kit: Kit, path: str, body: bytes = b"") -> tuple[int, bytes, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", kit.server.port, timeout=10)
+    try:
+        connection.request("POST", path, body, {"flwr-public-key": "mine"})
+        response = connection.getresponse()
+        return response.status, response.read(), response.headers.get("flwr-answer", "")
+    except (BrokenPipeError, ConnectionResetError):  # it did not wait for the end
+        return 413, b"", ""
+    finally:
+        connection.close()
+
+
+def test_what_nodes_need_is_passed_on_and_nothing_else(insecure: Kit, inside: Any) -> None:
+    address, asked = inside
+    with opened(insecure, address):
+        assert post(insecure, "/v1/fleet/pull-messages", b"ab") == (202, b"there", "yes")
+        assert asked == [("/v1/fleet/pull-messages", 2, "mine")]
+        for path in (
+            "/v1/control/start-run",
+            "/v1/control/register-node",
+            "/v1/runtime/acquire-task",
+            "/v1/fleet/../control/start-run",
+            "/v1/fleet/%2e%2e%2fcontrol%2fstart-run",
+            "/v1/fleet/..%2fcontrol%2fstart-run",
+            "/v1/fleet/",
+            "/v1/fleet/a/b",
+            "/docs",
+            "/health",
+        ):
+            assert post(insecure, path)[0] == 404, path
+        assert len(asked) == 1
+
+
+def test_sizes_are_bounded_before_flower_sees_anything(insecure: Kit, inside: Any) -> None:
+    address, asked = inside
+    with opened(insecure, address) as (_, told):
+        assert post(insecure, "/v1/fleet/push-object", bytes(MAX_CALL_BYTES + 1))[0] == 413
+        assert asked == []
+        assert post(insecure, "/v1/fleet/push-messages", b"m")[0] == 202
+        assert post(insecure, "/v1/fleet/push-object", bytes(3_000_000))[0] == 202
+        assert post(insecure, "/v1/fleet/push-object", bytes(2_000_000))[0] == 413
+        assert post(insecure, "/v1/fleet/push-messages", b"m")[0] == 202
+        assert post(insecure, "/v1/fleet/push-object", bytes(2_000_000))[0] == 202
+    assert told[0] == "refused (127.0.0.1): a member sends more than links.max_message_bytes (push-object)"
+
+
+def test_flower_that_is_not_up_yet_is_no_reason_to_give_up(insecure: Kit) -> None:
+    with opened(insecure, f"127.0.0.1:{free_port()}"):
+        assert post(insecure, "/v1/fleet/pull-messages")[0] == 503
+
+
+def test_a_greeting_that_is_none_is_refused(insecure: Kit) -> None:
+    with opened(insecure) as (gate, told):
+        for body in (b"", b"[]", b'{"fleet": "x"}', b"{" * 10_000):
+            assert post(insecure, "/fleetfit/greeting", body)[0] == 400
+        assert post(insecure, "/fleetfit/greeting", bytes(20_000))[0] == 413
+        assert gate.present == {}
+    assert told[0].startswith("refused (127.0.0.1): the greeting cannot be read")
+
+
+def test_tls_and_no_tls_do_not_meet_in_silence(kits: Path, insecure: Kit) -> None:
+    kit = read_kit(insecure.folder.parent / "small-1")
+    with opened(with_port(kits, "small")) as (_, _told):
+        secure = read_kit(kits / "small")
+        up = kit.upstream.model_copy(update={"port": secure.server.port})
+        (kit.folder / "kit.toml").write_text(kit_toml(kit.file.model_copy(update={"upstream": up})))
+        with pytest.raises((Refused, NotThere), match="--insecure"):
+            greeter(kit.folder.parent, "small-1").greet()
+
+
+def test_a_closed_door_is_closed(insecure: Kit) -> None:
+    with opened(insecure):
+        pass
+    with socket.socket() as trial:
+        assert trial.connect_ex(("127.0.0.1", insecure.server.port)) != 0
