@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from digits import Bench, Transient, bench, names_of
+from digits import Bench, Figures, Transient, bench, names_of
 from digits_tables import SETTINGS
 from scipy.stats import norm
 from sketch_leakage_tables import markdown
@@ -28,7 +28,7 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPRegressor
 
-from fleetfit.artifacts import Ledger, write_atomically
+from fleetfit.artifacts import Ledger, content_hash, write_atomically
 from fleetfit.cloud import classifier_of
 from fleetfit.config import Job, PrivacyConfig, make_job
 from fleetfit.data.partition import FleetData, Split, share_out
@@ -262,7 +262,7 @@ def refined(b: Bench, setting: str, way: str) -> dict[str, float]:
         refine_cluster(job, assignment, found, data.edges[cluster], link, Transient(), silent)
         backbone = Backbone(assignment.family, assignment.config)
         backbone.model.load_state_dict(take(found.tensors, "backbone"))
-        seen = cached_features(backbone.eval(), b.data.public.train).features(slice(None))
+        seen = cached_features(backbone.eval(), b.data.public.train).cached
         before = class_logits(found, seen, backbone, take(found.tensors, "header"))
         for device in devices.values():
             report = device.state.memory.report
@@ -301,6 +301,11 @@ def class_logits(found: HeaderResult, seen: Features, backbone: Backbone, tensor
     return mean
 
 
+def kept(b: Bench, name: str, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Figures that were computed before, or now."""
+    return b.steps.step(name, Figures, lambda: Figures(figures=compute())).figures
+
+
 def promised_epsilon(way: str) -> float | None:
     """Of a whole run; None where nothing is promised."""
     job = make_job(WAYS[way])
@@ -327,17 +332,18 @@ def main() -> None:
     rows: list[dict[str, float]] = []
     quantiles: dict[float, list[dict[str, float]]] = {z: [] for z in MULTIPLIERS}
     for seed in options.seeds:
-        spy = Spy(bench(seed))
-        rows.append(attack_rows(spy))
+        b = bench(seed)
+        rows.append(kept(b, "leakage-rows", lambda b=b: attack_rows(Spy(b))))
         for z, found in quantiles.items():
-            found.append(attack_quantiles(spy, z))
+            found.append(kept(b, f"leakage-{z:g}", lambda b=b, z=z: attack_quantiles(Spy(b), z)))
         print(f"seed {seed}: attacked, {time.process_time() - start:.0f} s", flush=True)
     cost: dict[str, dict[str, list[dict[str, float]]]] = {way: {s: [] for s in COST_SETTINGS} for way in WAYS}
     for seed in options.cost_seeds:
         b = bench(seed)
         for way, by_setting in cost.items():
             for setting, found in by_setting.items():
-                found.append(refined(b, setting, way))
+                name = f"cost-{content_hash(way, setting)}"
+                found.append(kept(b, name, lambda b=b, s=setting, w=way: refined(b, s, w)))
         print(f"seed {seed}: refined, {time.process_time() - start:.0f} s", flush=True)
     results = {"rows": rows, "quantiles": {f"{z:g}": v for z, v in quantiles.items()}, "cost": cost}
     write_atomically(options.out.with_suffix(".json"), json.dumps(results, indent=1, sort_keys=True) + "\n")
