@@ -4,11 +4,12 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test test-all lint bench clean help
 
 help:
 	@echo "make demo    fifteen models for fifteen devices from one Transformer, and a page that shows how (runs/digits)"
 	@echo "make test    format, types, layers and tests"
+	@echo "make test-all  the same and the long tests: fleets of many processes, real kits on loopback"
 	@echo "make bench   the table of figures in benchmarks/results/ (about an hour on 2 cores)"
 	@echo "make clean   remove runs/ and tool caches (the virtual environment stays)"
 
@@ -30,6 +31,9 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/pytest
+
+test-all: test
+	$(BIN)/pytest -m long
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/digits.py
