@@ -118,6 +118,7 @@ def folder(devices: list[SimulatedDevice], tmp_path: Path, monkeypatch: pytest.M
     path = tmp_path / "handover"
     path.mkdir()
     write_handover(path, devices)
+    (tmp_path / "job.toml").write_text("")  # the run's own: here all defaults
     return path
 
 
