@@ -86,7 +86,7 @@ class ClusterReport(Message):
     traffic: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict, description="bytes by link, of an edge that keeps its own books"
     )
-    seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="the same by phase")
+    phase_seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="of that edge")
 
 
 class BackboneAssignment(Request):

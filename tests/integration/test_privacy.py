@@ -80,7 +80,7 @@ MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
         | under("devices", REPORT)
         | under("absent", {"device_id", "since"})
         | under("faults", FAULT)
-        | {"seconds", "traffic"},  # of an edge's work, by phase
+        | {"phase_seconds", "traffic"},  # of an edge's work, by phase
         set(),
     ),
 }

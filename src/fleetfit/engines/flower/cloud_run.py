@@ -192,7 +192,7 @@ def _booked(folder: RunFolder, report: ClusterReport) -> Callable[[], ClusterRep
 
     def compute() -> ClusterReport:
         folder.ledger.traffic.update(report.traffic)
-        for phase, seconds in report.seconds.items():
+        for phase, seconds in report.phase_seconds.items():
             folder.ledger.seconds[phase] += seconds  # type: ignore[assignment]
         return report
 

@@ -131,7 +131,7 @@ class _Edge:
         if isinstance(reply, ClusterReport):
             self.is_finished = True
             self._tell("finished; the cloud has the report")
-            reply = reply.model_copy(update={"traffic": dict(ledger.traffic), "seconds": dict(ledger.seconds)})
+            reply = reply.model_copy(update={"traffic": dict(ledger.traffic), "phase_seconds": dict(ledger.seconds)})
         return reply
 
     def close(self) -> None:
