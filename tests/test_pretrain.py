@@ -23,6 +23,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.engines import whole_fleet
 from fleetfit.messages import TrainingState, take
 from fleetfit.models.elastic import Backbone
+from fleetfit.models.pretrained import other_split
 from fleetfit.pipeline import cached_reference
 from fleetfit.pretrain import CheckpointCard, pretrain
 
@@ -102,6 +103,16 @@ def test_the_folders_accuracies_are_those_of_its_files(made: tuple[Path, Job, Ch
     assert as_it_is.accuracy == card.test_accuracy
     assert as_it_is.validation_accuracy == card.validation_accuracy
     assert as_it_is.curve == ()
+
+
+def test_another_part_of_the_same_data_is_told(made: tuple[Path, Job, CheckpointCard], tmp_path: Path) -> None:
+    folder, job, _ = made
+    data = job.data.model_dump(mode="json")
+    assert other_split(str(folder), data, 0) == ""
+    assert other_split(str(folder), data | {"split": "iid"}, 0) == ""  # how the private samples are dealt out
+    assert other_split(str(folder), data | {"source": "other.csv", "limit": 9}, 7) == ""
+    assert other_split(str(tmp_path), data, 7) == other_split("some/model-of-the-hub", data, 7) == ""
+    assert "(limit, seed differ): some of its" in other_split(str(folder), data | {"limit": 900}, 7)
 
 
 def test_the_image_processor_of_transformers_makes_the_same_inputs(made: tuple[Path, Job, CheckpointCard]) -> None:

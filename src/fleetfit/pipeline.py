@@ -33,7 +33,7 @@ from fleetfit.messages import (
     StatsRequest,
 )
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.pretrained import fingerprint
+from fleetfit.models.pretrained import fingerprint, other_split
 from fleetfit.quorum import Cluster, ask_edges
 from fleetfit.records import AbsentDevice, Fault
 from fleetfit.replies import check_cluster_report, check_stats, expected_of
@@ -63,6 +63,8 @@ def run_cloud(
         cache: Trained references of all runs.
         progress: Told how far each phase is.
     """
+    if told := other_split(job.model.pretrained, job.data.model_dump(mode="json"), job.seed):
+        progress("checkpoint", 1, 1, told)
     stats = ask_edges(edges, {cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
     check_stats(stats)
 

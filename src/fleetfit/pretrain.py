@@ -34,12 +34,11 @@ from fleetfit.engines.whole_fleet import fleet_of
 from fleetfit.hardware import torch_device_of
 from fleetfit.messages import Progress, silent
 from fleetfit.models.classifier import Classifier
-from fleetfit.models.pretrained import load_pretrained, silence
+from fleetfit.models.pretrained import CARD_FILE, load_pretrained, silence
 from fleetfit.models.pretrained_header import HEADER_FILE, header_bytes, load_header
 from fleetfit.pipeline import cached_reference
 from fleetfit.records import JsonDict, Record
 
-CARD_FILE = "card.json"
 LIBRARIES = ("torch", "transformers")
 
 

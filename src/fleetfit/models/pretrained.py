@@ -1,8 +1,9 @@
 """A backbone that starts from pre-trained weights: a folder that ``save_pretrained`` wrote, or a model of the hub."""
 
 import hashlib
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from fleetfit.records import JsonDict
 log = logging.getLogger(__name__)
 
 SHOWN = 3  # of the tensors that are wrong
+CARD_FILE = "card.json"  # of a checkpoint of ``fleetfit pretrain``
+SPLIT_KEYS = ("public_share", "test_share", "edge_share", "validation_share", "limit", "splits")
 
 
 def load_pretrained(
@@ -224,3 +227,27 @@ def silence() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
+
+
+def other_split(name: str, data: Mapping[str, Any], seed: int) -> str:
+    """What to tell of a checkpoint that was trained on samples that are not public in this job.
+
+    They would be among those that accuracies are told of. Empty: there is nothing to tell.
+
+    Args:
+        name: ``model.pretrained``.
+        data: The job's table of this name, in JSON's types.
+        seed: The job's.
+    """
+    try:
+        card = json.loads((Path(name).expanduser() / CARD_FILE).read_text(encoding="utf-8"))
+        before, same_source = card["data"], card["data"]["source"] == data["source"]
+        differs = [key for key in SPLIT_KEYS if before.get(key) != data[key]] + ["seed"] * (card["seed"] != seed)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    if not same_source or not differs:
+        return ""
+    return (
+        f"{name} was trained on another part of this data ({', '.join(differs)} differ): some of its training samples "
+        "are test samples here, and accuracies are too high"
+    )
