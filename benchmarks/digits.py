@@ -59,7 +59,7 @@ from fleetfit.elastic_training import (
     second_order,
     taylor_importance,
 )
-from fleetfit.engines.whole_fleet import LocalLink, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink, counted, fleet_of
 from fleetfit.header_search import search_header
 from fleetfit.members import Handler
 from fleetfit.messages import (
@@ -385,7 +385,7 @@ def devices_part(b: Bench) -> dict[str, Any]:
 
 def in_memory(attributes: DeviceAttributes, data: FleetData) -> Handler:
     """A device that lives in this process."""
-    state = DeviceState(attributes, data.devices[attributes.device_id], DeviceMemory())
+    state = DeviceState(counted(attributes, data), data.devices[attributes.device_id], DeviceMemory())
 
     def answer(message: Message) -> Message:
         nonlocal state

@@ -141,7 +141,7 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
             samples, job.data, {c: [a.device_id for a in members] for c, members in fleet.items()}, job.seed
         )
         progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *data.notes)))
-        known = {cluster: tuple(_known(a, data) for a in members) for cluster, members in fleet.items()}
+        known = {cluster: tuple(counted(a, data) for a in members) for cluster, members in fleet.items()}
         with connect(folder, known, data) as links:
             result = _run_tiers(job, folder, links, data, progress)
         summary = summarise(job, folder, raw_bytes(data), result)
@@ -151,7 +151,8 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
     return summary
 
 
-def _known(attributes: DeviceAttributes, data: FleetData) -> DeviceAttributes:
+def counted(attributes: DeviceAttributes, data: FleetData) -> DeviceAttributes:
+    """A device as it is known when its data is there: with the number of its samples for training and validation."""
     own = data.devices[attributes.device_id]
     return attributes.model_copy(update={"num_samples": len(own.train) + len(own.validation)})
 
