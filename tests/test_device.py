@@ -620,6 +620,15 @@ def test_the_class_prior_changes_the_last_bias_and_nothing_else(header: str) -> 
     assert_same_tensors(without, with_it)
 
 
+def test_the_class_prior_may_believe_less_in_how_often_a_class_was_seen() -> None:
+    data, coarse = make_data(classes=(0, 0, 0, 2)), make_coarse(rounds=1, epochs=1, prior_power=0.5)
+    without = shipped_model(finished(None, "coarse", data, coarse).memory).header.last_linear.bias
+    with_it = shipped_model(finished(3.0, "coarse", data, coarse).memory).header.last_linear.bias
+    counts = torch.bincount(torch.cat([data.train.labels, data.validation.labels]), minlength=4).float()
+    root = counts.sqrt() / counts.sqrt().sum() * counts.sum()
+    torch.testing.assert_close(with_it - without, class_prior(root, torch.tensor(CLASS_SHARES), 3.0), rtol=0, atol=1e-5)
+
+
 def test_an_unseen_class_stays_reachable() -> None:
     shape = Backbone("vit", CONFIG).feature_shape
     with seeded_init(1, "sharp"):

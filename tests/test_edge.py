@@ -476,6 +476,9 @@ def test_class_shares_are_the_shared_sets_and_never_zero() -> None:
     some = split.train.rows(torch.tensor([0, 3, 6, 1]))  # classes 0, 0, 0, 1
     shares = edge.coarse_model(Job(), assignment, found, Split(some, split.test, split.test), step=1).class_shares
     assert shares == pytest.approx((4 / 7, 2 / 7, 1 / 7))  # one added to each count
+    alike = make_job({"refine": {"prior_shares": "uniform"}})
+    told = edge.coarse_model(alike, assignment, found, Split(some, split.test, split.test), step=1).class_shares
+    assert told == pytest.approx((1 / 3, 1 / 3, 1 / 3))
 
 
 def test_defaults_name_searches_that_exist() -> None:

@@ -393,6 +393,12 @@ class RefineConfig(Section):
     fine_tune: bool = Field(False, description="one more local round after the last aggregation")
     anchor: float = Field(0.1, ge=0, description="mu, pull to the shipped header; 0 = free")
     class_prior: bool = Field(True, description="empirical-Bayes class prior in the last bias")
+    prior_power: float = Field(
+        1.0, gt=0, le=1, description="power of a device's class counts in it; below 1 for few samples of many classes"
+    )
+    prior_shares: Literal["edge", "uniform"] = Field(
+        "edge", description="the cluster's class shares in it: those of the edge's shared set, or all alike"
+    )
     balanced_training: bool = Field(
         True, description="with class_prior: train with the prior in the logits, so that weights need not learn it"
     )

@@ -33,7 +33,7 @@ from fleetfit.messages import (
     put,
     take,
 )
-from fleetfit.method.aggregation import class_prior
+from fleetfit.method.aggregation import class_prior, tempered_counts
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
@@ -350,6 +350,7 @@ def _train_round(
 
 
 def _prior(memory: DeviceMemory, counts: Tensor, strength: float) -> Tensor:
+    counts = tempered_counts(counts, memory.refine.prior_power)
     return class_prior(counts, moved(torch.tensor(memory.class_shares), counts.device), strength)
 
 

@@ -172,6 +172,8 @@ def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, 
     """What every device of the cluster is sent."""
     labels = torch.cat([data.train.labels, data.validation.labels])
     counts = torch.bincount(labels, minlength=len(assignment.labels)).double() + 1.0
+    if job.refine.prior_shares == "uniform":
+        counts = torch.ones_like(counts)
     return CoarseModel(
         step=step,
         family=assignment.family,

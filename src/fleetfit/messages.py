@@ -165,7 +165,7 @@ class CoarseModel(DeviceMessage):
     header: HeaderSpec
     refine: RefineConfig
     seed: int
-    class_shares: tuple[float, ...] = Field(description="q, class shares of the edge's shared set")
+    class_shares: tuple[float, ...] = Field(description="q, class shares of the edge's shared set, or all alike")
 
 
 class RoundReply(DeviceReply):

@@ -13,6 +13,7 @@ from fleetfit.method.aggregation import (
     average_weights,
     class_prior,
     distance_from_uniform,
+    tempered_counts,
     unit_sum,
 )
 
@@ -152,6 +153,14 @@ def test_class_prior_bears_classes_that_the_cluster_has_not_seen():
     assert bool(prior.isfinite().all())
     assert float(prior[1]) == pytest.approx(np.log(4 / 11))
     assert float(prior[2]) > 0
+
+
+def test_tempered_counts_by_hand():
+    counts = torch.tensor([9.0, 1.0, 0.0])
+    assert tempered_counts(counts, 0.5).tolist() == pytest.approx([7.5, 2.5, 0])  # 3 : 1, ten in all
+    assert tempered_counts(counts, 1e-9).tolist() == pytest.approx([5, 5, 0])  # seen, or not
+    assert torch.equal(tempered_counts(counts, 1.0), counts)
+    assert torch.equal(tempered_counts(torch.zeros(2), 0.5), torch.zeros(2))
 
 
 def test_class_prior_refuses_bad_arguments():

@@ -106,3 +106,16 @@ def class_prior(
     shares = (class_shares / class_shares.sum()).clamp(min=floor / len(class_shares))
     shares = shares / shares.sum()
     return torch.log((counts + strength * shares) / (counts.sum() + strength)) - torch.log(shares)
+
+
+def tempered_counts(counts: Float[Tensor, " class"], power: float) -> Float[Tensor, " class"]:
+    """Counts of each class raised to a power, their sum kept (Beyond).
+
+    Of few samples, how often a class was seen says less than that it was seen: below 1, differences count less.
+
+    Args:
+        counts: n_c.
+        power: 1 leaves them as they are.
+    """
+    tempered = torch.where(counts > 0, counts**power, torch.zeros_like(counts))
+    return tempered * (counts.sum() / tempered.sum()) if float(counts.sum()) else counts
