@@ -58,8 +58,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
-    "recipe, average": {"similarity": "average"},
-    "recipe, no class prior": {"class_prior": False},
     "FedAvg": FEDAVG,
     "FedAvg + fine-tuning": {**FEDAVG, "fine_tune": True},
 }
