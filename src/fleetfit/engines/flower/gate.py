@@ -29,6 +29,7 @@ from fleetfit.engines.flower.greeting import (
     Status,
     Welcome,
     objection,
+    other_version,
     read_greeting,
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
@@ -164,8 +165,12 @@ class Gate:
         try:
             greeting = read_greeting(body)
         except ValueError as error:
-            self._refuse(address, str(error))
-            return Response(status_code=400)
+            problem = other_version(self.kit, body)
+            self._refuse(address, problem or str(error))
+            if not problem:
+                return Response(status_code=400)
+            answer = Welcome(instance=self.instance, problem=problem)
+            return Response(answer.model_dump_json(), media_type="application/json")
         welcome = self.welcome(greeting, body, request.headers.get(SIGNATURE, ""), address)
         return Response(welcome.model_dump_json(), media_type="application/json")
 
