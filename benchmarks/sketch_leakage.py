@@ -111,7 +111,8 @@ class Spy:
         sent = {}
         for members in self.b.fleet.values():
             for attributes in members:
-                state = state_of(job, attributes, self.b.data.devices[attributes.device_id])
+                roomy = attributes.model_copy(update={"storage_limit_bytes": 2**40})  # the whole reference fits
+                state = state_of(job, roomy, self.b.data.devices[attributes.device_id])
                 state, _ = handle(state, AttributesRequest(step=0))
                 sent[attributes.device_id] = take(handle(state, message)[1].tensors, "sketch")
         return sent

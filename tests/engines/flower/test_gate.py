@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tomli_w
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -30,6 +31,8 @@ from fleetfit.engines.flower.certificates import (
     make_authority,
     make_member_key,
     make_server,
+    public_line,
+    public_pem,
     read_member_key,
     sign,
 )
@@ -416,6 +419,22 @@ def test_only_those_without_keys_may_register_themselves(insecure: Kit, kits: Pa
         connection.request("POST", "/v1/fleet/register-node", b"")
         assert connection.getresponse().status == 404
         connection.close()
+
+
+def test_a_key_that_is_not_a_members_gets_no_further_than_the_door(kits: Path) -> None:
+    kit = with_port(kits, "small")
+    stranger, member = (
+        public_pem(line)
+        for line in (public_line(ec.generate_private_key(ec.SECP384R1())), kit.file.members[0].public_key)
+    )
+    with opened(kit, f"127.0.0.1:{free_port()}") as (_, told):
+        for key, status in ((stranger, 401), (b"", 401), (member, 503)):  # there is nobody inside
+            connection = http.client.HTTPSConnection("127.0.0.1", kit.server.port, context=client_context(kit.ca))
+            headers = {"flwr-public-key": base64.b64encode(key).decode()}
+            connection.request("POST", "/v1/fleet/pull-messages", b"", headers)
+            assert connection.getresponse().status == status
+            connection.close()
+    assert told == ["refused (127.0.0.1): a node whose key is not that of a member of small (pull-messages)"]
 
 
 def test_nobody_answers_in_the_name_of_another(insecure: Kit, inside: Any) -> None:
