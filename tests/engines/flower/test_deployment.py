@@ -17,7 +17,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fleetfit.config import load_job
 from fleetfit.engines.flower.certificates import make_member_key, read_member_key
 from fleetfit.engines.flower.hub import Hub
-from fleetfit.engines.flower.kit import read_kit
+from fleetfit.engines.flower.kit import hold, read_kit
 
 pytestmark = [
     pytest.mark.long,
@@ -127,7 +127,7 @@ def test_flower_itself_knows_nobody_but_those_with_keys_and_none_by_anothers_nam
     (fleet.folder / "stranger.key").write_bytes(make_member_key()[0])
     stranger = read_member_key(fleet.folder / "stranger.key")
     version = RuntimeVersionHttpInterceptor(component_name="test")
-    with Hub(kit, print) as hub:
+    with hold(kit.folder), Hub(kit, print) as hub:
 
         def client(*signed: Any) -> FleetHttpClient:
             address, ca = f"127.0.0.1:{kit.server.port}", kit.ca.read_bytes()
