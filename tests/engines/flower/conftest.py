@@ -114,6 +114,7 @@ class Fleet:
         self.programs: dict[str, subprocess.Popen[bytes]] = {}
         self.logs: dict[str, Path] = {}
         self._heard: dict[Path, int] = {}
+        self._local: dict[str, Any] | None = None
         names = [path.parent.name for path in kits.glob("*/kit.toml")]
         roles = {name: read_kit(kits / name).file.role for name in names}
         self.devices = tuple(name for name in sorted(names) if roles[name] == "device")
@@ -216,7 +217,9 @@ class Fleet:
     def local(self) -> tuple[dict[str, Any], Path]:
         """What the local engine makes of the same job."""
         out = self.folder / "local"
-        return fleetfit.run(load_job(self.kits / "cloud" / "job.toml"), out), out
+        if self._local is None:
+            self._local = fleetfit.run(load_job(self.kits / "cloud" / "job.toml"), out)
+        return self._local, out
 
     def is_the_same(self, out: str = "run", expected: tuple[dict[str, Any], Path] | None = None) -> None:
         """The deployment's figures and models are those of the local engine, all of them."""
