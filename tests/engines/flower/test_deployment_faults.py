@@ -61,11 +61,11 @@ class Trial:
         self.record = record
         if "run" in fleet.programs and fleet.programs["run"].poll() is None:
             fleet.kill("run")
+        fleet.forget()
         for program in ("cloud", *fleet.members):
             if program not in fleet.programs or fleet.programs[program].poll() is not None:
                 fleet.start(program, once=False)
-        fleet.wait_for("cloud", "listens at")
-        fleet.forget()
+                fleet.wait_for(program, "listens at" if program == "cloud" else "")
         fleet.run(self.out)
 
     def wait(self, program: str, words: str) -> None:
