@@ -1,6 +1,6 @@
 """Faults of a fleet of programs on this machine, each several times: benchmarks/results/faults.md and .json.
 
-    python benchmarks/faults.py                        all faults, ten times each (about an hour and a half on 2 cores)
+    python benchmarks/faults.py                        all faults, ten times each or more (an hour or two on 2 cores)
     python benchmarks/faults.py --only edge cut        some of them
     python benchmarks/faults.py --times 3              less often
 
@@ -10,12 +10,13 @@ run again; delete that file to start afresh. The network is cut with network nam
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -26,40 +27,72 @@ TESTS = Path(__file__).parent.parent / "tests" / "engines"
 PROGRAMS, REPLIES = TESTS / "flower" / "test_deployment_faults.py", TESTS / "test_faults.py"
 UNDISTURBED = "all models and figures are those of an undisturbed run"
 AWAY = "all models and figures are those of the local engine when the same replies are lost"
-FAULTS: dict[str, tuple[str, Path, str, str]] = {
-    "device": (
-        "a device is killed mid-round, and started again",
+
+
+class Fault(NamedTuple):
+    """A fault and its test.
+
+    Attributes:
+        what: In words.
+        strikes: How often it happens in one run of the test.
+        file: Of the test.
+        test: Its name.
+        meaning: Of a pass.
+    """
+
+    what: str
+    strikes: int
+    file: Path
+    test: str
+    meaning: str
+
+
+FAULTS = {
+    "device": Fault(
+        "a device is killed mid-round and started again, one in each of three rounds",
+        3,
         PROGRAMS,
-        "test_a_device_that_is_killed_mid_round_goes_on",
+        "test_devices_that_are_killed_mid_round_go_on",
         UNDISTURBED,
     ),
-    "devices": (
+    "devices": Fault(
         "two of five devices are killed mid-round; every other time they come back",
+        1,
         PROGRAMS,
         "test_with_two_of_five_devices_killed_the_others_finish",
         f"the others finish, who did not is listed, {AWAY}",
     ),
-    "edge": (
-        "an edge is killed and started again at three points of one run",
+    "edge": Fault(
+        "an edge is killed and started again, at three points",
+        3,
         PROGRAMS,
         "test_an_edge_that_is_killed_at_three_points_goes_on",
         UNDISTURBED,
     ),
-    "cloud": ("the cloud is killed and started again", PROGRAMS, "test_a_cloud_that_is_killed_goes_on", UNDISTURBED),
-    "cut": (
-        "the network of one edge is cut for a minute, from the cloud and from its devices",
+    "cloud": Fault(
+        "the cloud is killed and started again, at three points",
+        3,
+        PROGRAMS,
+        "test_a_cloud_that_is_killed_at_three_points_goes_on",
+        UNDISTURBED,
+    ),
+    "cut": Fault(
+        "the network of one edge is cut for a minute, from the cloud and from its devices, two times",
+        2,
         PROGRAMS,
         "test_an_edge_whose_network_is_cut_for_a_minute_goes_on",
         UNDISTURBED,
     ),
-    "liar": (
-        "a device sends nothing but damaged replies, through the door of its edge",
+    "liar": Fault(
+        "a device sends damaged replies through the door of its edge, four or more",
+        4,
         PROGRAMS,
         "test_a_device_that_lies_harms_no_other",
-        f"all are refused and named, the others finish, {AWAY}",
+        f"none is used, all are named, the others finish, {AWAY}",
     ),
-    "fuzz": (
-        "300 fuzzed replies, in one process",
+    "fuzz": Fault(
+        "308 fuzzed replies, in one process",
+        1,
         REPLIES,
         "test_whatever_a_device_sends_it_harms_no_other",
         "200 or more are refused and named; each step's result is that of a step without that device",
@@ -68,7 +101,8 @@ FAULTS: dict[str, tuple[str, Path, str, str]] = {
 HEAD = """\
 # Faults
 
-`python benchmarks/faults.py{options}` runs each fault {times} times, each time at another moment (drawn from a seed).
+`python benchmarks/faults.py{options}` lets each fault happen {times} times or more, each time at another moment (drawn
+from a seed); some happen several times in one run.
 The fleet: programs on one machine of {cores} cores, over TLS with node keys; a cloud, two edges, three devices (five
 where two are killed, and where one lies); a tiny job on digits. Models must be equal within 1e-5.
 
@@ -90,7 +124,7 @@ class Collector:
         if report.when != "call" and report.passed:
             return
         test, _, repetition = report.nodeid.rpartition("::")[2].rstrip("]").partition("[")
-        (fault,) = (name for name, (_, _, known, _) in FAULTS.items() if known == test)
+        (fault,) = (name for name, known in FAULTS.items() if known.test == test)
         happened: dict[str, Any] = {"outcome": report.outcome, "seconds": round(report.duration, 1)}
         for key, value in report.user_properties:
             happened[key] = f"{happened[key]}; {value}" if key in happened else value
@@ -109,24 +143,25 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """One row for each fault."""
-    lines = ["| fault | runs | passed | median seconds | passed means |", "|---|---|---|---|---|"]
-    for name, (what, _, _, meaning) in FAULTS.items():
+    lines = [
+        "| fault | runs | it happened | runs that passed | median seconds of a run | passed means |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, fault in FAULTS.items():
         runs = list(found.get(name, {}).values())
-        if runs:
-            passed = sum(run["outcome"] == "passed" for run in runs)
-            seconds = statistics.median(run["seconds"] for run in runs)
-            lines.append(f"| {what} | {len(runs)} | {passed} | {seconds:.0f} | {meaning} |")
-        else:
-            lines.append(f"| {what} | 0 | – | – | {meaning} |")
+        passed = sum(run["outcome"] == "passed" for run in runs)
+        seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}" if runs else "–"
+        cells = (fault.what, len(runs), f"{len(runs) * fault.strikes} times", passed, seconds, fault.meaning)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
 def moments(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """What happened in each run."""
     lines = []
-    for name, (what, _, _, _) in FAULTS.items():
+    for name, fault in FAULTS.items():
         runs = found.get(name, {})
-        lines += ["", f"## {what[0].upper()}{what[1:]}", ""] if runs else []
+        lines += ["", f"## {fault.what[0].upper()}{fault.what[1:]}", ""] if runs else []
         for number, run in sorted(runs.items(), key=lambda item: int(item[0])):
             told = [f"{k}: {v}" for k, v in run.items() if k not in ("outcome", "seconds", "why")]
             lines.append(f"- {int(number) + 1}: {run['outcome']} in {run['seconds']:.0f} s; {'; '.join(told)}")
@@ -144,10 +179,9 @@ def main() -> None:
     path = options.out.with_suffix(".json")
     found = read(path)
     wanted = [
-        f"{file}::{test}[{number}]"
+        f"{FAULTS[name].file}::{FAULTS[name].test}[{number}]"
         for name in options.only
-        for (_, file, test, _) in (FAULTS[name],)
-        for number in range(options.times)
+        for number in range(math.ceil(options.times / FAULTS[name].strikes))
         if str(number) not in found.get(name, {})
     ]
     code = pytest.main(["-m", "", "--tb=short", *wanted], plugins=[Collector(path)]) if wanted else 0

@@ -73,7 +73,8 @@ class Trial:
         self.fleet.wait_for(program, words)
         pause = self.chance.uniform(0, LONGEST_PAUSE_SECONDS)
         time.sleep(pause)
-        self.record("moment", f"{pause:.1f} s after {program} said '{words}'")
+        said = "waits for its edges" if program == "run" else f"said '{words}'"
+        self.record("moment", f"{pause:.1f} s after {program} {said}")
 
     def kill(self, *programs: str) -> None:
         """As a power cut would."""
@@ -108,15 +109,16 @@ def five(provisioned: Any, tmp_path_factory: pytest.TempPathFactory, tiny: dict[
 
 
 @each_time
-def test_a_device_that_is_killed_mid_round_goes_on(standing: Any, repetition: int, record_property: Record) -> None:
+def test_devices_that_are_killed_mid_round_go_on(standing: Any, repetition: int, record_property: Record) -> None:
+    """One in each round."""
     trial = Trial(standing, "device", repetition, record_property)
-    device = trial.chance.choice(standing.devices)
-    edge = read_kit(standing.kits / device).upstream.name
-    trial.wait(edge, f"refine: round {trial.chance.randint(1, ROUNDS)}")
-    trial.is_at_work()
-    trial.kill(device)
-    time.sleep(trial.chance.uniform(0, 5))
-    standing.start(device, once=False)
+    for number in range(1, ROUNDS + 1):
+        device = trial.chance.choice(standing.devices)
+        trial.wait(read_kit(standing.kits / device).upstream.name, f"refine: round {number}")
+        trial.is_at_work()
+        trial.kill(device)
+        time.sleep(trial.chance.uniform(0, 5))
+        standing.start(device, once=False)
     standing.ends_well("run")
     standing.is_the_same(trial.out)
 
@@ -137,22 +139,23 @@ def test_an_edge_that_is_killed_at_three_points_goes_on(
 
 
 @each_time
-def test_a_cloud_that_is_killed_goes_on(standing: Any, repetition: int, record_property: Record) -> None:
-    """Both of its programs: the one that listens, and the run."""
+def test_a_cloud_that_is_killed_at_three_points_goes_on(
+    standing: Any, repetition: int, record_property: Record
+) -> None:
+    """Both of its programs, the one that listens and the run: once while it computes, twice while it waits."""
     trial = Trial(standing, "cloud", repetition, record_property)
-    if place := repetition % 3:
-        words = "header search" if place == 1 else f"refine: round {trial.chance.randint(1, ROUNDS)}"
-        trial.wait(trial.chance.choice(("small", "large")), words)
-    else:
-        step = trial.chance.choice(("reference/cloud", "elastic/cloud", "candidates/cloud"))
-        file = standing.folder / trial.out / "steps" / f"{step}.safetensors"
-        standing.wait_until("run", file.exists, f"has finished {step}")
-        record_property("moment", f"when the step {step} was finished")
-    trial.is_at_work()
-    trial.kill("cloud", "run")
-    standing.start("cloud", once=False)
-    standing.wait_for("cloud", "listens at")
-    standing.run(trial.out)
+    step = trial.chance.choice(("reference/cloud", "elastic/cloud", "candidates/cloud"))
+    file = standing.folder / trial.out / "steps" / f"{step}.safetensors"
+    standing.wait_until("run", file.exists, f"finished {step}")
+    record_property("moment", f"when the step {step} was finished")
+    for once_more in (True, True, False):
+        trial.is_at_work()
+        trial.kill("cloud", "run")
+        standing.start("cloud", once=False)
+        standing.wait_for("cloud", "listens at")
+        standing.run(trial.out)
+        if once_more:
+            trial.wait("run", r"edges at work: done[\s\S]*edges at work \.\.\.")
     standing.ends_well("run")
     standing.is_the_same(trial.out)
 
@@ -314,19 +317,23 @@ def apart(provisioned: Any, tmp_path_factory: pytest.TempPathFactory, cable: Cab
 def test_an_edge_whose_network_is_cut_for_a_minute_goes_on(
     apart: Any, cable: Cable, repetition: int, record_property: Record
 ) -> None:
-    """From the cloud, and from its devices."""
+    """From the cloud, and from its devices; two times."""
     trial = Trial(apart, "cut", repetition, record_property)
-    words = ("header search", *(f"refine: round {n + 1}" for n in range(ROUNDS)), "refine: what to ship")
-    trial.wait("small", trial.chance.choice(words))
-    trial.is_at_work()
-    cable.cut()
-    try:
-        time.sleep(CUT_SECONDS)
+    moments = (
+        ("header search", "refine: coarse model", "refine: round 1"),
+        ("refine: round 3", "refine: what to ship"),
+    )
+    for number, words in enumerate(moments, start=1):
+        trial.wait("small", trial.chance.choice(words))
         trial.is_at_work()
-        assert "small is gone" in apart.says("cloud")
-        assert "small at" in apart.says("small-1")
-    finally:
-        cable.mend()
+        cable.cut()
+        try:
+            time.sleep(CUT_SECONDS)
+            trial.is_at_work()
+            assert apart.says("cloud").count("small is gone") == number
+            assert apart.says("small-1").count("waiting: small at") == number
+        finally:
+            cable.mend()
     apart.ends_well("run")
     apart.is_the_same(trial.out)
-    assert "small is there" in apart.says("cloud")
+    assert apart.says("cloud").count("small is there") == 2
