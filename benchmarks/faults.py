@@ -56,10 +56,10 @@ FAULTS = {
         UNDISTURBED,
     ),
     "devices": Fault(
-        "two of five devices are killed mid-round; every other time they come back",
-        1,
+        "two of five devices are killed mid-round: in the first round, and come back; in the last, and stay away",
+        2,
         PROGRAMS,
-        "test_with_two_of_five_devices_killed_the_others_finish",
+        "test_with_two_of_five_devices_killed_the_others_go_on",
         f"the others finish, who did not is listed, {AWAY}",
     ),
     "edge": Fault(
@@ -84,8 +84,8 @@ FAULTS = {
         UNDISTURBED,
     ),
     "liar": Fault(
-        "a device sends damaged replies through the door of its edge, four or more",
-        4,
+        "a device sends damaged replies through the door of its edge, five or more",
+        5,
         PROGRAMS,
         "test_a_device_that_lies_harms_no_other",
         f"none is used, all are named, the others finish, {AWAY}",

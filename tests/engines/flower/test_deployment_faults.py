@@ -100,8 +100,8 @@ def five(provisioned: Any, tmp_path_factory: pytest.TempPathFactory, tiny: dict[
     return provisioned(
         tmp_path_factory.mktemp("five"),
         fleet_of_job=FIVE_DEVICES,
-        links={"deadline_seconds": 25.0, "quorum": 0.3, "max_message_bytes": 2_000_000},
-        refine=REFINE | {"rounds": 2},
+        links={"deadline_seconds": 40.0, "quorum": 0.3, "max_message_bytes": 2_000_000},
+        refine=REFINE,
     )
 
 
@@ -164,34 +164,31 @@ def test_a_cloud_that_is_killed_at_three_points_goes_on(
 
 
 @each_time
-def test_with_two_of_five_devices_killed_the_others_finish(
+def test_with_two_of_five_devices_killed_the_others_go_on(
     five: Any, repetition: int, record_property: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every other time they come back after some seconds."""
+    """In the first round, after which they come back, and again in the last, and then they stay away."""
     trial = Trial(five, "devices", repetition, record_property)
     pairs = [("small-1", "large-1"), ("small-2", "large-2"), ("small-1", "small-3"), ("small-2", "small-3")]
-    killed, comes_back = trial.chance.choice(pairs), repetition % 2 == 0
-    trial.wait("small", f"refine: round {trial.chance.randint(1, 2)}")
-    trial.is_at_work()
-    trial.kill(*killed)
-    said = {device: five.says(device) for device in killed}
-    if comes_back:
-        time.sleep(trial.chance.uniform(0, 8))
-        five.start(*killed, once=False)
-        record_property("then", "they came back")
-    else:
-        record_property("then", "they never came back")
+    killed = trial.chance.choice(pairs)
+    said = dict.fromkeys(five.devices, "")
+    for number in (1, ROUNDS):
+        trial.wait("small", f"refine: round {number}")
+        trial.is_at_work()
+        trial.kill(*killed)
+        for device in killed:
+            said[device] += five.says(device)
+        if number == 1:
+            time.sleep(trial.chance.uniform(0, 8))
+            five.start(*killed, once=False)
     five.ends_well("run")
+    for device in set(five.devices) - set(killed):
+        said[device] = five.says(device)
     summary = five.summary(trial.out)
-    finished, absent = ({d["id"] for d in summary[key]} for key in ("devices", "absent"))
-    assert finished | absent == set(five.devices)
-    assert absent <= set(killed)
-    if not comes_back:
-        assert absent == set(killed)
-    record_property("listed as absent", ", ".join(sorted(absent)) or "nobody")
-    assert {f["reason"] for f in summary["faults"]} <= {NO_REPLY}
-    for device in five.devices:
-        said[device] = said.get(device, "") + five.says(device)
+    assert {d["id"] for d in summary["devices"]} == set(five.devices) - set(killed)
+    assert {a["id"] for a in summary["absent"]} == set(killed)
+    assert {f["reason"] for f in summary["faults"]} == {NO_REPLY}
+    record_property("listed as absent", "; ".join(f"{a['id']} since {a['since']}" for a in summary["absent"]))
     five.is_the_same(trial.out, as_if_they_were_away(five, trial.out, said, monkeypatch))
 
 
@@ -210,11 +207,15 @@ def test_a_device_that_lies_harms_no_other(
     five.kill(liar)  # the next one needs it honest
     summary = five.summary(trial.out)
     record_property("lies", ", ".join(lies))
-    assert len(set(lies)) >= 4
+    assert len(set(lies)) >= 5
     assert {d["id"] for d in summary["devices"]} == set(five.devices) - {liar}
     assert [a["id"] for a in summary["absent"]] == [liar]
-    assert {f["id"] for f in summary["faults"]} == {liar}
-    record_property("told", "; ".join(dict.fromkeys(f["reason"] for f in summary["faults"])))
+    assert {f["reason"] for f in summary["faults"] if f["id"] != liar} <= {
+        NO_REPLY
+    }  # on a busy machine one may be late
+    told = [f["reason"] for f in summary["faults"] if f["id"] == liar and f["reason"] != NO_REPLY]
+    assert len(told) >= 3
+    record_property("told", "; ".join(told))
     five.is_the_same(trial.out, as_if_they_were_away(five, trial.out, said, monkeypatch))
 
 
