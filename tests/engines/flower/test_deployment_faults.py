@@ -54,8 +54,12 @@ class Trial:
         record: Keeps what happened for the report of the tests.
     """
 
+    started: Any = None  # the fleet whose programs are there; another one takes its place
+
     def __init__(self, fleet: Any, name: str, repetition: int, record: Record) -> None:
-        self.fleet = fleet
+        if Trial.started not in (None, fleet):
+            Trial.started.close()
+        Trial.started = self.fleet = fleet
         self.out = f"{name}-{repetition}"
         self.chance = random.Random(self.out)
         self.record = record
