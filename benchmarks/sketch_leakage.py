@@ -43,7 +43,7 @@ from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.features import Features
 from fleetfit.models.header import header_from_state
-from fleetfit.pipeline import refine_cluster
+from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.privacy import DevicePrivacy, promise, releases
 from fleetfit.randomness import named_generator
 from fleetfit.records import DeviceAttributes
@@ -257,10 +257,9 @@ def refined(b: Bench, setting: str, way: str) -> dict[str, float]:
     for cluster, members in b.fleet.items():
         assignment, found = b.coarse(cluster)
         devices = {a.device_id: Watched(state_of(job, a, data.devices[a.device_id])) for a in members}
-        for device in devices.values():
-            device(AttributesRequest(step=0))
         link = LocalLink(devices, Ledger(), "down", "up")
-        refine_cluster(job, assignment, found, data.edges[cluster], link, Transient(), silent)
+        stats = gather_stats(job, cluster, link, Transient())
+        refine_cluster(job, assignment, stats, found, data.edges[cluster], link, Transient(), silent)
         backbone = Backbone(assignment.family, assignment.config)
         backbone.model.load_state_dict(take(found.tensors, "backbone"))
         seen = cached_features(backbone.eval(), b.data.public.train).cached
