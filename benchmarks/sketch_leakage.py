@@ -125,6 +125,7 @@ def pixels(samples: Samples) -> np.ndarray:
 
 def state_of(job: Job, attributes: DeviceAttributes, data: Split) -> DeviceState:
     """A device before its first message."""
+    attributes = attributes.model_copy(update={"num_samples": len(data.train) + len(data.validation)})
     private = DevicePrivacy(job.privacy, job.refine, key_of(job.seed, attributes.device_id)) if job.privacy.on else None
     return DeviceState(attributes, data, DeviceMemory(), privacy=private)
 
