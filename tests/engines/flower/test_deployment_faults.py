@@ -328,17 +328,18 @@ def test_an_edge_whose_network_is_cut_for_a_minute_goes_on(
         ("header search", "refine: coarse model", "refine: round 1"),
         ("refine: round 3", "refine: what to ship"),
     )
-    for number, words in enumerate(moments, start=1):
+    for words in moments:
         trial.wait("small", trial.chance.choice(words))
         trial.is_at_work()
+        gone, waiting = apart.says("cloud").count("small is gone"), apart.says("small-1").count("waiting: small at")
         cable.cut()
         try:
             time.sleep(CUT_SECONDS)
             trial.is_at_work()
-            assert apart.says("cloud").count("small is gone") == number
-            assert apart.says("small-1").count("waiting: small at") == number
+            assert apart.says("cloud").count("small is gone") == gone + 1
+            assert apart.says("small-1").count("waiting: small at") == waiting + 1
         finally:
             cable.mend()
     apart.ends_well("run")
     apart.is_the_same(trial.out)
-    assert apart.says("cloud").count("small is there") == 2
+    assert apart.says("cloud").count("small is there") >= 2
