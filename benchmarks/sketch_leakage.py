@@ -150,7 +150,7 @@ def attack_rows(spy: Spy) -> dict[str, float]:
     images = np.concatenate([pixels(d.train) for d in spy.b.data.devices.values()])
     labels = np.concatenate([d.train.labels.numpy() for d in spy.b.data.devices.values()])
     rows = torch.cat([s["all"] for s in sent.values()])
-    distance = torch.cdist(rows, candidates)
+    distance = torch.cdist(rows, candidates, compute_mode="donot_use_mm_for_euclid_dist")
     truth = distance.argmin(dim=1).numpy()  # which image each row is of: the attacker with a candidate sees it at once
     inverters = [
         MLPRegressor(hidden_layer_sizes=(256,), max_iter=150, early_stopping=True, random_state=0).fit(
@@ -170,7 +170,7 @@ def attack_rows(spy: Spy) -> dict[str, float]:
     starts = np.cumsum([0, *(len(s["all"]) for s in sent.values())])
     mixes = np.stack([probability[a:z].mean(axis=0) for a, z in itertools.pairwise(starts)])
     return {
-        "exact": float((distance.min(dim=1).values < 1e-5).double().mean()),
+        "exact": float((distance.min(dim=1).values < 1e-4).double().mean()),  # but for rounding in batches
         "rmse": rmse(guessed, images[truth]),
         "rmse_class": rmse(of_class[read], images[truth]),
         "rmse_mean": rmse(spy.images.mean(axis=0)[None].repeat(len(truth), 0), images[truth]),
