@@ -25,9 +25,11 @@ CHOICES = ("pareto_grid", "greedy_accuracy", "greedy_size", "random", "smallest"
 
 
 def spread(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
-    """mean ± standard error."""
+    """mean ± standard error; of one value, the value."""
     v = np.array(values) * scale
-    error = v.std(ddof=1) / np.sqrt(len(v)) if len(v) > 1 else float("nan")
+    if len(v) == 1:
+        return f"{v[0]:.{digits}f}"
+    error = v.std(ddof=1) / np.sqrt(len(v))
     return f"{v.mean():.{digits}f} ± {error:.{digits}f}"
 
 

@@ -52,7 +52,7 @@ def markdown(
             for z, found in quantiles.items()
         ),
     ]
-    sketches[0][3:5] = ["1.00 (found again to the bit: " + share(rows, "exact") + " %)", "1"]
+    sketches[0][3:5] = ["1.00 (found again: " + share(rows, "exact") + " %)", "1"]
     costs = []
     for way, by_setting in cost.items():
         epsilon = promises[way]
@@ -93,7 +93,7 @@ def markdown(
                         share(rows, "identified_class"),
                         share(rows, "identified_chance"),
                     ],
-                    ["the same with the candidates' features, % found to the bit", share(rows, "exact"), "", ""],
+                    ["the same with the candidates' features, % found again", share(rows, "exact"), "", ""],
                 ],
             ),
             "## Sketches compared",

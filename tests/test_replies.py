@@ -186,6 +186,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("round", changed("round", scores=scored(loss_sum=NAN)), "loss_sum must be within .* got nan"),
     ("round", changed("round", scores=scored(loss_sum=INFINITE)), "loss_sum must be within .* got inf"),
     ("round", changed("round", scores=scored(loss_sum=1e300)), "loss_sum must be within"),
+    ("round", changed("round", scores=scored(loss_sum=-1e-3)), "loss_sum must be within 0 and"),
     ("round", changed("round", tensors=ROUND | {"importance.x": torch.zeros(1)}), "'importance.x' is unexpected"),
     ("round", changed("round", tensors={n: t for n, t in ROUND.items() if "header" in n}), "'importance.* is missing"),
     ("round", changed("round", tensors={n: -t for n, t in ROUND.items()}), "importance of '.*' must be >= 0"),

@@ -96,14 +96,14 @@ def check_reply(device: str, request: DeviceMessage, reply: Message, expected: E
         check_attributes(reply.attributes, device)
     elif isinstance(reply, CoarseReply):
         _check_tensors(reply, _sketch(reply, expected))
-        _check_scores(reply.scores, known)
+        _check_scores(reply.scores, expected, known)
     elif isinstance(reply, RoundReply):
         header = expected.header if expected.refine.exchange == "weights" else {}
         _check_tensors(reply, _put("importance", expected.importance) | _put("header", header))
         for name, tensor in take(reply.tensors, "importance").items():
             if bool((tensor < 0).any()):
                 raise ValueError(f"importance of {name!r} must be >= 0, got {float(tensor.min()):g}")
-        _check_scores(reply.scores, known)
+        _check_scores(reply.scores, expected, known)
         _check_noise(reply.noise, expected.privacy.noise_of(expected.privacy.clip_header) if header else 0.0)
     elif isinstance(reply, ProposeReply):
         _check_tensors(reply, {})
@@ -111,7 +111,7 @@ def check_reply(device: str, request: DeviceMessage, reply: Message, expected: E
         if list(reply.scores) != list(ways_to_ship(expected.refine)):
             raise ValueError(f"it must score {', '.join(ways_to_ship(expected.refine))}, got {', '.join(reply.scores)}")
         for scores in reply.scores.values():
-            _check_scores(scores, known)
+            _check_scores(scores, expected, known)
     elif isinstance(reply, FinishReply):
         _check_model(reply, expected)
         check_report(reply.report, device)
@@ -254,12 +254,12 @@ def _check_noise(noise: float, agreed: float) -> None:
         raise ValueError(f"noise must be <= {agreed:g}, as [privacy] has it, got {noise:g}")
 
 
-def _check_scores(scores: ValidationScores, known: DeviceAttributes | None) -> None:
+def _check_scores(scores: ValidationScores, expected: Expected, known: DeviceAttributes | None) -> None:
     most = max(known.num_samples, 1) if known else MAX_COUNT  # who is private says 0, and counts as 1
     _check_range("num_samples", scores.num_samples, 0, most)
     _check_range("num_correct", scores.num_correct, 0, scores.num_samples)
     bound = MAX_LOSS * max(scores.num_samples, 1)
-    _check_range("loss_sum", scores.loss_sum, -bound, bound)  # noise may take it below 0
+    _check_range("loss_sum", scores.loss_sum, -bound if expected.privacy.on else 0.0, bound)  # noise may be below 0
 
 
 def _check_range(name: str, value: float, least: float, most: float) -> None:

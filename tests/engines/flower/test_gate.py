@@ -2,6 +2,9 @@
 
 import base64
 import http.client
+import json
+import re
+import shutil
 import socket
 import threading
 import time
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import tomli_w
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
@@ -24,8 +28,11 @@ from fleetfit.engines.flower import gate as gate_module
 from fleetfit.engines.flower.certificates import (
     Authority,
     client_context,
+    make_authority,
     make_member_key,
     make_server,
+    public_line,
+    public_pem,
     read_member_key,
     sign,
 )
@@ -33,6 +40,7 @@ from fleetfit.engines.flower.gate import MAX_CALL_BYTES, Gate, listen
 from fleetfit.engines.flower.greeting import Greeter, Greeting, NotThere, Refused, Status, objection
 from fleetfit.engines.flower.hub import check_certificate, free_port
 from fleetfit.engines.flower.kit import Kit, kit_toml, read_kit
+from fleetfit.engines.flower.participants import start
 from fleetfit.engines.flower.provision import provision
 
 
@@ -145,8 +153,6 @@ def test_the_servers_certificate_must_be_of_its_own_kit(kits: Path) -> None:
     kit.server_key.write_bytes(key)
     check_certificate(kit, told.append)
     assert "expires on" in told[0]
-    from fleetfit.engines.flower.certificates import make_authority
-
     kit.ca.write_bytes(make_authority("another", 9).certificate_pem)
     with pytest.raises(ValueError, match="files of two kits are mixed"):
         check_certificate(kit, told.append)
@@ -224,6 +230,63 @@ def honest(kits: Path) -> Greeting:
         instance="one",
         seconds=time.time(),
     )
+
+
+@pytest.mark.parametrize(
+    ("changed", "key", "told"),
+    [
+        ({"name": "small-9"}, "small-1", "'small-9' is not among the devices of small: .* put it into FLEET.toml"),
+        ({}, "small-2", "'small-1' does not have the key that small was given for it: .* Copy the kit again"),
+        (
+            {"fleetfit": "9.9"},
+            "small-1",
+            "'small-1' has fleetfit 9.9 .* small has .*: install the same version on both",
+        ),
+        (
+            {"fleetfit": "9.9", "new": 1},
+            "small-1",
+            "'small-1' has fleetfit 9.9, small has .*: install the same version",
+        ),
+        ({"job": "0" * 16}, "small-1", "'small-1' has another job than small: .* Provision again, or copy it"),
+        ({"seconds": 0.0}, "small-1", "the clock of 'small-1' is .* behind that of small: set both right"),
+    ],
+)
+def test_each_objection_is_told_on_both_sides(kits: Path, changed: dict[str, Any], key: str, told: str) -> None:
+    """Over the real door; the member's program ends with what it is told."""
+    with opened(with_port(kits, "small", "small-1")) as (gate, heard):
+        one = greeter(kits, "small-1")
+        body = json.dumps(honest(kits).model_dump(mode="json") | changed).encode()
+        signing = Greeter(one.kit, read_member_key(kits / key / "node.key"), "one")
+        welcome = signing._post(body, client_context(one.kit.ca))
+        assert re.match(told, welcome.problem)
+        assert heard == [f"refused (127.0.0.1): {welcome.problem}"]
+        assert gate.present == {}
+
+
+def test_a_member_ends_with_what_it_is_told(kits: Path) -> None:
+    """A key that is not its own: the program says it, and does not try again."""
+    with opened(with_port(kits, "small", "small-1")) as (_, heard):
+        shutil.copy(kits / "small-2" / "node.key", kits / "small-1" / "node.key")
+        with pytest.raises(ValueError, match="'small-1' does not have the key") as error:
+            start(read_kit(kits / "small-1"), True, heard.append, lambda: None)
+    assert heard == [f"refused (127.0.0.1): {error.value}"]
+
+
+def test_an_edge_that_cannot_listen_tells_the_cloud_too(kits: Path) -> None:
+    edge = with_port(kits, "small")
+    with opened(with_port(kits, "cloud", "small")) as (_, heard), socket.socket() as taken:
+        taken.bind(("127.0.0.1", edge.server.port))
+        taken.listen()
+        with pytest.raises(ValueError, match=r"small cannot listen at .*: Address already in use\. Stop what has"):
+            start(read_kit(kits / "small"), True, lambda text: None, lambda: None)
+    assert "refused (127.0.0.1): small cannot take part: it cannot listen for its devices" in heard[1]
+
+
+def test_an_expired_kit_is_told_by_who_has_it(kits: Path) -> None:
+    """The one above does not even start with it, so that nobody else would tell."""
+    (kits / "small-1" / "ca.pem").write_bytes(make_authority("old", 0).certificate_pem)
+    with pytest.raises(ValueError, match=r"this kit has expired on \d{4}-\d\d-\d\d .*: provision again"):
+        start(read_kit(kits / "small-1"), True, lambda text: None, lambda: None)
 
 
 def test_a_wrong_key_is_told(kits: Path) -> None:
@@ -356,6 +419,22 @@ def test_only_those_without_keys_may_register_themselves(insecure: Kit, kits: Pa
         connection.request("POST", "/v1/fleet/register-node", b"")
         assert connection.getresponse().status == 404
         connection.close()
+
+
+def test_a_key_that_is_not_a_members_gets_no_further_than_the_door(kits: Path) -> None:
+    kit = with_port(kits, "small")
+    stranger, member = (
+        public_pem(line)
+        for line in (public_line(ec.generate_private_key(ec.SECP384R1())), kit.file.members[0].public_key)
+    )
+    with opened(kit, f"127.0.0.1:{free_port()}") as (_, told):
+        for key, status in ((stranger, 401), (b"", 401), (member, 503)):  # there is nobody inside
+            connection = http.client.HTTPSConnection("127.0.0.1", kit.server.port, context=client_context(kit.ca))
+            headers = {"flwr-public-key": base64.b64encode(key).decode()}
+            connection.request("POST", "/v1/fleet/pull-messages", b"", headers)
+            assert connection.getresponse().status == status
+            connection.close()
+    assert told == ["refused (127.0.0.1): a node whose key is not that of a member of small (pull-messages)"]
 
 
 def test_nobody_answers_in_the_name_of_another(insecure: Kit, inside: Any) -> None:

@@ -4,6 +4,7 @@ Flower's SuperLink serves all it can do at one port, to whoever reaches it: who 
 go where. Here it listens on this machine only, and this door passes what nodes need, up to a size, and nothing else.
 """
 
+import base64
 import logging
 import secrets
 import socket
@@ -19,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from fleetfit.engines.flower.certificates import client_context
+from fleetfit.engines.flower.certificates import client_context, public_pem
 from fleetfit.engines.flower.greeting import (
     GONE_SECONDS,
     MAX_BYTES,
@@ -29,6 +30,7 @@ from fleetfit.engines.flower.greeting import (
     Status,
     Welcome,
     objection,
+    other_version,
     read_greeting,
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
@@ -109,6 +111,8 @@ class Gate:
         self._pushed: dict[str, int] = {}
         self._lock = threading.Lock()
         insecure = kit.file.insecure
+        keys = (base64.b64encode(public_pem(member.public_key)).decode() for member in kit.file.members)
+        self._keys = None if insecure else frozenset(keys)
         self._inside = f"{'http' if insecure else 'https'}://{inside}"
         self._client = httpx.AsyncClient(verify=not insecure and client_context(kit.ca), timeout=SECONDS)
         self._socket = door
@@ -164,8 +168,12 @@ class Gate:
         try:
             greeting = read_greeting(body)
         except ValueError as error:
-            self._refuse(address, str(error))
-            return Response(status_code=400)
+            problem = other_version(self.kit, body)
+            self._refuse(address, problem or str(error))
+            if not problem:
+                return Response(status_code=400)
+            answer = Welcome(instance=self.instance, problem=problem)
+            return Response(answer.model_dump_json(), media_type="application/json")
         welcome = self.welcome(greeting, body, request.headers.get(SIGNATURE, ""), address)
         return Response(welcome.model_dump_json(), media_type="application/json")
 
@@ -217,8 +225,12 @@ class Gate:
         if call not in (CALLS_WITHOUT_KEYS if self.kit.file.insecure else CALLS):
             return Response(status_code=404)
         address = request.client.host if request.client else ""
+        key = request.headers.get(KEY, "")
+        if self._keys is not None and key not in self._keys:  # Flower checks that the caller has it
+            self._refuse(address, f"a node whose key is not that of a member of {self.kit.file.name} ({call})")
+            return Response(status_code=401)
         body = await _read(request, MAX_CALL_BYTES)
-        if body is None or self._is_too_much(request.headers.get(KEY, ""), call, len(body)):
+        if body is None or self._is_too_much(key, call, len(body)):
             self._refuse(address, f"a member sends more than links.max_message_bytes ({call})")
             return Response(status_code=413)
         if call == PUSH_START and not speaks_for_itself(body):

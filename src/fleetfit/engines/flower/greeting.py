@@ -6,6 +6,7 @@ version or job, a name that is taken, a clock that is off. Flower itself would t
 
 import base64
 import http.client
+import json
 import socket
 import ssl
 import time
@@ -19,7 +20,7 @@ from fleetfit.artifacts import own_version
 from fleetfit.engines.flower.certificates import client_context, is_signed, sign
 from fleetfit.engines.flower.fleet_file import Name
 from fleetfit.engines.flower.kit import Kit, KitUpstream, Role
-from fleetfit.messages import FORMAT_VERSION, MAX_REASON, first_problem
+from fleetfit.messages import FORMAT_VERSION, MAX_REASON, first_problem, printable
 from fleetfit.records import Record
 
 PATH = "/fleetfit/greeting"
@@ -151,11 +152,16 @@ class Greeter:
         finally:
             connection.close()
         if response.status != 200:
-            raise Refused(f"{said} is no fleetfit cloud or edge: it answers with HTTP status {response.status}")
+            raise Refused(
+                f"{said} is no fleetfit cloud or edge, or has another version of it: it answers with HTTP status "
+                f"{response.status}"
+            )
         try:
             return Welcome.model_validate_json(content)
         except ValidationError:
-            raise Refused(f"{said} is no fleetfit cloud or edge: its answer cannot be read") from None
+            raise Refused(
+                f"{said} is no fleetfit cloud or edge, or has another version of it: its answer cannot be read"
+            ) from None
 
     def _tell_the_other_side(self, greeting: Greeting, why: str) -> None:
         """Its log should say who did not trust it. Nothing of the answer is believed."""
@@ -197,6 +203,20 @@ def read_greeting(body: bytes) -> Greeting:
         return Greeting.model_validate_json(body)
     except ValidationError as error:
         raise ValueError(f"the greeting cannot be read: {first_problem(error)}") from None
+
+
+def other_version(kit: Kit, body: bytes) -> str:
+    """What a greeting that cannot be read says of its version, if it is another than ours; else empty."""
+    try:
+        fields = json.loads(body)
+        name, theirs = str(fields["name"])[:64], str(fields["fleetfit"])[:40]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    if theirs == own_version():
+        return ""
+    return printable(
+        f"{name!r} has fleetfit {theirs}, {kit.file.name} has {own_version()}: install the same version on both"
+    )
 
 
 def objection(kit: Kit, greeting: Greeting, body: bytes, signature: str) -> str:

@@ -242,6 +242,21 @@ def check_certificate(kit: Kit, tell: Tell) -> None:
         tell(f"the certificate of this kit expires on {ends:%Y-%m-%d}: provision again before")
 
 
+def check_authority(kit: Kit) -> None:
+    """Whether a member's kit is still good. The one above, whose certificate ends no later, may not even start.
+
+    Raises:
+        ValueError: the fleet's authority has expired; says what to do.
+    """
+    if kit.file.insecure:
+        return
+    ends = read_certificate(kit.ca).not_valid_after_utc
+    if ends < datetime.now(UTC):
+        raise ValueError(
+            f"this kit has expired on {ends:%Y-%m-%d} ({kit.ca}): provision again, and copy the new kits to all"
+        )
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens at."""
     with socket.socket() as trial:

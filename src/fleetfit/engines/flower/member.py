@@ -24,7 +24,7 @@ from fleetfit.engines.flower.greeting import (
     Status,
     Welcome,
 )
-from fleetfit.engines.flower.hub import free_port
+from fleetfit.engines.flower.hub import check_authority, free_port
 from fleetfit.engines.flower.kit import Kit, write_secret
 from fleetfit.engines.flower.runtime import TASK_POLL_SECONDS, Api, NodeTasks, check_version, sign_off
 from fleetfit.messages import Declined, Message, decode_any, encode, printable
@@ -47,11 +47,12 @@ class Member:
         tell: Told in words what happens.
 
     Raises:
-        ValueError: the kit's key cannot be read.
+        ValueError: the kit's key cannot be read, or its certificates have expired.
     """
 
     def __init__(self, kit: Kit, tell: Tell) -> None:
         check_version()
+        check_authority(kit)
         self.kit = kit
         self.status: Status | None = None
         self._tell = tell

@@ -165,11 +165,19 @@ class _Edge:
             self._tell(line)
 
 
+def _hub(kit: Kit, member: Member, tell: Tell) -> Hub:
+    try:
+        return Hub(kit, tell)
+    except (ValueError, OSError):
+        member.give_up("it cannot listen for its devices; its own log has why")
+        raise
+
+
 def _edge(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
     with Member(kit, tell) as member:
         member.knock()
         data = _load(kit, member, 0.0, ("edge", kit.file.name), tell)
-        with Hub(kit, tell) as hub:
+        with _hub(kit, member, tell) as hub:
             names = ", ".join(m.name for m in kit.file.members)
             tell(f"{kit.file.name} listens at {kit.server.address}:{kit.server.port} for {names}")
             edge = _Edge(kit, data, hub, member, tell, check)

@@ -42,7 +42,12 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    ObjectUnavailableError,
+    pull_and_inflate_object_from_tree,
+)
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -327,6 +332,15 @@ def _task(api: Api, token: str) -> Iterator[RuntimeHttpClient]:
         client.close()
 
 
+@contextmanager
+def _given_up() -> Iterator[None]:
+    """What Flower raises where a run has ended meanwhile: nobody waits for its messages any more."""
+    try:
+        yield
+    except (ObjectPullError, ObjectPushError, ObjectUnavailableError) as error:
+        raise httpx.HTTPError(str(error)) from error
+
+
 def speaks_for_itself(body: bytes) -> bool:
     """Whether the replies that a node pushes are its own: Flower checks who pushes, and not whose it says they are."""
     request = PushMessagesRequest()
@@ -393,14 +407,16 @@ class NodeTasks:
             if not waiting.messages_list:
                 raise httpx.HTTPError("the message is gone")
             tree = waiting.message_object_trees[0]
-            message = pull_and_inflate_object_from_tree(
-                tree,
-                make_pull_object_fn_protobuf(client.PullObject, node, run_id),
-                make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id),
-                return_type=Message,
-            )
+            with _given_up():
+                message = pull_and_inflate_object_from_tree(
+                    tree,
+                    make_pull_object_fn_protobuf(client.PullObject, node, run_id),
+                    make_confirm_message_received_fn_protobuf(client.ConfirmMessageReceived, node, run_id),
+                    return_type=Message,
+                )
             message.metadata.__dict__["_message_id"] = tree.object_id  # it is not part of what is sent
             reply = Message(answer(message), reply_to=message)
-            push_message(client, reply, context_from_proto(given.context))
+            with _given_up():
+                push_message(client, reply, context_from_proto(given.context))
             client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
         return True
