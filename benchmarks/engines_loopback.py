@@ -20,6 +20,11 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 BELOW = {"cloud": ("phones", "boxes"), "phones": ("phones-1", "phones-2"), "boxes": ("boxes-1", "boxes-2")}
 MEMBERS = tuple(name for lower in BELOW.values() for name in lower)
 DEVICES = tuple(name for name in MEMBERS if name not in BELOW)
+SHORT: dict[str, Any] = {  # the phases before the devices' own, which are not what is looked at here
+    "model": {"epochs": 3},
+    "backbone": {"steps": 60, "specialise_steps": 20},
+    "header": {"budget_steps": 100},
+}
 MARK = "FLEETFIT_BENCHMARK"
 PATIENCE_SECONDS = 1500.0
 END_SECONDS = 20.0

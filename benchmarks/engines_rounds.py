@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engines_floor import Floor
-from engines_loopback import BELOW, DEVICES, Fleet, leftovers
+from engines_loopback import BELOW, DEVICES, SHORT, Fleet, leftovers
 from engines_page import setting, table, verdict
 
 from fleetfit.artifacts import write_atomically
@@ -25,7 +25,7 @@ WARM_UP = 1  # rounds that are not counted: a first message brings the run's des
 def measure(rounds: int) -> dict[str, Any]:
     """Both floors, then a fleet, one after the other on the same machine."""
     with tempfile.TemporaryDirectory(prefix="fleetfit-rounds-") as temporary:
-        fleet = Fleet(Path(temporary), {"refine": {"rounds": rounds}, "model": {"epochs": 3}})
+        fleet = Fleet(Path(temporary), {**SHORT, "refine": {"rounds": rounds}})
         try:
             floors = {name: Floor(fleet, name == "ours").measure(fleet, rounds)[WARM_UP:] for name in ("plain", "ours")}
             print(json.dumps(floors), flush=True)
