@@ -330,9 +330,9 @@ class RunFolder:
         self.close()
 
     def _note(self, name: str, seconds: float, traffic: Mapping[str, int], value: Message) -> None:
-        fields = json.loads(value.model_dump_json())
-        line = {"step": name, "seconds": round(seconds, 3), "bytes": dict(traffic), **fields}
-        self._lines.append(json.dumps(line))
+        cost = {"step": name, "seconds": round(seconds, 3), "bytes": dict(traffic)}
+        fields = json.loads(value.model_dump_json())  # an edge's report has seconds of its own, which the summary tells
+        self._lines.append(json.dumps(cost | fields | cost))
         write_atomically(self.path / "metrics.jsonl", "\n".join(self._lines) + "\n")
 
     def memory_of(self, device_id: str) -> MemoryFolder:
