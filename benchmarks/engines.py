@@ -10,12 +10,14 @@ The first three start the fleet of recipes/fleet-loopback.toml on this machine, 
 """
 
 import argparse
+import signal
+import sys
 from pathlib import Path
 
 from engines_parity import parity
 from engines_rounds import rounds
 from engines_simulation import simulation
-from engines_wire import wire
+from engines_wire import JOBS, wire
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = {"parity": parity, "wire": wire, "rounds": rounds, "simulation": simulation}
@@ -27,9 +29,11 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--devices", type=int, nargs="+", default=[100, 200, 500, 1000], help="of simulation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of parity")
+    parser.add_argument("--jobs", choices=JOBS, nargs="+", default=list(JOBS), help="of wire")
     parser.add_argument("--rounds", type=int, default=13, help="of rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pages")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: what was started is ended
     options.out.mkdir(parents=True, exist_ok=True)
     PARTS[options.part](options)
 

@@ -93,12 +93,13 @@ class Floor:
     Args:
         fleet: Whose kits; none of its programs runs.
         ours: Whether ClientApps are run as we do.
+        name: Of its folder.
     """
 
-    def __init__(self, fleet: Fleet, ours: bool) -> None:
+    def __init__(self, fleet: Fleet, ours: bool, name: str) -> None:
         self.ours = ours
         self.edge = fleet.kit(EDGE)
-        self.folder = fleet.folder / ("floor-ours" if ours else "floor-plain")
+        self.folder = fleet.folder / f"floor-{'ours' if ours else 'plain'}-{name}"
         self.folder.mkdir()
         self.secret = secrets.token_bytes(32)
         self.secret_file = self.folder / "secret"

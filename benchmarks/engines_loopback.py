@@ -21,9 +21,9 @@ BELOW = {"cloud": ("phones", "boxes"), "phones": ("phones-1", "phones-2"), "boxe
 MEMBERS = tuple(name for lower in BELOW.values() for name in lower)
 DEVICES = tuple(name for name in MEMBERS if name not in BELOW)
 SHORT: dict[str, Any] = {  # the phases before the devices' own, which are not what is looked at here
-    "model": {"epochs": 3},
-    "backbone": {"steps": 60, "specialise_steps": 20},
-    "header": {"budget_steps": 100},
+    "model": {"epochs": 1},
+    "backbone": {"steps": 8, "specialise_steps": 4, "importance_samples": 64},
+    "header": {"budget_steps": 30, "views": 1},
 }
 MARK = "FLEETFIT_BENCHMARK"
 PATIENCE_SECONDS = 1500.0

@@ -3,7 +3,7 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,12 @@ def parity(options: argparse.Namespace) -> None:
     for seed in options.seeds:
         rows.append(compare(seed))
         print(json.dumps(rows[-1]), flush=True)
-    seeds = " ".join(str(seed) for seed in options.seeds)
+        write_atomically(options.out / "engines_parity.md", "\n".join(page(rows)))
+
+
+def page(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The figures as a page."""
+    seeds = " ".join(str(row["seed"]) for row in rows)
     of = [(row, engine) for row in rows for engine in ENGINES[1:]]
     worst = max(row[engine]["weights"] for row, engine in of)
     same = all(row[engine]["chosen"] for row, engine in of)
@@ -85,7 +90,7 @@ def parity(options: argparse.Namespace) -> None:
         ]
         for row, engine in of
     ]
-    lines = [
+    return [
         "# One job by three engines",
         "",
         setting(f"python benchmarks/engines.py parity --seeds {seeds}", "flwr", "ray"),
@@ -119,4 +124,3 @@ def parity(options: argparse.Namespace) -> None:
         + "; ".join(f"seed {r['seed']}: " + ", ".join(f"{n} `{c}`" for n, c in r["chosen"].items()) for r in rows),
         "",
     ]
-    write_atomically(options.out / "engines_parity.md", "\n".join(lines))

@@ -23,18 +23,20 @@ WARM_UP = 1  # rounds that are not counted: a first message brings the run's des
 
 
 def measure(rounds: int) -> dict[str, Any]:
-    """Both floors, then a fleet, one after the other on the same machine."""
+    """Both floors, a fleet, both floors again, one after the other on the same machine: others may work there too."""
     with tempfile.TemporaryDirectory(prefix="fleetfit-rounds-") as temporary:
         fleet = Fleet(Path(temporary), {**SHORT, "refine": {"rounds": rounds}})
         try:
-            floors = {name: Floor(fleet, name == "ours").measure(fleet, rounds)[WARM_UP:] for name in ("plain", "ours")}
-            print(json.dumps(floors), flush=True)
+            before = both_floors(fleet, rounds, "before")
             summary = fleet.run("--debug")
+            after = both_floors(fleet, rounds, "after")
+            floors = {name: before[name] + after[name] for name in before}
             messages = {name: ANSWERED.findall(fleet.log(name).read_text()) for name in DEVICES}
             replies = {edge: REPLIED.findall(fleet.log(edge).read_text()) for edge in ("phones", "boxes")}
         finally:
             fleet.close()
         found: dict[str, Any] = {"floors": floors, "seconds": summary["seconds"], "messages": [], "rounds": []}
+        found["floors by when"] = {"before": before, "after": after}
         for edge, heard in replies.items():
             took = {d: [float(s) for name, kind, s in heard if name == d and kind == KIND] for d in BELOW[edge]}
             compute = {d: [float(s) for kind, s in messages[d] if kind == KIND] for d in BELOW[edge]}
@@ -54,6 +56,14 @@ def measure(rounds: int) -> dict[str, Any]:
         }
         found["left"] = leftovers(fleet.mark)
         return found
+
+
+def both_floors(fleet: Fleet, rounds: int, when: str) -> dict[str, list[float]]:
+    """Seconds of empty rounds, by way; half as many as the fleet does."""
+    number = WARM_UP + (rounds - WARM_UP + 1) // 2
+    floors = {name: Floor(fleet, name == "ours", when).measure(fleet, number)[WARM_UP:] for name in ("plain", "ours")}
+    print(json.dumps({when: floors}), flush=True)
+    return floors
 
 
 def middle(values: Sequence[float]) -> str:
@@ -98,8 +108,8 @@ def page(found: dict[str, Any], number: int) -> list[str]:
         "The fleet of recipes/fleet-loopback.toml with recipes/digits-small.toml, both edges and all four devices at "
         "work at a time on the same cores. The floor: one SuperLink and two SuperNodes with the certificates and keys "
         "of an edge and its devices, nothing else at work; a round sends an empty `query` to both and waits for both "
-        f"replies. {number - WARM_UP} rounds each and of each cluster, after one that is not counted. Median (lowest "
-        "to highest), in seconds.",
+        f"replies. {number - WARM_UP} rounds each, half of the floors' before the fleet and half after it, without the "
+        "first. Median (lowest to highest), in seconds.",
         "",
         *table(
             ["what", "seconds"],
@@ -109,6 +119,11 @@ def page(found: dict[str, Any], number: int) -> list[str]:
                 ["a refine round", middle(walls)],
                 ["of it, computing on the device that takes longest", middle(computes)],
                 ["what is left", middle(around)],
+                *(
+                    [f"floor, {when} the fleet: {name}", middle(floors[name])]
+                    for when, floors in found["floors by when"].items()
+                    for name in floors
+                ),
                 ["a message of a refine round, sent to reply", middle(message_walls)],
                 ["of it, computing on the device", middle(message_computes)],
             ],

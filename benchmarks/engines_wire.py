@@ -11,7 +11,7 @@ from engines_counter import DOWN, GREETING, UP, CountingDoor
 from engines_loopback import BELOW, SHORT, Fleet, leftovers
 from engines_page import setting, table, verdict
 
-from fleetfit.artifacts import write_atomically
+from fleetfit.artifacts import read_json, write_atomically
 
 TARGET = 0.10
 JOBS: dict[str, dict[str, Any]] = {
@@ -98,13 +98,15 @@ def measure(changed: dict[str, Any]) -> dict[str, Any]:
 
 
 def wire(options: argparse.Namespace) -> None:
-    """All jobs, one after the other."""
-    found = {}
-    for name, changed in JOBS.items():
-        found[name] = measure(changed)
+    """Some jobs, one after the other; figures of those that were measured before are kept."""
+    path = options.out / "engines_wire.json"
+    known = read_json(path) if path.exists() else {}
+    for name in options.jobs:
+        known[name] = measure(JOBS[name])
+        found = {job: known[job] for job in JOBS if job in known}
         print(json.dumps({name: found[name]}), flush=True)
-    write_atomically(options.out / "engines_wire.json", json.dumps(found, indent=1) + "\n")
-    write_atomically(options.out / "engines_wire.md", "\n".join(page(found)))
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+        write_atomically(options.out / "engines_wire.md", "\n".join(page(found)))
 
 
 def over(wire_bytes: float, counted: float) -> str:

@@ -18,6 +18,7 @@ from fleetfit.method.search_space import validate_blocks
 from fleetfit.records import DeviceReport, Record
 
 M = TypeVar("M", bound=Message)
+COST = {"seconds", "bytes"}  # of a line: what its step took, never the value's own
 
 
 class Row(BaseModel):
@@ -192,8 +193,9 @@ def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:
 def _take(lines: Mapping[str, dict[str, Any]], step: str, kind: type[M], path: Path) -> M:
     if step not in lines:
         raise ValueError(f"{path} has no step {step!r}: the run is not finished")
+    known = kind.model_fields.keys() - COST
     try:
-        return kind.model_validate({k: _nulls_as_nan(v) for k, v in lines[step].items() if k in kind.model_fields})
+        return kind.model_validate({k: _nulls_as_nan(v) for k, v in lines[step].items() if k in known})
     except ValidationError as error:
         raise ValueError(f"{path}, step {step!r}, is corrupt: {error}") from None
 
