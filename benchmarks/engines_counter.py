@@ -102,6 +102,7 @@ class CountingDoor:
         self.port = self._inner = 0
         self.errors: list[str] = []
         self._connections: dict[int, Connection] = defaultdict(Connection)
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="counter", daemon=True)
@@ -144,8 +145,8 @@ class CountingDoor:
             self.passed[direction] += len(data)
 
         await self._both(
-            _carry(reader, onward[1], lambda data: note(UP, data)),
-            _carry(onward[0], writer, lambda data: note(DOWN, data)),
+            _carry(reader, onward[1], writer, lambda data: note(UP, data)),
+            _carry(onward[0], writer, onward[1], lambda data: note(DOWN, data)),
         )
 
     async def _end_of_tls(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -191,17 +192,28 @@ class CountingDoor:
                 self.plain[call, DOWN] += size
                 open_call.append(call)
 
-        await self._both(_carry(reader, onward[1], up), _carry(onward[0], writer, down))
+        await self._both(_carry(reader, onward[1], writer, up), _carry(onward[0], writer, onward[1], down))
         book(open_call.pop() if open_call else "broken off")
 
     async def _both(self, up: Coroutine[Any, Any, None], down: Coroutine[Any, Any, None]) -> None:
         """Until both have ended. That somebody breaks off is no error of ours."""
-        for result in await asyncio.gather(up, down, return_exceptions=True):
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)  # the loop itself forgets it when the connection is lost
+        results = await asyncio.gather(up, down, return_exceptions=True)
+        self._tasks.discard(task)
+        for result in results:
             if isinstance(result, Exception) and not isinstance(result, OSError):
                 self.errors.append(repr(result))
 
 
-async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, look: Callable[[bytes], None]) -> None:
+async def _carry(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    back: asyncio.StreamWriter,
+    look: Callable[[bytes], None],
+) -> None:
+    """One direction of a connection, until it ends; then the other ends too."""
     try:
         while data := await reader.read(CHUNK):
             look(data)
@@ -209,3 +221,4 @@ async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, loo
             await writer.drain()
     finally:
         writer.close()
+        back.close()

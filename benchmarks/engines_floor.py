@@ -35,7 +35,8 @@ from fleetfit.engines.flower.participants import POLL_SECONDS
 from fleetfit.engines.flower.runtime import TASK_POLL_SECONDS, Api, NodeTasks, RunCarrier, register
 
 EDGE = "phones"
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
+PROGRAMS = Path(sys.executable).parent  # where Flower's SuperLink finds Flower's SuperExec
 OUT = "FLEETFIT_FLOOR"
 PROJECT = """\
 [project]
@@ -117,7 +118,7 @@ class Floor:
     @contextmanager
     def running(self, fleet: Fleet) -> Iterator[list[int]]:
         """All programs; the nodes' numbers."""
-        os.environ[OUT], os.environ[MARK] = str(self.out), fleet.mark
+        os.environ |= {OUT: str(self.out), MARK: fleet.mark, "PATH": f"{PROGRAMS}{os.pathsep}{os.environ['PATH']}"}
         with ExitStack() as stack:
             edge, (host, _, port) = self.edge, self.api.address.partition(":")
             link = Daemon(

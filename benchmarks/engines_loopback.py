@@ -26,7 +26,7 @@ SHORT: dict[str, Any] = {  # the phases before the devices' own, which are not w
     "header": {"budget_steps": 30, "views": 1},
 }
 MARK = "FLEETFIT_BENCHMARK"
-PATIENCE_SECONDS = 1500.0
+PATIENCE_SECONDS = 3600.0
 END_SECONDS = 20.0
 
 

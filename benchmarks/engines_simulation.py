@@ -100,10 +100,12 @@ class Watched:
         watcher = threading.Thread(target=self._watch)
         start = time.perf_counter()
         watcher.start()
-        done = subprocess.run(line, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE, check=False)
-        self.seconds = time.perf_counter() - start
-        self._ended.set()
-        watcher.join()
+        try:
+            done = subprocess.run(line, env={**os.environ, MARK: mark}, stdout=subprocess.PIPE, check=False)
+        finally:
+            self.seconds = time.perf_counter() - start
+            self._ended.set()
+            watcher.join()
         if done.returncode:
             raise SystemExit(f"{' '.join(line)} ended with {done.returncode}")
         self.summary = json.loads(done.stdout)

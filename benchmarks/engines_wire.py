@@ -22,11 +22,12 @@ JOBS: dict[str, dict[str, Any]] = {
             **SHORT["model"],
             "config": {
                 "hidden_size": 128,
-                "num_hidden_layers": 6,
+                "num_hidden_layers": 3,
                 "num_attention_heads": 4,
                 "intermediate_size": 512,
             },
         },
+        "backbone": {**SHORT["backbone"], "widths": [1.0], "depths": [1, 3]},
         "fleet": {
             "devices": [
                 {"count": 2, "cluster": "phones", "storage_limit": "2 MB", "gpu_capacity": [40, 50]},
@@ -125,8 +126,9 @@ def page(found: dict[str, Any]) -> list[str]:
         "payload between members and doors of the fleet of recipes/fleet-loopback.toml (TLS, keys; one cloud, two "
         "edges, four devices), counted by a program between the two that passes bytes on as they are. Behind it the "
         "member's TLS is ended with the door's own certificate, so that bytes can be told by the call that they are "
-        "of. Not in it: heads of TCP and IP. Two jobs: recipes/digits-small.toml, and the same with a model of four to "
-        "five times the size; both with the cloud's training and the header's search cut short.",
+        "of. Not in it: heads of TCP and IP. Two jobs: recipes/digits-small.toml, and the same with a model of "
+        "hidden size 128 in place of 64, three layers in place of six; both with the cloud's training and the header's "
+        "search cut short.",
         "",
         "- **messages**: all calls that carry a message or its reply, with their HTTP heads, signatures and TLS: "
         f"{', '.join(MESSAGES)}",
@@ -168,7 +170,15 @@ def page(found: dict[str, Any]) -> list[str]:
                 for call in calls
             ],
         )
-        lines.append("")
+        exchanges = total("push-messages", "calls") // 2
+        around = sum(row["kinds"]["messages"] - row["counted"] for row in job["links"]) / exchanges
+        lines += [
+            "",
+            f"A message and its reply cost {around:,.0f} bytes around what is counted, on the average of {exchanges}: "
+            "13 HTTP requests, five of them for the parts of a message and five for those of its reply, each with the "
+            f"node's key and signature in its head. That is {TARGET:.0%} of {around / TARGET / 1e3:,.0f} KB.",
+            "",
+        ]
     verdicts = []
     for name, job in found.items():
         for row in [*job["links"], *sums(job["links"])]:
