@@ -6,14 +6,12 @@ Two ways to run ClientApps: Flower's own, a fresh process for each message, and 
 """
 
 import hashlib
-import io
 import json
 import os
 import secrets
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import httpx
 from engines_loopback import BELOW, MARK, Fleet
 from flwr.app import Message
+from flwr.cli.build import build_fab_from_disk
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.control import ControlHttpClient
@@ -182,11 +181,11 @@ class Floor:
 
     def _plain(self, rounds: int) -> list[float]:
         self.out.with_suffix(".rounds").write_text(str(rounds))
-        file = io.BytesIO()
-        with zipfile.ZipFile(file, "w") as bundle:
-            bundle.writestr("pyproject.toml", PROJECT)
-            bundle.writestr("floor.py", APPS)
-        content = file.getvalue()
+        app = self.folder / "app"
+        app.mkdir()
+        (app / "pyproject.toml").write_text(PROJECT)
+        (app / "floor.py").write_text(APPS)
+        content = build_fab_from_disk(app)
         control = self.api.client(ControlHttpClient)
         control.StartRun(StartRunRequest(fab=Fab(hash_str=hashlib.sha256(content).hexdigest(), content=content)))
         control.close()
