@@ -31,7 +31,7 @@ from fleetfit.artifacts import (
 )
 from fleetfit.config import Job, make_job
 from fleetfit.edge import EdgeState
-from fleetfit.messages import StatsRequest, encode
+from fleetfit.messages import ClusterReport, StatsRequest, encode
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.header import build_header
@@ -346,6 +346,26 @@ def test_metrics_have_one_line_a_step_also_when_it_is_read_back(tmp_path: Path) 
         assert [line["step"] for line in lines] == ["a/x", "b/x"]
         assert lines[0]["scores"] == {"num_samples": 1, "loss_sum": 1.0, "num_correct": 1}
         assert lines[0]["bytes"] == {}
+
+
+def test_what_a_step_took_is_in_its_line_also_of_an_edge_that_reports_seconds_of_its_own(tmp_path: Path) -> None:
+    report = ClusterReport(
+        cluster="x",
+        header=HeaderSpec(),
+        trials=(),
+        similarity=(),
+        distance=(),
+        rounds=(),
+        decision={},
+        devices=(),
+        traffic={"edge_to_device": 9},
+        phase_seconds={"refine": 9.0},
+    )
+    with RunFolder(tmp_path, Job()) as folder:
+        folder.steps.step("finish/x", ClusterReport, lambda: report)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert isinstance(line["seconds"], float)
+    assert (line["traffic"], line["phase_seconds"]) == ({"edge_to_device": 9}, {"refine": 9.0})
 
 
 def test_tables_and_json(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ def _not_shared_out(samples: Samples, private: Tensor, parts: Sequence[Tensor]) 
     notes = [f"{left} private samples are no device's"]
     if classes:
         more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-        notes.append(f"{len(classes)} classes are on no device ({listed}{more})")
+        are = "class is" if len(classes) == 1 else "classes are"
+        notes.append(f"{len(classes)} {are} on no device ({listed}{more})")
     log.warning("data.split: %s", "; ".join(notes))
     return tuple(notes)

@@ -19,6 +19,7 @@ import torch
 from fleetfit.config import make_job
 from fleetfit.engines import local
 from fleetfit.engines.flower import nodes, simulation
+from fleetfit.engines.flower.link import CarrierFailed
 from fleetfit.engines.flower.nodes import Resources
 
 torch.set_num_threads(1)
@@ -151,6 +152,17 @@ def test_a_gpu_that_devices_are_not_given_is_told_before_anything_is_done(tmp_pa
     with pytest.raises(ValueError, match=r"run.torch_device = 'cuda' needs --num-gpus > 0"):
         simulation.run(job, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_ray_that_does_not_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def slow(*_: object, **__: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    with pytest.raises(CarrierFailed, match=r"Ray did not start: The current node timed out during startup\. Has the"):
+        nodes._start_ray(Resources(), tmp_path)
 
 
 @pytest.mark.parametrize(

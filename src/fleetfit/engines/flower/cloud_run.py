@@ -130,6 +130,9 @@ class _Show:
 
     def __call__(self, number: int, asked: int) -> None:
         """So many of those who were asked have replied."""
+        if number == asked:  # those who stop when they have replied are gone already
+            self.progress("edges at work", 100, 100, f"{number} of {asked} replied")
+            return
         words, shares = [], []
         for name, member in self.server.members().items():
             status = self._last[name] = member.status or self._last.get(name) or Status(phase="", done=0, total=1)
@@ -137,7 +140,7 @@ class _Show:
             known = member.is_there or status.done == status.total
             words.append(f"{name} {status.phase} {status.note}".rstrip() if known else f"{name} is not there")
         share = min(max(number / max(asked, 1), sum(shares) / max(len(shares), 1)), 0.99)
-        self.progress("edges at work", 100 if number == asked else round(100 * share), 100, " | ".join(words))
+        self.progress("edges at work", round(100 * share), 100, " | ".join(words))
 
 
 def _results(job: Job, kit: Kit, folder: RunFolder, result: FleetResult) -> dict[str, Any]:

@@ -69,9 +69,10 @@ class Heard:
 
 @dataclass
 class _Waiting:
-    """What one member owes: the message that is on its way, when to send it again, and what went wrong so far."""
+    """What one member owes: the message on its way, since when, when to send it again, and what went wrong so far."""
 
     message_id: str | None = None
+    since: float = 0.0
     again_at: float = 0.0
     errors: int = 0
     crashes: int = 0
@@ -132,7 +133,7 @@ class FlowerLink:
             CarrierFailed: nobody can be asked any more.
         """
         ends_at = None if self.deadline_seconds is None else time.monotonic() + self.deadline_seconds
-        waiting = {member: _Waiting() for member in messages}
+        waiting = {member: _Waiting(since=time.monotonic()) for member in messages}
         replies: dict[str, Message | Refused] = {}
         while True:
             self._send_what_is_due(waiting, messages, ends_at)
@@ -141,6 +142,8 @@ class FlowerLink:
                 if reply is not None:
                     replies[member] = reply
                     del waiting[member]
+                    took = time.monotonic() - state.since
+                    log.info("%s replied to a %s after %.3f s", member, messages[member].kind, took)
             self.replied(len(replies), len(messages))
             if not waiting or (ends_at is not None and time.monotonic() >= ends_at):
                 break

@@ -219,7 +219,10 @@ class Member:
         try:
             content = message.content if message.has_content() else RecordDict()
             request = decode_any(unpack(content, most, "it"), "it", most)
-            return handle(message.metadata.group_id, request)
+            begin = time.monotonic()
+            reply = handle(message.metadata.group_id, request)
+            log.info("a %s is answered in %.3f s", request.kind, time.monotonic() - begin)
+            return reply
         except (ValueError, OSError, RuntimeError, MemoryError, httpx.HTTPError) as error:
             kind = request.kind if request is not None else "message"
             log.warning("%s of %s", kind, above, exc_info=error)

@@ -107,7 +107,7 @@ class SimulatedNodes:
 
         Raises:
             ValueError: no machine has what one device needs; Ray is in use in this process; there is no such cluster.
-            CarrierFailed: the runtime has ended.
+            CarrierFailed: Ray did not start, or the runtime has ended.
         """
         if self._thread is None:
             self._start()
@@ -223,7 +223,12 @@ def _start_ray(resources: Resources, temporary: Path) -> int:
     common = {"log_to_driver": chatty, "logging_level": logging.INFO if chatty else logging.ERROR}
     with _handlers_as_they_were():
         if resources.address is None:
-            ray.init("local", include_dashboard=False, _temp_dir=str(temporary), **common)
+            try:
+                ray.init("local", include_dashboard=False, _temp_dir=str(temporary), **common)
+            except Exception as error:  # so Ray tells of a start that took too long
+                raise CarrierFailed(
+                    f"Ray did not start: {error} Has the machine too much to do, or too little memory? Run again later"
+                ) from error
         else:
             try:
                 ray.init(resources.address, **common)

@@ -1,0 +1,218 @@
+"""Bytes that we count against bytes on the wire of a deployment: benchmarks/results/engines_wire.md."""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engines_counter import DOWN, GREETING, UP, CountingDoor
+from engines_loopback import BELOW, SHORT, Fleet, leftovers
+from engines_page import setting, table, verdict
+
+from fleetfit.artifacts import read_json, write_atomically
+
+TARGET = 0.10
+JOBS: dict[str, dict[str, Any]] = {
+    "digits-small": SHORT,
+    "hidden size 128": {
+        **SHORT,
+        "model": {
+            **SHORT["model"],
+            "config": {
+                "hidden_size": 128,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "intermediate_size": 512,
+            },
+        },
+        "backbone": {**SHORT["backbone"], "widths": [1.0], "depths": [1, 3]},
+        "fleet": {
+            "devices": [
+                {"count": 2, "cluster": "phones", "storage_limit": "2 MB", "gpu_capacity": [40, 50]},
+                {"count": 2, "cluster": "boxes", "storage_limit": "5 MB", "gpu_capacity": [80, 100]},
+            ]
+        },
+    },
+}
+LINKS = {"cloud - edges": ("cloud",), "edges - devices": ("phones", "boxes")}
+COUNTED = {
+    ("cloud - edges", DOWN): "cloud_to_edge_bytes",
+    ("cloud - edges", UP): "edge_to_cloud_bytes",
+    ("edges - devices", DOWN): "edge_to_device_bytes",
+    ("edges - devices", UP): "device_to_edge_bytes",
+}
+MESSAGES = ("pull-messages (a message)", "pull-object", "confirm-message-received", "push-messages", "push-object")
+KINDS = {
+    "messages": MESSAGES,
+    "polls": ("pull-messages (none)", "send-node-heartbeat"),
+    "greetings": (GREETING, "handshake (greeting)"),
+}
+REST = "run, node, TLS"
+
+
+def measure(changed: dict[str, Any]) -> dict[str, Any]:
+    """One job: by link and direction what was counted, what was on the wire, and what it was for."""
+    with tempfile.TemporaryDirectory(prefix="fleetfit-wire-") as temporary:
+        fleet = Fleet(Path(temporary), changed)
+        doors = {upper: CountingDoor(fleet.kit(upper)) for upper in BELOW}
+        try:
+            for upper, door in doors.items():
+                fleet.set_port(upper, door.port, server=False)
+            summary = fleet.run()
+        finally:
+            fleet.close()
+            for door in doors.values():
+                door.close()
+        for door in doors.values():
+            if door.errors:
+                raise SystemExit(f"the counter failed: {door.errors[:3]}")
+        found: dict[str, Any] = {"seconds": summary["wall_seconds"], "left": leftovers(fleet.mark), "links": []}
+        for (link, direction), key in COUNTED.items():
+            of_link = [doors[upper] for upper in LINKS[link]]
+            passed = sum(door.passed[direction] for door in of_link)
+            kinds = {
+                kind: sum(door.wire[call, direction] for door in of_link for call in calls)
+                for kind, calls in KINDS.items()
+            }
+            kinds[REST] = passed - sum(kinds.values())
+            names = sorted({call for door in of_link for call, way in door.wire if way == direction})
+            found["links"].append(
+                {
+                    "link": link,
+                    "direction": direction,
+                    "counted": summary["traffic"][key],
+                    "wire": passed,
+                    "kinds": kinds,
+                    "calls": {
+                        name: {
+                            "calls": sum(door.calls[name] for door in of_link),
+                            "wire": sum(door.wire[name, direction] for door in of_link),
+                            "without_tls": sum(door.plain[name, direction] for door in of_link),
+                        }
+                        for name in names
+                    },
+                }
+            )
+        return found
+
+
+def wire(options: argparse.Namespace) -> None:
+    """Some jobs, one after the other; figures of those that were measured before are kept."""
+    path = options.out / "engines_wire.json"
+    known = read_json(path) if path.exists() else {}
+    for name in options.jobs:
+        known[name] = measure(JOBS[name])
+        found = {job: known[job] for job in JOBS if job in known}
+        print(json.dumps({name: found[name]}), flush=True)
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+        write_atomically(options.out / "engines_wire.md", "\n".join(page(found)))
+
+
+def over(wire_bytes: float, counted: float) -> str:
+    """So much more, in percent."""
+    return f"{100 * (wire_bytes / counted - 1):+.1f} %"
+
+
+def page(found: dict[str, Any]) -> list[str]:
+    """The figures as a page."""
+    lines = [
+        "# Bytes counted, and bytes on the wire",
+        "",
+        setting("python benchmarks/engines.py wire", "flwr"),
+        "",
+        "What summary.json says of traffic is the bytes of our encoded messages. Here it is beside the bytes of TCP "
+        "payload between members and doors of the fleet of recipes/fleet-loopback.toml (TLS, keys; one cloud, two "
+        "edges, four devices), counted by a program between the two that passes bytes on as they are. Behind it the "
+        "member's TLS is ended with the door's own certificate, so that bytes can be told by the call that they are "
+        "of. Not in it: heads of TCP and IP. Two jobs: recipes/digits-small.toml, and the same with a model of "
+        "hidden size 128 in place of 64, three layers in place of six; both with the cloud's training and the header's "
+        "search cut short.",
+        "",
+        "- **messages**: all calls that carry a message or its reply, with their HTTP heads, signatures and TLS: "
+        f"{', '.join(MESSAGES)}",
+        "- **polls**: what a node says every 3 s while there is nothing for it, and its heartbeats",
+        "- **greetings**: who is there and how far, every 3 s; each is a connection of its own, with a TLS handshake",
+        f"- **{REST}**: a run's description and its (empty) bundle, nodes that come and go, other handshakes",
+        "",
+    ]
+    for name, job in found.items():
+        lines += [f"## {name}: {job['seconds']:.0f} s", ""]
+        lines += table(
+            [
+                *("link", "direction", "counted", "messages on the wire", "overhead", "polls", "greetings", REST),
+                *("all on the wire", "overhead"),
+            ],
+            [
+                [
+                    *(row["link"], row["direction"], f"{row['counted']:,}", f"{row['kinds']['messages']:,}"),
+                    over(row["kinds"]["messages"], row["counted"]),
+                    *(f"{row['kinds'][kind]:,}" for kind in ("polls", "greetings", REST)),
+                    *(f"{row['wire']:,}", over(row["wire"], row["counted"])),
+                ]
+                for row in [*job["links"], *sums(job["links"])]
+            ],
+        )
+        lines += ["", "By call, both directions of both links together:", ""]
+        calls = sorted({call for row in job["links"] for call in row["calls"]})
+
+        def total(call: str, key: str, rows: Sequence[dict[str, Any]] = job["links"]) -> int:
+            return sum(row["calls"].get(call, {}).get(key, 0) for row in rows)
+
+        lines += table(
+            ["call", "calls", "bytes on the wire", "of these TLS"],
+            [
+                [
+                    *(call, f"{total(call, 'calls') // 2:,}", f"{total(call, 'wire'):,}"),
+                    f"{total(call, 'wire') - total(call, 'without_tls'):,}",
+                ]
+                for call in calls
+            ],
+        )
+        exchanges = total("push-messages", "calls") // 2
+        around = sum(row["kinds"]["messages"] - row["counted"] for row in job["links"]) / exchanges
+        lines += [
+            "",
+            f"A message and its reply cost {around:,.0f} bytes around what is counted, on the average of {exchanges}: "
+            "13 HTTP requests, five of them for the parts of a message and five for those of its reply, each with the "
+            f"node's key and signature in its head. That is {TARGET:.0%} of {around / TARGET / 1e3:,.0f} KB.",
+            "",
+        ]
+    verdicts = []
+    for name, job in found.items():
+        for row in [*job["links"], *sums(job["links"])]:
+            overhead = row["kinds"]["messages"] / row["counted"] - 1
+            verdicts.append(
+                [
+                    *(name, row["link"], row["direction"], f"<= {TARGET:.0%}", f"{overhead:+.1%}"),
+                    verdict(overhead <= TARGET),
+                ]
+            )
+    left = [process for job in found.values() for process in job["left"]]
+    return [
+        *lines,
+        "## Against the target",
+        "",
+        *table(["job", "link", "direction", "overhead of messages, target", "measured", ""], verdicts),
+        "",
+        f"Processes left: {len(left)}.",
+        "",
+    ]
+
+
+def sums(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each link both ways, and all together."""
+    made = []
+    for link in (*LINKS, "all"):
+        of_link = [row for row in rows if link in (row["link"], "all")]
+        made.append(
+            {
+                "link": link,
+                "direction": "both",
+                "counted": sum(row["counted"] for row in of_link),
+                "wire": sum(row["wire"] for row in of_link),
+                "kinds": {kind: sum(row["kinds"][kind] for row in of_link) for kind in of_link[0]["kinds"]},
+            }
+        )
+    return made
