@@ -174,8 +174,8 @@ def page(found: dict[str, Any]) -> list[str]:
         shaken = total(HANDSHAKE, "wire")
         lines += [
             "",
-            f"Handshakes of greetings: {shaken:,} bytes, {100 * shaken / rows[-1]['wire']:.0f} % of all on the wire. They "
-            "need not be: a connection that stays open between greetings would have one.",
+            f"Handshakes of greetings: {shaken:,} bytes, {100 * shaken / rows[-1]['wire']:.0f} % of all on the wire. "
+            "They need not be: a connection that stays open between greetings would have one.",
         ]
         exchanges = total("push-messages", "calls") // 2
         around = sum(row["kinds"]["messages"] - row["counted"] for row in links) / exchanges
