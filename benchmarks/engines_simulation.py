@@ -241,7 +241,7 @@ def page(rows: Sequence[Mapping[str, float]], fitted: Mapping[str, float]) -> st
             ],
         ),
         "",
-        "nan: not measured, which counts as missed. Exponent: of the power law through the runs, by least squares on "
+        "nan: not measured yet, so not met. Exponent: of the power law through the runs, by least squares on "
         "logarithms; 1 is linear.",
         "",
     ]
