@@ -161,6 +161,7 @@ class CountingDoor:
             return
         asked, answered = Http(), Http()
         open_call: list[str] = []
+        came_before: list[int] = []  # bytes down before the first answer: the handshake
 
         def book(call: str) -> None:
             for direction in (UP, DOWN):
@@ -172,6 +173,8 @@ class CountingDoor:
             asked.feed(data)
 
         def down(data: bytes) -> None:
+            if not came_before:
+                came_before.append(connection.take(DOWN))
             answered.feed(data)
             while answered.whole:
                 (_, size, body), (line, sent, _) = answered.whole.pop(0), asked.whole.pop(0)
@@ -182,7 +185,7 @@ class CountingDoor:
                     hands = f"handshake ({'greeting' if call == GREETING else 'Flower'})"
                     self.wire[hands, UP] += connection.take(UP) - sent
                     self.wire[call, UP] += sent
-                    self.wire[hands, DOWN] += connection.take(DOWN)
+                    self.wire[hands, DOWN] += came_before[0]
                     self.calls[hands] += 1
                 else:
                     self.wire[call, UP] += connection.take(UP)

@@ -107,9 +107,11 @@ def page(found: dict[str, Any], number: int) -> list[str]:
         "",
         "The fleet of recipes/fleet-loopback.toml with recipes/digits-small.toml, both edges and all four devices at "
         "work at a time on the same cores. The floor: one SuperLink and two SuperNodes with the certificates and keys "
-        "of an edge and its devices, nothing else at work; a round sends an empty `query` to both and waits for both "
-        f"replies. {number - WARM_UP} rounds each, half of the floors' before the fleet and half after it, without the "
-        "first. Median (lowest to highest), in seconds.",
+        "of an edge and its devices, nothing else of ours at work; a round sends an empty `query` to both and waits "
+        f"for both replies. {number - WARM_UP} rounds each, half of the floors' before the fleet and half after it, "
+        "without the first. Median (lowest to highest), in seconds. Where the load is more than the number of cores, "
+        "others worked on the machine too, and seconds are those of a busy machine: the floors before and after tell "
+        "how busy.",
         "",
         *table(
             ["what", "seconds"],

@@ -47,9 +47,11 @@ MESSAGES = ("pull-messages (a message)", "pull-object", "confirm-message-receive
 KINDS = {
     "messages": MESSAGES,
     "polls": ("pull-messages (none)", "send-node-heartbeat"),
-    "greetings": (GREETING, "handshake (greeting)"),
+    "greetings": (GREETING,),
+    "run and node": ("get-run", "get-fab", "activate-node", "deactivate-node"),
 }
-REST = "run, node, TLS"
+TLS = "TLS"
+HANDSHAKE = "handshake (greeting)"
 
 
 def measure(changed: dict[str, Any]) -> dict[str, Any]:
@@ -72,11 +74,6 @@ def measure(changed: dict[str, Any]) -> dict[str, Any]:
         for (link, direction), key in COUNTED.items():
             of_link = [doors[upper] for upper in LINKS[link]]
             passed = sum(door.passed[direction] for door in of_link)
-            kinds = {
-                kind: sum(door.wire[call, direction] for door in of_link for call in calls)
-                for kind, calls in KINDS.items()
-            }
-            kinds[REST] = passed - sum(kinds.values())
             names = sorted({call for door in of_link for call, way in door.wire if way == direction})
             found["links"].append(
                 {
@@ -84,7 +81,6 @@ def measure(changed: dict[str, Any]) -> dict[str, Any]:
                     "direction": direction,
                     "counted": summary["traffic"][key],
                     "wire": passed,
-                    "kinds": kinds,
                     "calls": {
                         name: {
                             "calls": sum(door.calls[name] for door in of_link),
@@ -110,6 +106,14 @@ def wire(options: argparse.Namespace) -> None:
         write_atomically(options.out / "engines_wire.md", "\n".join(page(found)))
 
 
+def kinds_of(row: dict[str, Any]) -> dict[str, int]:
+    """Bytes of HTTP by what they are for; the rest is TLS, handshakes and all."""
+    kinds = {
+        kind: sum(row["calls"].get(call, {}).get("without_tls", 0) for call in calls) for kind, calls in KINDS.items()
+    }
+    return kinds | {TLS: row["wire"] - sum(kinds.values())}
+
+
 def over(wire_bytes: float, counted: float) -> str:
     """So much more, in percent."""
     return f"{100 * (wire_bytes / counted - 1):+.1f} %"
@@ -120,7 +124,7 @@ def page(found: dict[str, Any]) -> list[str]:
     lines = [
         "# Bytes counted, and bytes on the wire",
         "",
-        setting("python benchmarks/engines.py wire", "flwr"),
+        setting('python benchmarks/engines.py wire --jobs digits-small`, then `--jobs "hidden size 128"', "flwr"),
         "",
         "What summary.json says of traffic is the bytes of our encoded messages. Here it is beside the bytes of TCP "
         "payload between members and doors of the fleet of recipes/fleet-loopback.toml (TLS, keys; one cloud, two "
@@ -130,28 +134,31 @@ def page(found: dict[str, Any]) -> list[str]:
         "hidden size 128 in place of 64, three layers in place of six; both with the cloud's training and the header's "
         "search cut short.",
         "",
-        "- **messages**: all calls that carry a message or its reply, with their HTTP heads, signatures and TLS: "
-        f"{', '.join(MESSAGES)}",
+        f"- **messages**: all calls that carry a message or its reply, with their HTTP heads: {', '.join(MESSAGES)}",
         "- **polls**: what a node says every 3 s while there is nothing for it, and its heartbeats",
-        "- **greetings**: who is there and how far, every 3 s; each is a connection of its own, with a TLS handshake",
-        f"- **{REST}**: a run's description and its (empty) bundle, nodes that come and go, other handshakes",
+        "- **greetings**: who is there and how far, every 3 s",
+        "- **run and node**: a run's description and its (empty) bundle, nodes that come and go",
+        "- **TLS**: all that is not HTTP; mostly handshakes, of which each greeting has its own",
         "",
     ]
+    by_job: dict[str, list[dict[str, Any]]] = {}
     for name, job in found.items():
         lines += [f"## {name}: {job['seconds']:.0f} s", ""]
+        links = [row | {"kinds": kinds_of(row)} for row in job["links"]]
+        rows = by_job[name] = [*links, *sums(links)]
         lines += table(
             [
-                *("link", "direction", "counted", "messages on the wire", "overhead", "polls", "greetings", REST),
+                *("link", "direction", "counted", "messages", "overhead", "polls", "greetings", "run and node", TLS),
                 *("all on the wire", "overhead"),
             ],
             [
                 [
                     *(row["link"], row["direction"], f"{row['counted']:,}", f"{row['kinds']['messages']:,}"),
                     over(row["kinds"]["messages"], row["counted"]),
-                    *(f"{row['kinds'][kind]:,}" for kind in ("polls", "greetings", REST)),
+                    *(f"{row['kinds'][kind]:,}" for kind in ("polls", "greetings", "run and node", TLS)),
                     *(f"{row['wire']:,}", over(row["wire"], row["counted"])),
                 ]
-                for row in [*job["links"], *sums(job["links"])]
+                for row in rows
             ],
         )
         lines += ["", "By call, both directions of both links together:", ""]
@@ -161,17 +168,17 @@ def page(found: dict[str, Any]) -> list[str]:
             return sum(row["calls"].get(call, {}).get(key, 0) for row in rows)
 
         lines += table(
-            ["call", "calls", "bytes on the wire", "of these TLS"],
-            [
-                [
-                    *(call, f"{total(call, 'calls') // 2:,}", f"{total(call, 'wire'):,}"),
-                    f"{total(call, 'wire') - total(call, 'without_tls'):,}",
-                ]
-                for call in calls
-            ],
+            ["call", "calls", "bytes of HTTP"],
+            [[call, f"{total(call, 'calls') // 2:,}", f"{total(call, 'without_tls'):,}"] for call in calls],
         )
+        shaken = total(HANDSHAKE, "wire")
+        lines += [
+            "",
+            f"Handshakes of greetings: {shaken:,} bytes, {100 * shaken / rows[-1]['wire']:.0f} % of all on the wire. "
+            "They need not be: a connection that stays open between greetings would have one.",
+        ]
         exchanges = total("push-messages", "calls") // 2
-        around = sum(row["kinds"]["messages"] - row["counted"] for row in job["links"]) / exchanges
+        around = sum(row["kinds"]["messages"] - row["counted"] for row in links) / exchanges
         lines += [
             "",
             f"A message and its reply cost {around:,.0f} bytes around what is counted, on the average of {exchanges}: "
@@ -180,8 +187,8 @@ def page(found: dict[str, Any]) -> list[str]:
             "",
         ]
     verdicts = []
-    for name, job in found.items():
-        for row in [*job["links"], *sums(job["links"])]:
+    for name in found:
+        for row in by_job[name]:
             overhead = row["kinds"]["messages"] / row["counted"] - 1
             verdicts.append(
                 [
