@@ -146,14 +146,14 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """One row for each fault."""
     lines = [
-        "| fault | runs | it happened | runs that passed | median seconds of a run | passed means |",
+        "| fault | runs | passed | it happened in these | median seconds of a run | passed means |",
         "|---|---|---|---|---|---|",
     ]
     for name, fault in FAULTS.items():
         runs = list(found.get(name, {}).values())
         passed = sum(run["outcome"] == "passed" for run in runs)
         seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}" if runs else "–"
-        cells = (fault.what, len(runs), f"{len(runs) * fault.strikes} times", passed, seconds, fault.meaning)
+        cells = (fault.what, len(runs), passed, f"{passed * fault.strikes} times", seconds, fault.meaning)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
