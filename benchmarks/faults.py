@@ -1,6 +1,6 @@
 """Faults of a fleet of programs on this machine, each several times: benchmarks/results/faults.md and .json.
 
-    python benchmarks/faults.py                        all faults, ten times each or more (an hour or two on 2 cores)
+    python benchmarks/faults.py                        all faults, ten times each or more (hours on 2 busy cores)
     python benchmarks/faults.py --only edge cut        some of them
     python benchmarks/faults.py --times 3              less often
 
@@ -103,7 +103,8 @@ HEAD = """\
 # Faults
 
 `python benchmarks/faults.py{options}` lets each fault happen {times} times or more, each time at another moment (drawn
-from a seed); some happen several times in one run.
+from a seed); some happen several times in one run. It can be stopped and goes on: the table says how often each has
+happened so far. Seconds are with all that the machine did beside it, and with the waiting that a fault is about.
 The fleet: programs on one machine of {cores} cores, over TLS with node keys; a cloud, two edges, three devices (five
 where two are killed, and where one lies); a tiny job on digits. Models must be equal within 1e-5.
 
@@ -145,14 +146,14 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
     """One row for each fault."""
     lines = [
-        "| fault | runs | it happened | runs that passed | median seconds of a run | passed means |",
+        "| fault | runs | passed | it happened in these | median seconds of a run | passed means |",
         "|---|---|---|---|---|---|",
     ]
     for name, fault in FAULTS.items():
         runs = list(found.get(name, {}).values())
         passed = sum(run["outcome"] == "passed" for run in runs)
         seconds = f"{statistics.median(run['seconds'] for run in runs):.0f}" if runs else "–"
-        cells = (fault.what, len(runs), f"{len(runs) * fault.strikes} times", passed, seconds, fault.meaning)
+        cells = (fault.what, len(runs), passed, f"{passed * fault.strikes} times", seconds, fault.meaning)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 

@@ -68,7 +68,8 @@ def markdown(
             "# What a sketch reveals, and what privacy costs",
             "",
             f"`{command}`; digits; mean ± standard error over seeds; "
-            f"{seconds / 60:.0f} minutes on a core. What the words mean for a fleet: docs/security.md.",
+            f"{seconds / 60:.0f} minutes on a core, without what was kept of before. What the words mean for a fleet: "
+            "docs/security.md.",
             "",
             "The attacker is the edge. It knows the backbone (the reference, 64 channels), the job with its seed, and "
             "the cloud's public images with labels. It sees what fifteen devices send; each has five of the ten digits "
