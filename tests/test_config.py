@@ -108,6 +108,17 @@ def test_the_configuration_lies_over_the_small_model_of_its_family() -> None:
     assert "hidden_size" not in config(family="distilbert")
 
 
+def test_what_is_pretrained_is_trained_at_lower_rates_unless_the_job_says_otherwise() -> None:
+    small, job = make_job({}), make_job({"model": {"pretrained": "somewhere"}})
+    assert (job.model.epochs, job.model.learning_rate, job.backbone.learning_rate) == (4, 2e-4, 5e-4)
+    assert job.backbone.learning_rate < small.backbone.learning_rate
+    own = {"model": {"pretrained": "somewhere", "epochs": 0}, "backbone": {"learning_rate": 1e-3}, "method": "paper"}
+    job = make_job(own)
+    assert (job.model.epochs, job.model.learning_rate, job.backbone.learning_rate) == (0, 2e-4, 1e-3)
+    assert (job.model.header, job.backbone.distillation) == ("linear", "paper")
+    assert make_job(job.model_dump(exclude_none=True)) == job  # a resolved job says everything itself
+
+
 @pytest.mark.parametrize("family", ["vit", "bert", "distilbert"])
 def test_depths_are_those_of_the_family_whatever_it_calls_them(family: str) -> None:
     deep = problems({"model": {"family": family}, "backbone": {"depths": [7]}})

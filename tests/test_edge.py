@@ -455,6 +455,11 @@ def test_with_views_the_images_come_first_and_labels_follow_them() -> None:
     assert not torch.equal(more.inputs[24:48], samples.inputs[:])
 
 
+def test_of_texts_there_is_one_view() -> None:
+    tokens = Samples(Inputs.of(torch.ones(3, 5, dtype=torch.long)), torch.tensor([0, 1, 2]), LABELS, 4)
+    assert edge.with_views(tokens, 3, Augmentation(), named_generator(0, "views")) is tokens
+
+
 # -- the coarse model -------------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,12 @@ PAPER: dict[str, dict[str, Any]] = {
     },
 }
 
+# The rates of the defaults are those of a small model that starts from nothing, and would spoil a pre-trained one.
+PRETRAINED: dict[str, dict[str, Any]] = {
+    "model": {"epochs": 4, "learning_rate": 2e-4},
+    "backbone": {"learning_rate": 5e-4},
+}
+
 
 def parse_bytes(value: object) -> object:
     """'300 KB' -> 300000; integers pass. Powers of ten for KB, MB, GB and of two for KiB, MiB, GiB."""
@@ -598,12 +604,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_job(fields: dict[str, Any]) -> Job:
-    """A job from plain nested fields, as TOML gives them: defaults < the method's preset < the fields.
+    """A job from plain nested fields, as TOML gives them: defaults < presets of method and start < the fields.
 
     Raises:
         ValueError: one line for each problem, with key, rule, what it got, and the nearest key.
     """
     preset = PAPER if fields.get("method") == "paper" else {}
+    model = fields.get("model")
+    if isinstance(model, dict) and model.get("pretrained"):
+        preset = _merge(PRETRAINED, preset)
     try:
         return Job.model_validate(_merge(preset, fields))
     except ValidationError as error:

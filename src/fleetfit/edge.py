@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fleetfit.config import Job, RefineConfig
-from fleetfit.data.augmentation import Augmentation, views_of
+from fleetfit.data.augmentation import Augmentation, is_images, views_of
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.hardware import CPU, fits_on, torch_device_of
@@ -115,7 +115,9 @@ def cached_features(backbone: Backbone, samples: Samples) -> CachedFeatures:
 
 
 def with_views(samples: Samples, views: int, augmentation: Augmentation, generator: torch.Generator) -> Samples:
-    """The samples and randomly changed copies of them."""
+    """The samples and randomly changed copies of them. Of what is no image there is one view."""
+    if not is_images(samples.inputs[:1]):
+        return samples
     inputs = views_of(samples.inputs[:], views, augmentation, generator)
     return replace(samples, inputs=Inputs.of(inputs), labels=samples.labels.repeat(views))
 
