@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+import torch
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -40,8 +41,13 @@ from fleetfit.engines.flower.gate import MAX_CALL_BYTES, Gate, listen
 from fleetfit.engines.flower.greeting import Greeter, Greeting, NotThere, Refused, Status, objection
 from fleetfit.engines.flower.hub import check_certificate, free_port
 from fleetfit.engines.flower.kit import Kit, kit_toml, read_kit
+from fleetfit.engines.flower.member import Member
 from fleetfit.engines.flower.participants import start
 from fleetfit.engines.flower.provision import provision
+from fleetfit.messages import Declined, RoundReply, decode_any, encode
+from fleetfit.records import ValidationScores
+
+NO_SCORES = ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
 
 
 def with_port(kits: Path, upper: str, *lower: str) -> Kit:
@@ -87,6 +93,24 @@ def test_a_member_comes_tells_how_far_it_is_and_leaves(kits: Path) -> None:
         one.greet(leaves=True)
         assert gate.present == {}
     assert told == ["small-1 is there (127.0.0.1)", "small-1 has left"]
+
+
+def test_greetings_share_a_connection_while_it_lasts(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    connect = http.client.HTTPSConnection.connect
+    monkeypatch.setattr(http.client.HTTPSConnection, "connect", lambda self: (made.append("one"), connect(self))[1])
+    door, one = with_port(kits, "small", "small-1"), greeter(kits, "small-1")
+    with opened(door) as (gate, _):
+        assert {one.greet().instance for _ in range(3)} == {gate.instance}
+    assert len(made) == 1
+    with pytest.raises(NotThere, match="does not answer"):
+        one.greet()
+    with opened(door) as (gate, _):
+        assert {one.greet().instance for _ in range(3)} == {gate.instance}
+        assert len(made) == 3
+        one.close()
+        assert one.greet().instance == gate.instance
+    assert len(made) == 4
 
 
 def test_a_member_that_is_silent_is_gone(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,9 +427,24 @@ def test_sizes_are_bounded_before_flower_sees_anything(insecure: Kit, inside: An
         assert post(insecure, "/v1/fleet/push-messages", b"")[0] == 202
         assert post(insecure, "/v1/fleet/push-object", bytes(3_000_000))[0] == 202
         assert post(insecure, "/v1/fleet/push-object", bytes(2_000_000))[0] == 413
+        for call in ("send-node-heartbeat", "pull-messages"):  # it is still a member, and can be asked again
+            assert post(insecure, f"/v1/fleet/{call}", b"")[0] == 202
+        assert post(insecure, "/v1/fleet/push-object", b"more of it")[0] == 413
         assert post(insecure, "/v1/fleet/push-messages", b"")[0] == 202
         assert post(insecure, "/v1/fleet/push-object", bytes(2_000_000))[0] == 202
     assert told[0] == "refused (127.0.0.1): a member sends more than links.max_message_bytes (push-object)"
+
+
+def test_a_member_does_not_send_what_the_door_would_stop(insecure_kits: Path) -> None:
+    told: list[str] = []
+    member = Member(read_kit(insecure_kits / "small-1"), told.append)
+    small = RoundReply(step=2, tensors={"header.x": torch.zeros(7)}, scores=NO_SCORES)
+    assert member._encoded(small) == encode(small)
+    large = small.model_copy(update={"tensors": {"header.x": torch.zeros(750_001)}})
+    reply = decode_any(member._encoded(large))
+    assert isinstance(reply, Declined)
+    assert re.fullmatch(r"its round_reply has 3000\d{3} bytes, links.max_message_bytes is 3000000", reply.reason)
+    assert told == [f"a reply is not sent: {reply.reason}"]
 
 
 def test_only_those_without_keys_may_register_themselves(insecure: Kit, kits: Path, inside: Any) -> None:

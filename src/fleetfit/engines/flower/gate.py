@@ -122,7 +122,14 @@ class Gate:
                 Route("/v1/fleet/{call}", self._pass_on, methods=["POST"]),
             ]
         )
-        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False, lifespan="off")
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+            timeout_keep_alive=round(GONE_SECONDS),  # a member greets over one connection
+        )
         if not insecure:
             config.ssl_certfile, config.ssl_keyfile = str(kit.server_certificate), str(kit.server_key)
         self._server = uvicorn.Server(config)
@@ -230,7 +237,7 @@ class Gate:
             self._refuse(address, f"a node whose key is not that of a member of {self.kit.file.name} ({call})")
             return Response(status_code=401)
         body = await _read(request, MAX_CALL_BYTES)
-        if body is None or self._is_too_much(key, call, len(body)):
+        if body is None or self._is_too_much(key, call, len(body)):  # its other calls go on: it can answer again
             self._refuse(address, f"a member sends more than links.max_message_bytes ({call})")
             return Response(status_code=413)
         if call == PUSH_START and not speaks_for_itself(body):
@@ -246,12 +253,13 @@ class Gate:
         return Response(answer.content, answer.status_code, back)
 
     def _is_too_much(self, key: str, call: str, size: int) -> bool:
-        """Whether a node's message has grown beyond what the job allows."""
+        """Whether with this call a node's message has grown beyond what the job allows."""
         if call == PUSH_START:
             self._pushed[key] = 0
-        elif call == PUSH:
-            self._pushed[key] = self._pushed.get(key, 0) + size
-        return self._pushed.get(key, 0) > self.kit.job.links.max_message_bytes + AROUND
+        if call != PUSH:
+            return False
+        self._pushed[key] = self._pushed.get(key, 0) + size
+        return self._pushed[key] > self.kit.job.links.max_message_bytes + AROUND
 
 
 def listen(kit: Kit) -> socket.socket:

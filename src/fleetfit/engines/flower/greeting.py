@@ -9,8 +9,8 @@ import http.client
 import json
 import socket
 import ssl
+import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -75,19 +75,21 @@ class NotThere(OSError):
     """The one above does not answer; it may be started later."""
 
 
-@dataclass(frozen=True)
 class Greeter:
-    """Says a member's greetings.
+    """Says a member's greetings, over one connection while it holds: most bytes of a new one are TLS's handshake.
 
-    Attributes:
+    Args:
         kit: The member's.
         key: Its private key.
         instance: Drawn when the program started.
     """
 
-    kit: Kit
-    key: ec.EllipticCurvePrivateKey
-    instance: str
+    def __init__(self, kit: Kit, key: ec.EllipticCurvePrivateKey, instance: str) -> None:
+        self.kit = kit
+        self.key = key
+        self.instance = instance
+        self._connection: http.client.HTTPConnection | None = None
+        self._lock = threading.Lock()  # greetings come from several threads
 
     def greet(self, status: Status | None = None, problem: str = "", node: int = 0, leaves: bool = False) -> Welcome:
         """Say it, and hear the answer.
@@ -96,6 +98,15 @@ class Greeter:
             Refused: a certificate that cannot be trusted, or something else answers there.
             NotThere: nobody answers.
         """
+        with self._lock:
+            return self._greet(status, problem, node, leaves)
+
+    def close(self) -> None:
+        """Hang up."""
+        with self._lock:
+            self._hang_up()
+
+    def _greet(self, status: Status | None, problem: str, node: int, leaves: bool) -> Welcome:
         file = self.kit.file
         greeting = Greeting(
             fleet=file.fleet,
@@ -112,6 +123,11 @@ class Greeter:
             leaves=leaves,
         )
         body = greeting.model_dump_json().encode()
+        if self._connection is not None:
+            try:
+                return self._said(self._connection, body)
+            except (OSError, http.client.HTTPException):  # it was closed meanwhile, which says nothing
+                self._hang_up()
         context = None if file.insecure else client_context(self.kit.ca)
         try:
             return self._post(body, context)
@@ -121,18 +137,16 @@ class Greeter:
             raise Refused(why) from None
 
     def _post(self, body: bytes, context: ssl.SSLContext | None) -> Welcome:
+        """Over a new connection, which is kept if all goes well."""
         above = self.kit.upstream
         said = f"{above.name} at {above.host_port}"
-        connection: http.client.HTTPConnection = (
+        self._connection = (
             http.client.HTTPConnection(above.address, above.port, timeout=TIMEOUT_SECONDS)
             if context is None
             else http.client.HTTPSConnection(above.address, above.port, timeout=TIMEOUT_SECONDS, context=context)
         )
-        signature = base64.b64encode(sign(self.key, body)).decode()
         try:
-            connection.request("POST", PATH, body, {"content-type": "application/json", SIGNATURE: signature})
-            response = connection.getresponse()
-            content = response.read(MAX_BYTES)
+            return self._said(self._connection, body)
         except ssl.SSLCertVerificationError:
             raise
         except ssl.SSLError as error:
@@ -149,8 +163,21 @@ class Greeter:
             raise NotThere(f"{said} broke off: {error or type(error).__name__}") from None
         except (OSError, socket.gaierror) as error:
             raise NotThere(f"{said} does not answer: {error.strerror or error}") from None
+
+    def _said(self, connection: http.client.HTTPConnection, body: bytes) -> Welcome:
+        """One greeting and its answer over this connection, which is closed unless it can take another."""
+        above = self.kit.upstream
+        said = f"{above.name} at {above.host_port}"
+        signature = base64.b64encode(sign(self.key, body)).decode()
+        lasts = False
+        try:
+            connection.request("POST", PATH, body, {"content-type": "application/json", SIGNATURE: signature})
+            response = connection.getresponse()
+            content = response.read(MAX_BYTES)
+            lasts = response.isclosed() and response.status == 200  # isclosed: read to its end
         finally:
-            connection.close()
+            if not lasts:
+                self._hang_up()
         if response.status != 200:
             raise Refused(
                 f"{said} is no fleetfit cloud or edge, or has another version of it: it answers with HTTP status "
@@ -163,6 +190,11 @@ class Greeter:
                 f"{said} is no fleetfit cloud or edge, or has another version of it: its answer cannot be read"
             ) from None
 
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
     def _tell_the_other_side(self, greeting: Greeting, why: str) -> None:
         """Its log should say who did not trust it. Nothing of the answer is believed."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -172,6 +204,8 @@ class Greeter:
             self._post(body, context)
         except (OSError, ValueError):
             return
+        finally:
+            self._hang_up()
 
 
 def distrust(above: KitUpstream, ca: Path, error: ssl.SSLCertVerificationError) -> str:

@@ -204,7 +204,7 @@ class Member:
     def _answer(self, handle: Handle) -> bool:
         assert self._tasks is not None
         try:
-            answered = self._tasks.answer_one(lambda message: pack(encode(self._reply(handle, message))))
+            answered = self._tasks.answer_one(lambda message: pack(self._encoded(self._reply(handle, message))))
         except httpx.HTTPError as error:  # it is not up yet, or was stopped meanwhile
             log.info("SuperNode: %s", error)
             answered = False
@@ -231,6 +231,15 @@ class Member:
             words = str(error).replace(str(self.kit.folder), "the kit")
             reason = words if isinstance(error, ValueError) else type(error).__name__
             return Declined(reason=printable(reason))
+
+    def _encoded(self, reply: Message) -> bytes:
+        """A reply that the one above would stop at its door is not sent: a word of why is."""
+        blob, most = encode(reply), self.kit.job.links.max_message_bytes
+        if len(blob) <= most:
+            return blob
+        reason = f"its {reply.kind} has {len(blob)} bytes, links.max_message_bytes is {most}"
+        self._tell(f"a reply is not sent: {reason}")
+        return encode(Declined(reason=reason))
 
     def _start_again(self) -> None:
         """Flower's program has ended, or the one above was started anew and knows it no longer."""
@@ -259,6 +268,7 @@ class Member:
                 self._greeter.greet(leaves=True)
             except (NotThere, Refused) as error:
                 log.info("%s", error)
+        self._greeter.close()
 
     def __enter__(self) -> "Member":
         return self
