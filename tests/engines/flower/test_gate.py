@@ -26,6 +26,7 @@ from flwr.proto.message_pb2 import Metadata
 from flwr.proto.node_pb2 import Node
 
 from fleetfit.engines.flower import gate as gate_module
+from fleetfit.engines.flower import member as member_module
 from fleetfit.engines.flower.certificates import (
     Authority,
     client_context,
@@ -44,7 +45,7 @@ from fleetfit.engines.flower.kit import Kit, kit_toml, read_kit
 from fleetfit.engines.flower.member import Member
 from fleetfit.engines.flower.participants import start
 from fleetfit.engines.flower.provision import provision
-from fleetfit.messages import Declined, RoundReply, decode_any, encode
+from fleetfit.messages import Declined, RoundReply, decode_any
 from fleetfit.records import ValidationScores
 
 NO_SCORES = ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
@@ -134,6 +135,36 @@ def test_two_with_one_name_are_told_apart_on_both_sides(kits: Path) -> None:
         greeter(kits, "small-1", "one").greet(leaves=True)
         assert greeter(kits, "small-1", "two").greet().problem == ""
     assert told[1] == f"refused (127.0.0.1): {welcome.problem}"
+
+
+def test_who_is_started_again_at_once_waits_until_its_own_name_is_free(
+    kits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its program was killed, and the one above does not know it yet."""
+    monkeypatch.setattr(member_module, "AGAIN_SECONDS", 0.02)
+    with opened(with_port(kits, "small", "small-1")) as (_, told):
+        greeter(kits, "small-1", "killed").greet()
+        heard: list[str] = []
+        again = Member(read_kit(kits / "small-1"), heard.append)
+        assert again.knock()
+        forgotten = threading.Timer(0.1, lambda: monkeypatch.setattr(gate_module, "GONE_SECONDS", 0.0))
+        forgotten.start()
+        again._enter()
+        forgotten.join()
+        assert heard == ["waiting: a program with this kit was here some seconds ago"]
+    assert re.match(r"refused .*: 'small-1' is taken", told[1])
+    assert told[2] == "small-1 is there (127.0.0.1)"
+
+
+def test_two_that_stay_with_one_name_are_told(kits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(member_module, "GONE_SECONDS", 0.05)
+    monkeypatch.setattr(member_module, "AGAIN_SECONDS", 0.02)
+    with opened(with_port(kits, "small", "small-1")):
+        greeter(kits, "small-1", "first").greet()
+        second = Member(read_kit(kits / "small-1"), lambda text: None)
+        second.knock()
+        with pytest.raises(Refused, match="'small-1' is taken: a program with the same kit is at work"):
+            second._enter()
 
 
 def test_a_kit_of_another_fleet_is_refused_on_both_sides(
@@ -439,7 +470,9 @@ def test_a_member_does_not_send_what_the_door_would_stop(insecure_kits: Path) ->
     told: list[str] = []
     member = Member(read_kit(insecure_kits / "small-1"), told.append)
     small = RoundReply(step=2, tensors={"header.x": torch.zeros(7)}, scores=NO_SCORES)
-    assert member._encoded(small) == encode(small)
+    sent = decode_any(member._encoded(small))
+    assert isinstance(sent, RoundReply)
+    assert torch.equal(sent.tensors["header.x"], small.tensors["header.x"])
     large = small.model_copy(update={"tensors": {"header.x": torch.zeros(750_001)}})
     reply = decode_any(member._encoded(large))
     assert isinstance(reply, Declined)

@@ -73,11 +73,15 @@ class Member:
     def knock(self) -> bool:
         """Greet once, so that what is wrong is known before anything is done. Whether anyone answered.
 
+        A name that is taken is no reason to stop yet: it may be our own, of a program that was killed seconds ago.
+
         Raises:
             Refused: we may not take part, or the other cannot be trusted.
         """
         try:
-            self._taken_in(self._greeter.greet())
+            welcome = self._greeter.greet()
+            if not welcome.taken:
+                self._taken_in(welcome)
         except NotThere as error:
             self._tell(f"waiting: {error}")
             return False
