@@ -3,10 +3,11 @@
     python benchmarks/engines.py parity                         local, simulation, deployment: the same models?
     python benchmarks/engines.py wire                           bytes that we count against bytes on the wire
     python benchmarks/engines.py rounds                         a round of refinement beside Flower's own floor
+    python benchmarks/engines.py mistakes                       how soon a mistake is told, on both sides
     python benchmarks/engines.py simulation                     100, 200, 500 and 1,000 devices in 20 clusters
     python benchmarks/engines.py simulation --devices 20 40     fewer, to see that it works
 
-The first three start the fleet of recipes/fleet-loopback.toml on this machine, each program of it, over TLS with keys.
+All but the last start the fleet of recipes/fleet-loopback.toml on this machine, each program of it, over TLS with keys.
 """
 
 import argparse
@@ -14,13 +15,14 @@ import signal
 import sys
 from pathlib import Path
 
+from engines_mistakes import mistakes
 from engines_parity import parity
 from engines_rounds import rounds
 from engines_simulation import simulation
 from engines_wire import JOBS, wire
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = {"parity": parity, "wire": wire, "rounds": rounds, "simulation": simulation}
+PARTS = {"parity": parity, "wire": wire, "rounds": rounds, "mistakes": mistakes, "simulation": simulation}
 
 
 def main() -> None:

@@ -170,6 +170,12 @@ class Kit:
         """Changes with all that participants must agree on about the job."""
         return job_hash(self.job)
 
+    def without_path(self, error: Exception) -> str:
+        """What another machine may hear of an error here: no file of this one by its place."""
+        return (
+            str(error).replace(str(self.folder), "the kit") if isinstance(error, ValueError) else type(error).__name__
+        )
+
     def attributes(self, num_samples: int) -> DeviceAttributes:
         """What a device tells its edge."""
         assert self.file.device is not None, "checked with the role"

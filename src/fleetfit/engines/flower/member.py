@@ -231,10 +231,7 @@ class Member:
             kind = request.kind if request is not None else "message"
             log.warning("%s of %s", kind, above, exc_info=error)
             self._tell(f"a {kind} of {above} cannot be answered: {error}")
-            # What others are told names no file of this machine.
-            words = str(error).replace(str(self.kit.folder), "the kit")
-            reason = words if isinstance(error, ValueError) else type(error).__name__
-            return Declined(reason=printable(reason))
+            return Declined(reason=printable(self.kit.without_path(error)))
 
     def _encoded(self, reply: Message) -> bytes:
         """A reply that the one above would stop at its door is not sent: a word of why is."""

@@ -168,8 +168,8 @@ class _Edge:
 def _hub(kit: Kit, member: Member, tell: Tell) -> Hub:
     try:
         return Hub(kit, tell)
-    except (ValueError, OSError):
-        member.give_up("it cannot listen for its devices; its own log has why")
+    except (ValueError, OSError) as error:
+        member.give_up(f"it cannot listen for its devices: {kit.without_path(error)}")
         raise
 
 
