@@ -107,7 +107,7 @@ def png(pixels: Any) -> bytes:
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page has its own tests."""
-    monkeypatch.setattr(cli, "_build_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(cli.run, "_build_report", lambda folder: folder / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -436,7 +436,7 @@ def test_ctrl_c_in_any_phase_and_on_again(
         assert result.exit_code == 130
         assert result.stderr == f"stopped; {GO_ON}\n"
     monkeypatch.undo()
-    monkeypatch.setattr(cli, "_build_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(cli.run, "_build_report", lambda folder: folder / "report.html")
     shell.fine(own)
     assert shell.models() == Shell.models(_at(finished))
 

@@ -69,7 +69,7 @@ def shell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(local, "run", fake_run)
     monkeypatch.setattr(profiling, "MOST_REPEATS", 2)
-    monkeypatch.setattr(cli, "_build_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr(cli.run, "_build_report", lambda folder: folder / "report.html")
 
     def invoke(*arguments: object) -> Any:
         return CliRunner().invoke(cli.app, [str(a) for a in arguments])
@@ -227,7 +227,7 @@ def test_a_report_that_fails_still_shows_the_models(shell: Any, monkeypatch: pyt
     def broken(folder: Path) -> Path:
         raise ValueError("no page today")
 
-    monkeypatch.setattr(cli, "_build_report", broken)
+    monkeypatch.setattr(cli.run, "_build_report", broken)
     result = shell("run", RECIPE)
     assert result.exit_code == 1
     assert "phones" in result.stdout

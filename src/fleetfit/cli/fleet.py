@@ -1,4 +1,4 @@
-"""The commands for fleets of many machines: ``fleetfit provision | start``."""
+"""``fleetfit provision`` and ``fleetfit start``: fleets of many machines."""
 
 import json
 import time
@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fleetfit.cli.options import AsJson, Debug
 from fleetfit.terminal import Phases, reporting
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and log lines.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
 def provision(

@@ -1,0 +1,32 @@
+"""What commands share: arguments and options of the same name, and how results are printed."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Hidden from the panel, not from the usage line: click 8.5 loses the help of typer 0.20's arguments. The text says it.
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", hidden=True)]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", hidden=True)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Change one key of the job; repeat for more."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and log lines.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+
+
+def stdout() -> "Console":
+    """Where results go."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def percent(share: float | None) -> str:
+    """A share for people; a dash if it is not known."""
+    return "–" if share is None or share != share else f"{share:.1%}"

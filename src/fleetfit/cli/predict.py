@@ -1,0 +1,46 @@
+"""``fleetfit predict``."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleetfit.cli.options import AsJson, Debug, percent
+from fleetfit.terminal import reporting
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DEVICE_FOLDER", hidden=True)],
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", hidden=True)],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Label files or texts with a device's model.
+
+    [bold]DEVICE_FOLDER[/bold] is a folder of RUN/devices, or one that [bold]fleetfit export[/bold] wrote
+    (onnx, safetensors).
+
+    [bold]INPUT[/bold] is an image file, brought to the size and the colours that the model
+    knows, or a .npy file with one or more samples of raw values, for digits 0 to
+    16 in 8x8. Digits are bright on dark. For a model that reads texts it is a
+    .txt file with a text in each line, or a text itself.
+
+    [bold]Examples[/bold]
+
+      fleetfit predict runs/digits/devices/phones-1 seven.png
+      fleetfit predict runs/digits/exports/phones-1 *.png samples.npy --json
+      fleetfit predict runs/banking77/devices/phones-1 "my card is lost"
+    """
+    with reporting(debug):
+        from fleetfit.predict import predict as label
+
+        predictions = label(folder, inputs)
+        if as_json:
+            typer.echo(json.dumps([p.model_dump() for p in predictions], indent=2))
+            return
+        num_rows = Counter(p.input for p in predictions)
+        names = [f"{p.input}[{p.row}]" if num_rows[p.input] > 1 else p.input for p in predictions]
+        for name, found in zip(names, predictions, strict=True):
+            typer.echo(f"{name:<{max(map(len, names))}}  {found.label}  {percent(found.probability)}")
