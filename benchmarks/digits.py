@@ -42,7 +42,7 @@ from fleetfit.cloud import (
     shape_grid,
     train_reference,
 )
-from fleetfit.config import PAPER, Job, make_job
+from fleetfit.config import Job, make_job
 from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.samples import Samples
@@ -72,6 +72,7 @@ from fleetfit.method.aggregation import distance_from_uniform
 from fleetfit.models.elastic import ElasticBackbone
 from fleetfit.models.header import Header
 from fleetfit.pipeline import gather_stats, refine_cluster
+from fleetfit.presets import PAPER
 from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape, DeviceAttributes
 from fleetfit.training import evaluate

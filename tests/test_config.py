@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetfit.config import PAPER, UNITS, DeviceGroup, Job, load_job, make_job, parse_bytes, parse_override
+from fleetfit.config import UNITS, DeviceGroup, Job, load_job, make_job, parse_bytes, parse_override
+from fleetfit.presets import PAPER
 from fleetfit.profiles import profile_toml, ready_profiles
 
 ONE_DEVICE = {"storage_limit": "1 MB"}

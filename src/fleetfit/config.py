@@ -4,15 +4,13 @@ Defaults are fleetfit's own choices, made by measurement (benchmarks/results/). 
 to the paper's own; a key that a job states itself wins over both.
 """
 
-import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -22,41 +20,12 @@ from pydantic import (
     model_validator,
 )
 
+from fleetfit.config_errors import explain
+from fleetfit.presets import SMALL_CONFIGS, merged, preset_of
 from fleetfit.profiles import Profile, find_profile
 from fleetfit.records import OPERATIONS, FixedHeaderKind, Operation, Record
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-PAPER: dict[str, dict[str, Any]] = {
-    "model": {"header": "linear"},
-    "backbone": {
-        "importance": "taylor",
-        "depth_order": "spread",
-        "distillation": "paper",
-        "size": "zeta",
-        "grid_distance": "l1",
-        "grid_ties": "loss",
-        "specialise_steps": 0,
-    },
-    "header": {"search": "enas", "freeze_backbone": False, "keep_distilled": False, "warm_start": False, "views": 1},
-    "refine": {
-        "exchange": "importance",
-        "similarity": "wasserstein",
-        "sketch": "samples",
-        "anchor": 0.0,
-        "class_prior": False,
-        "balanced_training": False,
-        "importance": "parameter",
-        "prune_share": 0.2,
-        "guard": False,
-    },
-}
-
-# The rates of the defaults are those of a small model that starts from nothing, and would spoil a pre-trained one.
-PRETRAINED: dict[str, dict[str, Any]] = {
-    "model": {"epochs": 4, "learning_rate": 2e-4},
-    "backbone": {"learning_rate": 5e-4},
-}
 
 
 def parse_bytes(value: object) -> object:
@@ -97,39 +66,6 @@ class Section(Record):
         if kind in (int, float) and not is_read and isinstance(value, (bool, str)):
             raise ValueError(f"must be {'an integer' if kind is int else 'a number'}")
         return value
-
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "image_size": 8,
-    "patch_size": 2,
-    "num_channels": 1,
-    "initializer_range": 0.1,
-}
-SMALL_TEXT: dict[str, Any] = {
-    "vocab_size": 1000,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "initializer_range": 0.1,
-}
-SMALL_BERT: dict[str, Any] = {
-    **SMALL_TEXT,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "type_vocab_size": 1,
-}
-SMALL_CONFIGS: dict[str, dict[str, Any]] = {
-    "vit": {**SMALL, "intermediate_size": 128},
-    "deit": {**SMALL, "intermediate_size": 128},
-    "dinov2": {**SMALL, "mlp_ratio": 2},
-    "bert": SMALL_BERT,
-    "roberta": {**SMALL_BERT, "pad_token_id": 1, "max_position_embeddings": 34},  # rows 0 and 1 are no positions
-    "distilbert": {**SMALL_TEXT, "dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 128},
-}
 
 
 class ModelConfig(Section):
@@ -516,105 +452,14 @@ class Job(Section):
         return tomli_w.dumps(json.loads(self.model_dump_json(exclude_none=True)))
 
 
-def _known_keys(model: type[BaseModel]) -> list[str]:
-    return list(model.model_fields)
-
-
-def _model_at(path: tuple[str | int, ...], root: type[BaseModel]) -> type[BaseModel] | None:
-    """The pydantic model that holds the key at this path, for the nearest-key hint."""
-    model = root
-    for part in path[:-1]:
-        if isinstance(part, int):
-            continue
-        if part not in model.model_fields:
-            return None
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
-        if not inner:
-            return None
-        model = inner[0]
-    return model
-
-
-RULES = {
-    "greater_than": "must be > {gt:g}",
-    "greater_than_equal": "must be >= {ge:g}",
-    "less_than": "must be < {lt:g}",
-    "less_than_equal": "must be <= {le:g}",
-    "finite_number": "must be finite",
-    "literal_error": "must be one of {expected}",
-    "too_short": "must have at least {min_length} item",
-    "string_pattern_mismatch": "must be letters, digits, '-', '_' and '.', the first a letter or digit",
-    "string_type": "must be a text",
-    "string_too_short": "must not be empty",
-    "bool_type": "must be true or false",
-    "bool_parsing": "must be true or false",
-    "int_type": "must be an integer",
-    "int_parsing": "must be an integer",
-    "int_from_float": "must be an integer",
-    "float_type": "must be a number",
-    "float_parsing": "must be a number",
-    "tuple_type": "must be a list",
-    "dict_type": "must be a table of keys",
-    "model_type": "must be a table of keys",
-}
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line per problem of a file whose keys are those of ``root``: key, rule, what it got, and the nearest key."""
-    rules: dict[str, list[str]] = {}
-    got: dict[str, str] = {}
-    for problem in error.errors():
-        path = tuple(p for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p.startswith("function-"))))
-        key, kind, value = ".".join(map(str, path)), problem["type"], problem.get("input")
-        if kind == "too_short" and value:
-            continue  # the list is not short: its items are bad, and that is said
-        if kind == "extra_forbidden":
-            model = _model_at(path, root)
-            known = _known_keys(model) if model else []
-            near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
-            rule = f"is an unknown key; {hint}"
-        elif kind == "missing":
-            rule = "must be given"
-        else:
-            known_rule = RULES.get(kind, "").format(**problem.get("ctx", {})).replace(" or '", ", '")
-            rule = known_rule or problem["msg"].removeprefix("Value error, ")
-            if ", got " not in rule and not isinstance(value, (dict, Record)):
-                got[key] = f", got {value!r}"
-        earlier = rules.setdefault(key, [])
-        if rule.startswith("must be one of ") and earlier and earlier[-1].startswith("must be one of "):
-            earlier[-1] += f", {rule.removeprefix('must be one of ')}"
-        elif rule not in earlier:
-            earlier.append(rule)
-    lines = []
-    for key, broken in rules.items():
-        for rule in broken:
-            colon = "" if rule.startswith(("must ", "is ")) else ":"
-            lines.append(f"{key}{colon} {rule}{got.get(key, '')}" if key else rule)
-    return "\n".join(lines)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def make_job(fields: dict[str, Any]) -> Job:
     """A job from plain nested fields, as TOML gives them: defaults < presets of method and start < the fields.
 
     Raises:
         ValueError: one line for each problem, with key, rule, what it got, and the nearest key.
     """
-    preset = PAPER if fields.get("method") == "paper" else {}
-    model = fields.get("model")
-    if isinstance(model, dict) and model.get("pretrained"):
-        preset = _merge(PRETRAINED, preset)
     try:
-        return Job.model_validate(_merge(preset, fields))
+        return Job.model_validate(merged(preset_of(fields), fields))
     except ValidationError as error:
         raise ValueError(explain(error, Job)) from None
 
@@ -646,7 +491,7 @@ def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> Job:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     for text in overrides:
-        fields = _merge(fields, parse_override(text))
+        fields = merged(fields, parse_override(text))
     try:
         return make_job(fields)
     except ValueError as error:

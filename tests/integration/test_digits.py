@@ -12,7 +12,7 @@ import torch
 import fleetfit
 from fleetfit.artifacts import read_card
 from fleetfit.cloud import Elastic
-from fleetfit.config import PAPER, Job, load_job, make_job
+from fleetfit.config import Job, load_job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.edge import Decision, EdgeState
@@ -29,6 +29,7 @@ from fleetfit.messages import (
     encode,
     take,
 )
+from fleetfit.presets import PAPER
 from fleetfit.report import build_report
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import fleetfit
 from fleetfit import edge
-from fleetfit.config import SMALL_CONFIGS, BackboneConfig, HeaderConfig, ModelConfig, RefineConfig, make_job
+from fleetfit.config import BackboneConfig, HeaderConfig, ModelConfig, RefineConfig, make_job
 from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.samples import Inputs, Samples
@@ -23,6 +23,7 @@ from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.families import FAMILIES
 from fleetfit.models.header import build_header
+from fleetfit.presets import SMALL_CONFIGS
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import BackboneShape, DeviceAttributes, EnergyModel, HeaderSpec
 from fleetfit.training import evaluate, fit

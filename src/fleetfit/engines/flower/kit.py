@@ -17,7 +17,8 @@ import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from fleetfit.artifacts import content_hash, locked
-from fleetfit.config import Job, Section, explain, load_job
+from fleetfit.config import Job, Section, load_job
+from fleetfit.config_errors import explain
 from fleetfit.data.owned import Cut
 from fleetfit.data.preprocessing import Form
 from fleetfit.engines.flower.fleet_file import Name, Port

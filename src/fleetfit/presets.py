@@ -1,0 +1,83 @@
+"""Settings that belong together: the paper's choices, a pre-trained start's, and small models of each family."""
+
+from collections.abc import Mapping
+from typing import Any
+
+PAPER: dict[str, dict[str, Any]] = {
+    "model": {"header": "linear"},
+    "backbone": {
+        "importance": "taylor",
+        "depth_order": "spread",
+        "distillation": "paper",
+        "size": "zeta",
+        "grid_distance": "l1",
+        "grid_ties": "loss",
+        "specialise_steps": 0,
+    },
+    "header": {"search": "enas", "freeze_backbone": False, "keep_distilled": False, "warm_start": False, "views": 1},
+    "refine": {
+        "exchange": "importance",
+        "similarity": "wasserstein",
+        "sketch": "samples",
+        "anchor": 0.0,
+        "class_prior": False,
+        "balanced_training": False,
+        "importance": "parameter",
+        "prune_share": 0.2,
+        "guard": False,
+    },
+}
+
+# The rates of the defaults are those of a small model that starts from nothing, and would spoil a pre-trained one.
+PRETRAINED: dict[str, dict[str, Any]] = {
+    "model": {"epochs": 4, "learning_rate": 2e-4},
+    "backbone": {"learning_rate": 5e-4},
+}
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "image_size": 8,
+    "patch_size": 2,
+    "num_channels": 1,
+    "initializer_range": 0.1,
+}
+SMALL_TEXT: dict[str, Any] = {
+    "vocab_size": 1000,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "initializer_range": 0.1,
+}
+SMALL_BERT: dict[str, Any] = {
+    **SMALL_TEXT,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "type_vocab_size": 1,
+}
+SMALL_CONFIGS: dict[str, dict[str, Any]] = {
+    "vit": {**SMALL, "intermediate_size": 128},
+    "deit": {**SMALL, "intermediate_size": 128},
+    "dinov2": {**SMALL, "mlp_ratio": 2},
+    "bert": SMALL_BERT,
+    "roberta": {**SMALL_BERT, "pad_token_id": 1, "max_position_embeddings": 34},  # rows 0 and 1 are no positions
+    "distilbert": {**SMALL_TEXT, "dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 128},
+}
+
+
+def preset_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job's fields leave to the presets of its method and of its start; the method's choices win."""
+    preset = PAPER if fields.get("method") == "paper" else {}
+    model = fields.get("model")
+    return merged(PRETRAINED, preset) if isinstance(model, dict) and model.get("pretrained") else dict(preset)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields with others over them, table by table."""
+    fields = dict(base)
+    for key, value in over.items():
+        both = isinstance(fields.get(key), dict) and isinstance(value, dict)
+        fields[key] = merged(fields[key], value) if both else value
+    return fields
