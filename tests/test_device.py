@@ -668,6 +668,27 @@ def test_a_proposal_scores_every_way_to_ship() -> None:
         assert scores.loss_sum == pytest.approx(float(cross_entropy(logits, labels, reduction="sum")), rel=1e-4)
 
 
+def test_a_prior_may_be_scored_without_the_sample_that_is_scored() -> None:
+    steps = whole_life(make_coarse(rounds=1, epochs=1, prior_scoring="leave_one_out", prior_power=0.5))
+    state, reply = steps[-2]
+    own = torch.cat([state.data.train.labels, state.data.validation.labels]).tolist()
+    labels, shares = state.data.validation.labels, torch.tensor(CLASS_SHARES)
+    for way, scores in reply.scores.items():
+        name, _, strength = way.partition("/")
+        with torch.no_grad():
+            header = header_in(state.memory, "coarse" if name == "coarse" else "header")
+            logits = header(features_in(state.memory, "validation"))
+        loss = 0.0
+        for row, label in zip(logits, labels.tolist(), strict=True):
+            others = list(own)
+            others.remove(label)
+            roots = torch.tensor([others.count(c) ** 0.5 for c in range(4)])
+            roots *= len(others) / roots.sum()
+            told = row + class_prior(roots, shares, float(strength)) if strength else row
+            loss -= float(told.log_softmax(0)[label])
+        assert scores.loss_sum == pytest.approx(loss, rel=1e-4), way
+
+
 # -- odd devices ------------------------------------------------------------------------------------------------------
 
 

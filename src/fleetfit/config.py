@@ -341,6 +341,11 @@ class RefineConfig(Section):
     prior_shares: Literal["edge", "uniform"] = Field(
         "edge", description="the cluster's class shares in it: those of the edge's shared set, or all alike"
     )
+    prior_scoring: Literal["training", "leave_one_out"] = Field(
+        "training",
+        description="what it counts while ways to ship are compared: the training split; or all samples but the one "
+        "that is scored, as what ships counts all",
+    )
     balanced_training: bool = Field(
         True, description="with class_prior: train with the prior in the logits, so that weights need not learn it"
     )

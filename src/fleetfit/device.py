@@ -209,10 +209,9 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
         "coarse": _header(memory, take(memory.tensors, "coarse")),
         "refined": _header(memory, take(memory.tensors, "header")),
     }
-    counts = _counts(state.data.train, len(memory.labels))
     ways: dict[str, ValidationScores] = {}
     for way, (name, strength) in ways_to_ship(memory.refine).items():
-        prior = None if strength is None else _prior(memory, counts, strength)
+        prior = None if strength is None else _scored_prior(memory, state.data, strength)
         ways[way] = _validation(memory, headers[name], state.data, prior)
     return memory, ProposeReply(step=message.step, scores=ways)
 
@@ -352,6 +351,21 @@ def _train_round(
 def _prior(memory: DeviceMemory, counts: Tensor, strength: float) -> Tensor:
     counts = tempered_counts(counts, memory.refine.prior_power)
     return class_prior(counts, moved(torch.tensor(memory.class_shares), counts.device), strength)
+
+
+def _scored_prior(memory: DeviceMemory, data: Split, strength: float) -> Tensor:
+    """The prior under which a way to ship is scored on the validation split; one for each sample if it is left out."""
+    training = _counts(data.train, len(memory.labels))
+    if memory.refine.prior_scoring == "training":
+        return _prior(memory, training, strength)
+    labels = data.validation.labels
+    counts = training + _counts(data.validation, len(memory.labels))
+    priors = counts.new_zeros(len(counts), len(counts))
+    for label in set(labels.tolist()):
+        left_out = counts.clone()
+        left_out[label] -= 1
+        priors[label] = _prior(memory, left_out, strength)
+    return priors[labels]
 
 
 def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:
