@@ -124,7 +124,7 @@ def page(found: dict[str, Any]) -> list[str]:
     lines = [
         "# Bytes counted, and bytes on the wire",
         "",
-        setting('python benchmarks/engines.py wire --jobs digits-small`, then `--jobs "hidden size 128"', "flwr"),
+        setting("python benchmarks/engines.py wire", "flwr"),
         "",
         "What summary.json says of traffic is the bytes of our encoded messages. Here it is beside the bytes of TCP "
         "payload between members and doors of the fleet of recipes/fleet-loopback.toml (TLS, keys; one cloud, two "
@@ -138,7 +138,7 @@ def page(found: dict[str, Any]) -> list[str]:
         "- **polls**: what a node says every 3 s while there is nothing for it, and its heartbeats",
         "- **greetings**: who is there and how far, every 3 s",
         "- **run and node**: a run's description and its (empty) bundle, nodes that come and go",
-        "- **TLS**: all that is not HTTP; mostly handshakes, of which each greeting has its own",
+        "- **TLS**: all that is not HTTP; mostly handshakes, and a head of some 22 bytes on each record",
         "",
     ]
     by_job: dict[str, list[dict[str, Any]]] = {}
@@ -174,8 +174,8 @@ def page(found: dict[str, Any]) -> list[str]:
         shaken = total(HANDSHAKE, "wire")
         lines += [
             "",
-            f"Handshakes of greetings: {shaken:,} bytes, {100 * shaken / rows[-1]['wire']:.0f} % of all on the wire. "
-            "They need not be: a connection that stays open between greetings would have one.",
+            f"Handshakes of greetings: {shaken:,} bytes, {100 * shaken / rows[-1]['wire']:.0f} % of all on the wire; "
+            "a member greets over one connection while it lasts.",
         ]
         exchanges = total("push-messages", "calls") // 2
         around = sum(row["kinds"]["messages"] - row["counted"] for row in links) / exchanges
