@@ -28,7 +28,7 @@ from digits import FEDAVG, Figures, Transient, in_memory, names_of, nothing
 from digits_tables import collect, gain, machine, mean, spread, table
 
 from fleetfit.artifacts import Ledger, StepFolder, content_hash, write_atomically
-from fleetfit.cloud import Elastic, Reference, cut_and_specialise, elastic_of, make_elastic, shape_grid, train_reference
+from fleetfit.cloud import Elastic, cut_and_specialise, elastic_of, make_elastic
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.data.partition import FleetData, Split, share_out, split_rows
 from fleetfit.data.samples import Samples
@@ -42,6 +42,7 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
 from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.records import BackboneShape, DeviceAttributes
+from fleetfit.reference import Reference, shape_grid, train_reference
 from fleetfit.training import evaluate
 
 RESULTS = Path(__file__).parent / "results"

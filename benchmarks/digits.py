@@ -32,15 +32,11 @@ from fleetfit.cloud import (
     Candidates,
     ClusterChoice,
     Elastic,
-    Reference,
-    classifier_of,
     cut_and_specialise,
     elastic_of,
     evaluate_candidates,
     make_elastic,
     match,
-    shape_grid,
-    train_reference,
 )
 from fleetfit.config import Job, make_job
 from fleetfit.data.augmentation import Augmentation
@@ -75,6 +71,7 @@ from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.presets import PAPER
 from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape, DeviceAttributes
+from fleetfit.reference import Reference, classifier_of, shape_grid, train_reference
 from fleetfit.training import evaluate
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,7 +29,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPRegressor
 
 from fleetfit.artifacts import Ledger, content_hash, write_atomically
-from fleetfit.cloud import classifier_of
 from fleetfit.config import Job, PrivacyConfig, make_job
 from fleetfit.data.partition import FleetData, Split, share_out
 from fleetfit.data.samples import Samples
@@ -47,6 +46,7 @@ from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.privacy import DevicePrivacy, promise, releases
 from fleetfit.randomness import named_generator
 from fleetfit.records import DeviceAttributes
+from fleetfit.reference import classifier_of
 
 RESULTS = Path(__file__).parent / "results"
 COST_SETTINGS = ("iid", "C2 (5 classes)")

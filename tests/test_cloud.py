@@ -16,16 +16,12 @@ from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import (
     Candidates,
     Elastic,
-    Reference,
-    classifier_of,
     cut_and_specialise,
     elastic_of,
     evaluate_candidates,
     form_clusters,
     make_elastic,
     match,
-    shape_grid,
-    train_reference,
 )
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
@@ -45,6 +41,7 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
 from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, EnergyModel, HeaderSpec
+from fleetfit.reference import ProgressOf, Reference, classifier_of, shape_grid, train_reference
 
 torch.set_num_threads(1)
 
@@ -166,7 +163,7 @@ def test_a_reference_in_the_cache_is_not_trained_again(
 ) -> None:
     calls: list[int] = []
 
-    def counted(job: Job, public: Split, progress: cloud.ProgressOf, bookmark: Bookmark) -> Reference:
+    def counted(job: Job, public: Split, progress: ProgressOf, bookmark: Bookmark) -> Reference:
         calls.append(job.seed)
         return train_reference(job, public, progress, bookmark)
 

@@ -29,6 +29,7 @@ from fleetfit.models.header import build_header
 from fleetfit.models.pruning import prunable_layers
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import BackboneShape, HeaderSpec
+from fleetfit.reference import Reference, train_reference
 from fleetfit.refinement import train_header
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -189,16 +190,14 @@ def waits_of(compute: Callable[[], Any]) -> Counter[str]:
 def test_training_steps_do_not_wait(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty steps more are two looks at the losses more, and no other wait."""
     public = make_public()
-    plain = cloud.train_reference(make(), public, quiet)
+    plain = train_reference(make(), public, quiet)
     elastic = cloud.make_elastic(make(), plain, public, quiet)
     shape = BackboneShape(width=0.5, depth=1)
     assignment = cloud.cut_and_specialise(make(), plain, elastic, public, "a", shape, quiet)
     edges = Split(public.validation, public.test, public.test)
     all_of_it = {"flip": True, "cutout_pixels": 2, "mixup": 0.2, "cutmix": 1.0, "ema": 0.9}
     phases: dict[str, Callable[[int], Any]] = {
-        "reference": lambda steps: cloud.train_reference(
-            make(model={**all_of_it, "epochs": steps // 2}), public, quiet
-        ),
+        "reference": lambda steps: train_reference(make(model={**all_of_it, "epochs": steps // 2}), public, quiet),
         "elastic": lambda steps: cloud.make_elastic(make(backbone={"steps": steps}), plain, public, quiet),
         "specialise": lambda steps: cloud.cut_and_specialise(
             make(backbone={"specialise_steps": steps}), plain, elastic, public, "a", shape, quiet
@@ -228,9 +227,9 @@ def test_training_steps_on_texts_do_not_wait(family: str, monkeypatch: pytest.Mo
 
     public = Split(part("train", 32), part("validation", 16), part("test", 16))
 
-    def train(steps: int) -> cloud.Reference:
+    def train(steps: int) -> Reference:
         model = {"family": family, "config": config, "epochs": steps // 2, "batch_size": 16}
-        return cloud.train_reference(make_job({"model": model}), public, quiet)
+        return train_reference(make_job({"model": model}), public, quiet)
 
     at_home = train(4)
     monkeypatch.setattr(cloud, "torch_device_of", lambda name: THERE)
@@ -352,7 +351,7 @@ def test_precision() -> None:
 def test_a_reference_in_bfloat16_is_near_that_in_float32(tmp_path: Path) -> None:
     public = make_public()
     jobs = [make(run={"precision": precision}, model={"epochs": 3}) for precision in ("float32", "bfloat16")]
-    exact, rough = (cloud.train_reference(job, public, quiet) for job in jobs)
+    exact, rough = (train_reference(job, public, quiet) for job in jobs)
     assert rough.curve != exact.curve
     assert near(rough.curve, exact.curve, 0.02)
     assert {t.dtype for t in rough.tensors.values()} == {torch.float32}

@@ -28,6 +28,7 @@ from fleetfit.messages import (
 )
 from fleetfit.pipeline import _reference_key, gather_stats, run_cloud, run_edge
 from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec
+from fleetfit.reference import classifier_of, train_reference
 
 torch.set_num_threads(1)
 
@@ -120,13 +121,13 @@ def data(job: Job) -> FleetData:
 @pytest.fixture(scope="module")
 def assignment(job: Job, data: FleetData) -> BackboneAssignment:
     """The untrained reference, as it is."""
-    reference = cloud.train_reference(job, data.public, lambda *_: None)
+    reference = train_reference(job, data.public, lambda *_: None)
     return BackboneAssignment(
         cluster="far",
         family="vit",
         config=reference.config,
         labels=data.public.train.label_names,
-        header=cloud.classifier_of(job, reference, 10).header.spec,
+        header=classifier_of(job, reference, 10).header.spec,
         tensors=reference.tensors,
     )
 

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from fleetfit import artifacts, cli, cloud
 from fleetfit.artifacts import Ledger, StepFolder
-from fleetfit.cloud import Reference, classifier_of, train_reference
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.sources import load_samples
@@ -26,6 +25,8 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import other_split
 from fleetfit.pipeline import cached_reference
 from fleetfit.pretrain import CheckpointCard, pretrain
+from fleetfit.reference import Reference, classifier_of, scores_of, train_reference
+from fleetfit.training import ParameterAverage
 
 torch.set_num_threads(1)
 
@@ -337,19 +338,19 @@ def test_every_key_changes_the_training_and_repeats(tmp_path: Path, more: dict[s
 
 def test_the_average_is_what_is_scored_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Tensor]] = []
-    real = cloud.ParameterAverage.keep
+    real = ParameterAverage.keep
 
-    def keep(self: cloud.ParameterAverage) -> None:
+    def keep(self: ParameterAverage) -> None:
         seen.append([v.clone() for v in self.values])
         real(self)
 
-    monkeypatch.setattr(cloud.ParameterAverage, "keep", keep)
+    monkeypatch.setattr(ParameterAverage, "keep", keep)
     job = make(tmp_path, ema=0.9)
     reference = train_reference(job, public_of(job), quiet)
     model = classifier_of(job, reference, 10)
     assert all(torch.equal(a, p.detach()) for a, p in zip(seen[-1], model.parameters(), strict=True))
     public = public_of(job)
-    assert reference.accuracy == cloud.scores_of(model.eval(), public.test).accuracy
+    assert reference.accuracy == scores_of(model.eval(), public.test).accuracy
 
 
 def test_validation_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from fleetfit import cloud, edge
 from fleetfit.artifacts import content_hash
-from fleetfit.cloud import Candidates, ClusterChoice, Elastic, Reference
+from fleetfit.cloud import Candidates, ClusterChoice, Elastic
 from fleetfit.config import Job
 from fleetfit.data.partition import Split
 from fleetfit.edge import Decision, EdgeState, HeaderResult
@@ -36,6 +36,7 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import fingerprint, other_split
 from fleetfit.quorum import Cluster, ask_edges
 from fleetfit.records import AbsentDevice, Fault
+from fleetfit.reference import ProgressOf, Reference, train_reference
 from fleetfit.replies import check_cluster_report, check_stats, expected_of
 
 
@@ -68,7 +69,7 @@ def run_cloud(
     stats = ask_edges(edges, {cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
     check_stats(stats)
 
-    def of(phase: str) -> cloud.ProgressOf:
+    def of(phase: str) -> ProgressOf:
         return lambda done, total, note: progress(phase, done, total, note)
 
     reference = steps.step("reference/cloud", Reference, lambda: cached_reference(job, public, cache, of("reference")))
@@ -99,10 +100,10 @@ def run_cloud(
     return FleetResult(reference, elastic, candidates, choices, reports)
 
 
-def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: cloud.ProgressOf) -> Reference:
+def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: ProgressOf) -> Reference:
     """The trained reference, from the cache or into it; a training that was stopped is gone on with."""
     key = _reference_key(job, public)
-    return cache.step(key, Reference, lambda: cloud.train_reference(job, public, progress, cache.bookmark(key)))
+    return cache.step(key, Reference, lambda: train_reference(job, public, progress, cache.bookmark(key)))
 
 
 def gather_stats(job: Job, cluster: str, devices: Link, steps: Checkpoints) -> ClusterStats:

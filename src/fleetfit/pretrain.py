@@ -23,7 +23,6 @@ from fleetfit.artifacts import (
     whole_folder,
     write_atomically,
 )
-from fleetfit.cloud import Reference, classifier_of, scores_of
 from fleetfit.config import Job
 from fleetfit.data.image_forms import image_processor
 from fleetfit.data.partition import Split, share_out
@@ -38,6 +37,7 @@ from fleetfit.models.pretrained import CARD_FILE, load_pretrained, silence
 from fleetfit.models.pretrained_header import HEADER_FILE, header_bytes, load_header
 from fleetfit.pipeline import cached_reference
 from fleetfit.records import JsonDict, Record
+from fleetfit.reference import Reference, classifier_of, scores_of
 
 LIBRARIES = ("torch", "transformers")
 

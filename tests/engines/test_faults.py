@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fleetfit import cloud, edge, members
+from fleetfit import edge, members
 from fleetfit.artifacts import Ledger
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import FleetData, share_out
@@ -44,6 +44,7 @@ from fleetfit.messages import (
 from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.quorum import ATTEMPTS, NO_REPLY
 from fleetfit.records import DeviceAttributes, EnergyModel
+from fleetfit.reference import classifier_of, train_reference
 from fleetfit.report import build_report
 
 torch.set_num_threads(1)
@@ -86,13 +87,13 @@ def data() -> FleetData:
 
 @pytest.fixture(scope="module")
 def assignment(data: FleetData) -> BackboneAssignment:
-    reference = cloud.train_reference(make(), data.public, lambda *_: None)
+    reference = train_reference(make(), data.public, lambda *_: None)
     return BackboneAssignment(
         cluster="far",
         family="vit",
         config=reference.config,
         labels=data.public.train.label_names,
-        header=cloud.classifier_of(make(), reference, 10).header.spec,
+        header=classifier_of(make(), reference, 10).header.spec,
         tensors=reference.tensors,
     )
 

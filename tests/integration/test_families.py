@@ -199,7 +199,7 @@ def test_a_pretrained_model_runs_through_a_whole_job(tmp_path: Path) -> None:
 
     # With a learning rate of next to nothing the reference still is what was loaded.
     from fleetfit.artifacts import Ledger, StepFolder
-    from fleetfit.cloud import Reference, classifier_of
+    from fleetfit.reference import Reference, classifier_of
 
     def not_again() -> Reference:
         raise AssertionError
@@ -238,7 +238,7 @@ def test_a_model_that_does_not_take_the_data_is_told_before_training(
         model: dict[str, Any] = {"pretrained": str(folder_of_a_vit(tmp_path / "vit", **keys))}
     else:
         model = {"family": family, "config": SIZES | keys}
-    monkeypatch.setattr("fleetfit.cloud.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
+    monkeypatch.setattr("fleetfit.reference.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
     said = rf"takes inputs of {takes} \(channels x rows x columns\), but data\.source = 'digits' has 1 x 8 x 8"
     with pytest.raises(ValueError, match=said):
         local.run(make_job(fields(tmp_path / "cache", **model)), tmp_path / "run")
@@ -249,6 +249,6 @@ def test_a_depth_that_a_pretrained_model_does_not_have_is_told_before_training(
 ) -> None:
     job = fields(tmp_path / "cache", pretrained=str(folder_of_a_vit(tmp_path / "vit")))
     job["backbone"]["depths"] = [1, 3]
-    monkeypatch.setattr("fleetfit.cloud.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
+    monkeypatch.setattr("fleetfit.reference.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
     with pytest.raises(ValueError, match=r"backbone\.depths must be <= the reference's 2 layers, got 3"):
         local.run(make_job(job), tmp_path / "run")

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fleetfit.artifacts import read_json
-from fleetfit.cloud import Elastic, Reference
+from fleetfit.cloud import Elastic
 from fleetfit.config import Job, load_job
 from fleetfit.messages import ClusterReport, Message
 from fleetfit.method.search_space import validate_blocks
 from fleetfit.records import DeviceReport, Record
+from fleetfit.reference import Reference
 
 M = TypeVar("M", bound=Message)
 
