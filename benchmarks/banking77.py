@@ -27,7 +27,7 @@ import torch
 from digits import FEDAVG, Figures, Transient, in_memory, names_of, nothing
 from digits_tables import collect, gain, machine, mean, spread, table
 
-from fleetfit.artifacts import Ledger, StepFolder, content_hash, write_atomically
+from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import Elastic, cut_and_specialise, elastic_of, make_elastic
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.data.partition import FleetData, Split, share_out, split_rows
@@ -36,6 +36,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.edge import HeaderResult, find_header
 from fleetfit.elastic_training import evaluate_shape
 from fleetfit.engines.whole_fleet import LocalLink, fleet_of
+from fleetfit.files import content_hash, write_atomically
 from fleetfit.messages import BackboneAssignment, silent, take
 from fleetfit.models.classifier import num_parameters
 from fleetfit.models.elastic import Backbone

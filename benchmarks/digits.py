@@ -27,7 +27,7 @@ import torch
 from digits_tables import CHOICES, HEADER_BACKBONES, HEADER_METHODS_OF, HEADER_SHAPES, SETTINGS, markdown
 from scipy.stats import spearmanr
 
-from fleetfit.artifacts import Ledger, StepFolder, content_hash, write_atomically
+from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import (
     Candidates,
     ClusterChoice,
@@ -56,6 +56,7 @@ from fleetfit.elastic_training import (
     taylor_importance,
 )
 from fleetfit.engines.whole_fleet import LocalLink, counted, fleet_of
+from fleetfit.files import content_hash, write_atomically
 from fleetfit.header_search import search_header
 from fleetfit.members import Handler
 from fleetfit.messages import (

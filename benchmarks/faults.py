@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fleetfit.artifacts import write_atomically
+from fleetfit.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parent.parent / "tests" / "engines"

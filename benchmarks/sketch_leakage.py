@@ -28,13 +28,14 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPRegressor
 
-from fleetfit.artifacts import Ledger, content_hash, write_atomically
+from fleetfit.artifacts import Ledger
 from fleetfit.config import Job, PrivacyConfig, make_job
 from fleetfit.data.partition import FleetData, Split, share_out
 from fleetfit.data.samples import Samples
 from fleetfit.device import SKETCH_PROJECTIONS, DeviceMemory, DeviceState, handle
 from fleetfit.edge import HeaderResult, cached_features
 from fleetfit.engines.local import LocalLink
+from fleetfit.files import content_hash, write_atomically
 from fleetfit.messages import AttributesRequest, CoarseModel, Message, RoundReply, put, silent, take
 from fleetfit.method.privacy import clipped, flat
 from fleetfit.method.similarity import random_projections, sketch_quantiles

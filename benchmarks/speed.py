@@ -22,7 +22,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from fleetfit.artifacts import write_atomically
+from fleetfit.files import write_atomically
 from fleetfit.hardware import torch_device_of
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone

@@ -1,10 +1,7 @@
-"""The run folder: whole files or none, steps read back with their cost, one owner at a time, models that load."""
+"""The run folder: steps read back with their cost, memories of devices, one owner at a time."""
 
 import csv
-import errno
 import json
-import os
-import stat
 import subprocess
 import sys
 from collections import Counter
@@ -12,32 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from torch import Tensor
 
 from fleetfit import artifacts
-from fleetfit.artifacts import (
-    Ledger,
-    MemoryFolder,
-    ModelCard,
-    RunFolder,
-    StepFolder,
-    content_hash,
-    load_model,
-    read_card,
-    read_json,
-    write_atomically,
-)
+from fleetfit.artifacts import Ledger, MemoryFolder, RunFolder, StepFolder
 from fleetfit.config import Job, make_job
 from fleetfit.edge import EdgeState
+from fleetfit.files import read_json
 from fleetfit.messages import ClusterReport, StatsRequest, encode
-from fleetfit.models.classifier import Classifier
-from fleetfit.models.elastic import Backbone, ElasticBackbone
-from fleetfit.models.header import build_header
-from fleetfit.models.pruning import extract, prunable_layers
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape, Block, HeaderSpec, ValidationScores
+from fleetfit.records import HeaderSpec, ValidationScores
 
 torch.set_num_threads(1)
 
@@ -45,79 +25,6 @@ torch.set_num_threads(1)
 def reply(value: float = 1.0) -> EdgeState:
     scores = ValidationScores(num_samples=1, loss_sum=value, num_correct=1)
     return EdgeState(scores=scores, tensors={"t": torch.full((3,), value)})
-
-
-# -- whole files or none ----------------------------------------------------------------------------------------------
-
-
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "er" / "file.txt"
-    write_atomically(path, "größer\n")
-    assert path.read_bytes() == "größer\n".encode()
-    write_atomically(path, b"\0\1")
-    assert path.read_bytes() == b"\0\1"
-    assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-
-
-@pytest.mark.parametrize("failing", ["fsync", "replace", "chmod", "fdopen"])
-@pytest.mark.parametrize(
-    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full", "interrupted"]
-)
-@pytest.mark.parametrize("before", [b"old", None])
-def test_a_failed_write_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException, before: bytes | None
-) -> None:
-    path = tmp_path / "file"
-    if before is not None:
-        path.write_bytes(before)
-
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    with monkeypatch.context() as patched:
-        patched.setattr(artifacts.os, failing, fail)
-        with pytest.raises(type(error)):
-            write_atomically(path, b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["file"]), "a temporary file was left"
-    assert before is None or path.read_bytes() == before
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
-
-
-def test_the_new_content_is_flushed_before_it_takes_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, events = tmp_path / "file", []
-    path.write_bytes(b"old")
-    real_sync, real_replace = os.fsync, os.replace
-
-    def fsync(handle: int) -> None:
-        events.append(("fsync", os.fstat(handle).st_size, path.read_bytes()))
-        real_sync(handle)
-
-    def replace(source: str, target: Path) -> None:
-        events.append(("replace", Path(source).stat().st_size, path.read_bytes()))
-        assert Path(source).parent == path.parent, "a rename is atomic within one file system only"
-        real_replace(source, target)
-
-    monkeypatch.setattr(artifacts.os, "fsync", fsync)
-    monkeypatch.setattr(artifacts.os, "replace", replace)
-    write_atomically(path, b"newer")
-    assert events == [("fsync", 5, b"old"), ("replace", 5, b"old")]
-
-
-def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path: Path) -> None:
-    """Killed for good just before the rename: no handler runs."""
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    code = (
-        "import os, sys, pathlib\nfrom fleetfit import artifacts\n"
-        "artifacts.os.replace = lambda *_: os._exit(9)\n"
-        "artifacts.write_atomically(pathlib.Path(sys.argv[1]), b'new')\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == 9
-    assert path.read_bytes() == b"old"
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -378,209 +285,3 @@ def test_tables_and_json(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):
             folder.write_json("j.json", {"a": float("nan")})
         assert read_json(tmp_path / "j.json") == {"a": [1, None], "ü": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("content", "says"), [(None, "is missing"), (b"{", "corrupt"), (b"[1]", "JSON object"), (b"\xff\xfe", "corrupt")]
-)
-def test_a_json_file_that_is_none_is_named(tmp_path: Path, content: bytes | None, says: str) -> None:
-    path = tmp_path / "summary.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=says) as error:
-        read_json(path)
-    assert str(path) in str(error.value)
-
-
-def test_hashes_change_with_any_part_and_not_with_the_order_of_keys() -> None:
-    assert content_hash({"a": 1, "b": [2]}, 3) == content_hash({"b": [2], "a": 1}, 3)
-    hashes = [content_hash(*p) for p in [({"a": 1},), ({"a": 2},), ({"b": 1},), ({"a": 1}, 0), ({"a": 1}, 1), ()]]
-    assert len(set(hashes)) == len(hashes)
-    assert all(len(h) == 16 for h in hashes)
-    assert content_hash("x") == content_hash("x") == "cd65ea2c2ad99e94"
-
-
-# -- models -----------------------------------------------------------------------------------------------------------
-
-CONFIG = {
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 12,
-    "image_size": 8,
-    "patch_size": 2,
-    "num_channels": 1,
-}
-BLOCKS = (
-    Block(input_1=0, input_2=1, operation_1="conv3", operation_2="conv1"),
-    Block(input_1=2, input_2=0, operation_1="downsample", operation_2="conv5"),
-)
-SPECS = {
-    "linear": HeaderSpec(),
-    "mlp": HeaderSpec(kind="mlp", hidden=10),
-    "cnn": HeaderSpec(kind="cnn_project", channels=6, pooling=2),
-    "blocks": HeaderSpec(kind="blocks", blocks=BLOCKS, repeats=2, channels=6, pooling=2, hidden=8),
-}
-
-
-def make_model(spec: HeaderSpec, pruned: bool, cut: bool) -> Classifier:
-    with seeded_init(0, "model", spec.kind):
-        backbone = Backbone("vit", CONFIG)
-        if cut:
-            backbone = ElasticBackbone(backbone, "spread").extract(BackboneShape(width=0.5, depth=2))
-        header = build_header(spec, backbone.feature_shape, 3)
-        for parameter in [*backbone.parameters(), *header.parameters()]:
-            parameter.data.add_(0.1 * torch.randn(parameter.shape))
-    if pruned:
-        generator = named_generator(0, "kept")
-        layers = prunable_layers(header)
-        kept = {n: torch.rand(layer.num_neurons, generator=generator) < 0.6 for n, layer in layers.items()}
-        for mask in kept.values():
-            mask[0] = True
-        header = extract(header, kept)
-        assert not layers or any(not m.all() for m in kept.values())
-    return Classifier(backbone, header)
-
-
-def make_card(model: Classifier, **changed: Any) -> ModelCard:
-    fields: dict[str, Any] = {
-        "device_id": "phones-1",
-        "cluster": "phones",
-        "family": "vit",
-        "config": model.backbone.config,
-        "header": model.header.spec,
-        "labels": ("a", "b", "c"),
-        "width": 0.5,
-        "depth": 2,
-        "inputs": "pixels",
-        "size_bytes": 1,
-        "limit_bytes": 2,
-        "accuracy": None,
-    }
-    return ModelCard(**{**fields, **changed})
-
-
-def written(tmp_path: Path, model: Classifier, card: ModelCard | None = None) -> Path:
-    with RunFolder(tmp_path / "run", Job()) as folder:
-        folder.write_device(model, card or make_card(model))
-    return tmp_path / "run" / "devices" / "phones-1"
-
-
-@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-@pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
-@pytest.mark.parametrize("cut", [False, True], ids=["full", "cut"])
-@torch.no_grad()
-def test_a_model_that_is_loaded_is_the_one_that_was_written(
-    tmp_path: Path, spec: HeaderSpec, pruned: bool, cut: bool
-) -> None:
-    model = make_model(spec, pruned, cut).eval()
-    folder = written(tmp_path, model)
-    loaded = load_model(str(folder))
-    inputs = torch.randn(5, 1, 8, 8, generator=named_generator(0, "inputs"))
-    assert not loaded.training
-    assert torch.equal(loaded(inputs), model(inputs))
-    assert loaded(inputs[:0]).shape == (0, 3)
-    state: dict[str, Tensor] = loaded.state_dict()
-    assert {n: tuple(t.shape) for n, t in state.items()} == {n: tuple(t.shape) for n, t in model.state_dict().items()}
-    assert read_card(folder) == make_card(model)
-    size = (folder / "model.safetensors").stat().st_size
-    assert size < 4 * sum(t.numel() for t in state.values()) + 10_000
-
-
-def test_the_card_comes_after_the_tensors_that_it_vouches_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, seen = artifacts.write_atomically, []
-
-    def write(path: Path, content: bytes | str) -> None:
-        seen.append(path.name)
-        real(path, content)
-
-    monkeypatch.setattr(artifacts, "write_atomically", write)
-    written(tmp_path, make_model(SPECS["linear"], False, False))
-    assert seen == ["job.toml", "model.safetensors", "model.json"]
-
-
-def test_missing_files_are_named(tmp_path: Path) -> None:
-    folder = written(tmp_path, make_model(SPECS["linear"], False, False))
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
-        load_model(folder)
-    (folder / "model.json").unlink()
-    for nothing in (folder, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"is no device folder: .*model\.json is missing") as error:
-            load_model(nothing)
-        assert str(nothing) in str(error.value)
-
-
-def edited(folder: Path, **changed: Any) -> Path:
-    path = folder / "model.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("changed", "says"),
-    [
-        ({"format": 2}, r"model\.json has format 2, this fleetfit reads 1"),
-        ({"surprise": 1}, r"model\.json is not a model card: surprise"),
-        ({"labels": 3}, r"model\.json is not a model card: labels"),
-        ({"header": {"kind": "wide"}}, r"model\.json is not a model card: header\.kind"),
-        ({"family": "swin"}, r"model\.safetensors does not fit .*model\.json: model\.family must be one of"),
-        ({"config": {**CONFIG, "num_hidden_layers": 2}}, r"model\.safetensors does not fit"),
-        ({"config": {**CONFIG, "hidden_size": 32}}, r"model\.safetensors does not fit"),
-        ({"config": {**CONFIG, "hiden_size": 32}}, "did you mean 'hidden_size'"),
-        ({"config": {**CONFIG, "num_attention_heads": 0}}, r"model\.safetensors does not fit"),
-        ({"config": {**CONFIG, "hidden_act": "nope"}}, r"model\.safetensors does not fit"),
-        ({"labels": ["a", "b"]}, r"model\.safetensors does not fit .*last\.weight must have shape \(2,"),
-        ({"header": {"kind": "linear"}}, r"model\.safetensors does not fit .*is unexpected"),
-        ({"header": {"kind": "mlp", "hidden": 4}}, r"model\.safetensors does not fit"),
-    ],
-)
-def test_a_card_that_is_wrong_or_another_models(tmp_path: Path, changed: dict[str, Any], says: str) -> None:
-    folder = written(tmp_path, make_model(SPECS["mlp"], False, False))
-    with pytest.raises(ValueError, match=says) as error:
-        load_model(edited(folder, **changed))
-    assert str(folder) in str(error.value)
-
-
-@pytest.mark.parametrize("content", [b"[]", b"{}", b"", b"\xff", b"{" * 2000])
-def test_a_card_that_is_none(tmp_path: Path, content: bytes) -> None:
-    folder = written(tmp_path, make_model(SPECS["linear"], False, False))
-    (folder / "model.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.json is not a model card"):
-        load_model(folder)
-
-
-def test_tensors_of_another_model_or_of_none(tmp_path: Path) -> None:
-    model = make_model(SPECS["mlp"], True, False)
-    folder = written(tmp_path, model)
-    path, state = folder / "model.safetensors", model.state_dict()
-    name = "header.classifier.first.weight"
-    for other in (
-        {n: t for n, t in state.items() if n != name},
-        {**state, name: state[name][:, :-1].clone()},
-        {**state, "header.more": torch.zeros(1)},
-        {**state, "backbone.more": torch.zeros(1)},
-        {n.replace("header", "footer"): t for n, t in state.items()},
-        {},
-    ):
-        safetensors.torch.save_file(other, path)
-        with pytest.raises(ValueError, match=r"model\.safetensors does not fit .*model\.json"):
-            load_model(folder)
-    whole = safetensors.torch.save(dict(state))
-    for blob in (b"", whole[:-1], whole[:100], b"\xff" * 100):
-        path.write_bytes(blob)
-        with pytest.raises(ValueError, match=r"model\.safetensors is corrupt"):
-            load_model(folder)
-    # A dtype that no model has, in the place of a tensor that this one has.
-    bias = "header.classifier.last.bias"
-    whole = safetensors.torch.save({n: t for n, t in state.items() if n != bias})
-    length = int.from_bytes(whole[:8], "little")
-    end = len(whole) - 8 - length
-    entries = json.loads(whole[8 : 8 + length])
-    for dtype, size in (("F4", 2), ("F8_E8M0", 4), ("C64", 32), ("BOOL", 4)):
-        header = json.dumps(
-            {**entries, bias: {"dtype": dtype, "shape": [4], "data_offsets": [end, end + size]}}
-        ).encode()
-        path.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :] + b"\1" * size)
-        with pytest.raises(ValueError, match=r"model\.safetensors (does not fit|is corrupt)"):
-            load_model(folder)

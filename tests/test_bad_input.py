@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import fleetfit
-from fleetfit import artifacts, cli
+from fleetfit import artifacts, cli, files
 from fleetfit.config import Job, make_job
 from fleetfit.engines import local
 from fleetfit.messages import Progress
@@ -385,7 +385,7 @@ def test_a_full_disk_keeps_what_was_finished(
         real(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(artifacts.os, "replace", full)
+        patched.setattr(files.os, "replace", full)
         said = shell.error()
     assert os.strerror(code) in said
     assert "what was finished stays" in said

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetfit import cloud, pipeline
+from fleetfit import pipeline
 from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import (
     Candidates,
@@ -167,7 +167,7 @@ def test_a_reference_in_the_cache_is_not_trained_again(
         calls.append(job.seed)
         return train_reference(job, public, progress, bookmark)
 
-    monkeypatch.setattr(cloud, "train_reference", counted)
+    monkeypatch.setattr(pipeline, "train_reference", counted)
 
     def run(out: str, job: Job = trained.job) -> pipeline.FleetResult:
         steps, cache = StepFolder(tmp_path / out, Ledger()), StepFolder(tmp_path / "cache", Ledger())

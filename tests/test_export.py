@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 import fleetfit
 from fleetfit import cli, export
-from fleetfit.artifacts import ModelCard, RunFolder, load_model
+from fleetfit.artifacts import RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import public_test, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.export import Export, device_ids, export_devices
+from fleetfit.model_folder import ModelCard, load_model
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.header import build_header

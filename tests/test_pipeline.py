@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from fleetfit import cloud, edge
+from fleetfit import edge
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
@@ -370,7 +370,7 @@ def test_a_cached_reference_is_used_only_where_nothing_that_made_it_differs(
     def stop(*_: object) -> Message:
         raise Stop
 
-    monkeypatch.setattr(cloud, "train_reference", stop)
+    monkeypatch.setattr(pipeline, "train_reference", stop)
 
     def key(job: Job) -> str:
         cache = FakeSteps()

@@ -15,12 +15,13 @@ from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 from fleetfit import cli
-from fleetfit.artifacts import ModelCard, RunFolder, load_model
+from fleetfit.artifacts import RunFolder
 from fleetfit.config import Job
 from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.sample_files import read_samples
 from fleetfit.data.sources import load_samples
 from fleetfit.export import export_devices
+from fleetfit.model_folder import ModelCard, load_model
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import build_header

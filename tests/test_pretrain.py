@@ -75,7 +75,7 @@ def test_a_run_of_the_same_job_finds_the_reference_in_the_cache(
         raise AssertionError("it is trained already")
 
     _, job, card = made
-    monkeypatch.setattr(cloud, "train_reference", again)
+    monkeypatch.setattr(pipeline, "train_reference", again)
     cache = StepFolder(Path(job.run.cache), Ledger())
     reference = cached_reference(job, public_of(job), cache, quiet)
     assert card.parameters == reference.parameters

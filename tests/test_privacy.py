@@ -19,13 +19,13 @@ from torch import Tensor
 
 from fleetfit import edge, members
 from fleetfit import privacy as module
-from fleetfit.artifacts import read_json
 from fleetfit.config import Job, PrivacyConfig, RefineConfig, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
 from fleetfit.edge import EdgeState
 from fleetfit.engines import local
+from fleetfit.files import read_json
 from fleetfit.messages import (
     AttributesRequest,
     ClusterStats,

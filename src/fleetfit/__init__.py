@@ -41,9 +41,9 @@ def run(
         ValueError: a bad job or bad data, limits that nothing fits, a damaged run folder, a loss that is not finite.
         OSError: the job cannot be read, or the folder cannot be written.
     """
-    from fleetfit.artifacts import content_hash
     from fleetfit.config import Job, load_job, make_job
     from fleetfit.engines import local
+    from fleetfit.files import content_hash
     from fleetfit.messages import silent
 
     if isinstance(job, (str, Path)):
@@ -65,7 +65,7 @@ def load(device_folder: str | Path) -> "nn.Module":
     Raises:
         ValueError: no device folder, or a file in it is missing or corrupt.
     """
-    from fleetfit.artifacts import load_model
+    from fleetfit.model_folder import load_model
 
     return load_model(device_folder)
 

@@ -8,97 +8,26 @@ exports/<id>/       a device's model in another format (export.py)
 """
 
 import csv
-import fcntl
-import hashlib
 import io
 import json
 import logging
-import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, TypeVar
-
-import safetensors.torch
-from pydantic import Field, ValidationError
-from safetensors import SafetensorError
+from typing import Any, TypeVar
 
 from fleetfit.config import Job, load_job
-from fleetfit.data.preprocessing import Form, TextPreprocessing
-from fleetfit.data.tokenizer_files import tokenizer_files, with_tokenizer
-from fleetfit.messages import Message, TrainingState, decode, encode, first_problem, read_metadata, take
+from fleetfit.files import differences, locked, write_atomically
+from fleetfit.messages import Message, TrainingState, decode, encode, read_metadata
+from fleetfit.model_folder import ModelCard, write_model
 from fleetfit.models.classifier import Classifier
-from fleetfit.models.elastic import Backbone
-from fleetfit.models.header import header_from_state
-from fleetfit.records import HeaderSpec, JsonDict, Record
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
-MODEL_FORMAT = 1
 KEEP_TRAINING_SECONDS = 120.0
 HOW = {"run", "links"}  # sections of the job that say how to run, not what: they may change when a run is gone on with
-ONNX_FILE = "model.onnx"
-TORCH_FILE = "model.pt2"
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a whole file or none: to a temporary neighbour, flushed to disk, then renamed.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written; whatever was there before is untouched.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def check_replaceable(path: Path, mark: str) -> None:
-    """Raises ValueError if ``path`` is there and holds no file ``mark``, so that something else would be lost."""
-    if path.exists() and not (path / mark).is_file():
-        raise ValueError(f"{path} is there already and was not made by this command; choose another --out")
-
-
-@contextmanager
-def whole_folder(path: Path, mark: str) -> Iterator[Path]:
-    """A folder to write into, which takes its name when all is well, and is gone when not.
-
-    Args:
-        path: The name. A folder of this name that holds ``mark`` is replaced.
-        mark: A file that tells that a folder was made here.
-
-    Raises:
-        ValueError: there is something else of this name.
-        OSError: the disk is full, or the folder cannot be written; whatever was there before is untouched.
-    """
-    check_replaceable(path, mark)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-        new, old = Path(temporary, "new"), Path(temporary, "old")
-        new.mkdir()
-        yield new
-        if path.exists():
-            path.rename(old)
-        try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
 
 
 @dataclass
@@ -266,25 +195,6 @@ class MemoryFolder:
         return self.folder / f"{step}.safetensors"
 
 
-class ModelCard(Record):
-    """model.json: all that rebuilds and uses a device's model beside its tensors."""
-
-    format: int = MODEL_FORMAT
-    device_id: str
-    cluster: str
-    family: str
-    config: JsonDict
-    header: HeaderSpec
-    labels: tuple[str, ...]
-    width: float
-    depth: int
-    inputs: str = Field(description="what the model expects")
-    preprocessing: Form | None = Field(None, description="the same for programs; None: not known")
-    size_bytes: int
-    limit_bytes: int
-    accuracy: float | None = Field(description="on the device's private test split")
-
-
 class RunFolder:
     """Owner of one run's files.
 
@@ -358,133 +268,3 @@ class RunFolder:
             ValueError: a number is not finite, which JSON cannot say.
         """
         write_atomically(self.path / name, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def write_model(folder: Path, model: Classifier, card: ModelCard) -> None:
-    """Write a device's model: the tensors first, then the card that makes them loadable.
-
-    The tokenizer of a text model goes into files of its own, not into the card.
-    """
-    tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    if isinstance(card.preprocessing, TextPreprocessing):
-        for name, content in tokenizer_files(card.preprocessing).items():
-            write_atomically(folder / name, content)
-    fields = card.model_dump_json(indent=2, exclude={"preprocessing": {"tokenizer"}})
-    write_atomically(folder / "model.json", fields + "\n")
-
-
-def load_model(folder: str | Path) -> Classifier:
-    """Rebuild a device's model from its folder: inputs -> logits [sample class].
-
-    Inputs are pixels [sample channel row column], or the numbers of texts' tokens [sample token].
-
-    Raises:
-        ValueError: a file is missing, corrupt or of another format; the folder holds an export that needs no fleetfit.
-    """
-    folder = Path(folder)
-    if not (folder / "model.safetensors").exists():
-        for name, how in (
-            (ONNX_FILE, "run it with onnxruntime, as the README.md beside it shows, or use `fleetfit predict`"),
-            (TORCH_FILE, "load it with torch.export.load(...).module()"),
-        ):
-            if (folder / name).exists():
-                raise ValueError(f"{folder / name} is an exported model: {how}")
-    card = read_card(folder)
-    path = folder / "model.safetensors"
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except SafetensorError as error:
-        raise ValueError(f"{path} is corrupt: {error}") from None
-    try:
-        backbone = Backbone(card.family, card.config)
-        backbone.load_state_dict(take(tensors, "backbone"), strict=True)
-        header = header_from_state(card.header, backbone.feature_shape, len(card.labels), take(tensors, "header"))
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} does not fit {folder / 'model.json'}: {error}") from None
-    return Classifier(backbone, header).eval()
-
-
-def read_card(folder: Path) -> ModelCard:
-    """model.json of a device's folder.
-
-    Raises:
-        ValueError: missing, not JSON, or not a model card of this format.
-    """
-    path = folder / "model.json"
-    try:
-        card = ModelCard.model_validate_json(_with_tokenizer(path.read_text(encoding="utf-8"), folder))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no device folder: {path} is missing") from None
-    except ValidationError as error:
-        raise ValueError(f"{path} is not a model card: {first_problem(error)}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a model card: {error}") from None
-    if card.format != MODEL_FORMAT:
-        raise ValueError(f"{path} has format {card.format}, this fleetfit reads {MODEL_FORMAT}")
-    return card
-
-
-def _with_tokenizer(text: str, folder: Path) -> str:
-    try:
-        fields = json.loads(text)
-    except ValueError:
-        return text  # told by the one who validates it
-    if not isinstance(fields, dict) or "preprocessing" not in fields:
-        return text
-    return json.dumps({**fields, "preprocessing": with_tokenizer(fields["preprocessing"], folder)})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a run folder.
-
-    Raises:
-        ValueError: missing, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: is {path.parent} the folder of a finished run?") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is corrupt: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is corrupt: a JSON object was expected, got {type(value).__name__}")
-    return value
-
-
-def own_version() -> str:
-    """fleetfit's version, as installed."""
-    try:
-        return metadata.version("fleetfit")
-    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
-        return "0+unknown"
-
-
-def content_hash(*parts: object) -> str:
-    """Sixteen hex digits that change when any part does."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def locked(path: Path) -> IO[bytes]:
-    """Hold a folder for one process; the lock goes with the process, also when it is killed."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ValueError(f"{path.parent} is in use by another fleetfit process") from None
-    return file
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Keys, with dots, whose values differ."""
-    keys: list[str] = []
-    for key in sorted({*a, *b}):
-        x, y = a.get(key), b.get(key)
-        if isinstance(x, dict) and isinstance(y, dict):
-            keys += differences(x, y, f"{prefix}{key}.")
-        elif x != y:
-            keys.append(f"{prefix}{key}")
-    return keys

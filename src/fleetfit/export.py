@@ -19,23 +19,15 @@ import torch
 from jaxtyping import Float32, Int64, Shaped
 from pydantic import Field
 
-from fleetfit.artifacts import (
-    ONNX_FILE,
-    TORCH_FILE,
-    ModelCard,
-    load_model,
-    own_version,
-    read_card,
-    whole_folder,
-    write_atomically,
-)
 from fleetfit.config import load_job
 from fleetfit.data.partition import public_test
 from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tokenizer_files import TOKENIZER_FILE, tokenizer_files
+from fleetfit.files import own_version, whole_folder, write_atomically
 from fleetfit.messages import Progress, silent
+from fleetfit.model_folder import ONNX_FILE, TORCH_FILE, ModelCard, load_model, read_card
 from fleetfit.models.classifier import Classifier
 from fleetfit.onnx_model import INPUT, OUTPUT, PACKAGES, OnnxCard, OnnxModel, need
 from fleetfit.records import Record

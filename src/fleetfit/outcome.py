@@ -5,12 +5,13 @@ import resource
 import sys
 from typing import Any
 
-from fleetfit.artifacts import ModelCard, RunFolder
+from fleetfit.artifacts import RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData
 from fleetfit.data.preprocessing import Form
 from fleetfit.data.samples import Samples
 from fleetfit.device import DeviceMemory, shipped_model
+from fleetfit.model_folder import ModelCard
 from fleetfit.pipeline import FleetResult
 from fleetfit.privacy import promise
 from fleetfit.records import BackboneShape, DeviceReport, Record

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from fleetfit import cloud, edge
-from fleetfit.artifacts import content_hash
 from fleetfit.cloud import Candidates, ClusterChoice, Elastic
 from fleetfit.config import Job
 from fleetfit.data.partition import Split
 from fleetfit.edge import Decision, EdgeState, HeaderResult
+from fleetfit.files import content_hash
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Shaped
 
-from fleetfit.artifacts import ONNX_FILE, load_model, read_card
 from fleetfit.data.preprocessing import Form, TextPreprocessing
 from fleetfit.data.sample_files import read_samples, read_texts
+from fleetfit.model_folder import ONNX_FILE, load_model, read_card
 from fleetfit.onnx_model import OnnxModel
 from fleetfit.records import Record
 

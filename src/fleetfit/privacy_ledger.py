@@ -9,8 +9,8 @@ import os
 import secrets
 from pathlib import Path
 
-from fleetfit.artifacts import read_json, write_atomically
 from fleetfit.config import Job
+from fleetfit.files import read_json, write_atomically
 from fleetfit.messages import DeviceMessage
 from fleetfit.privacy import DevicePrivacy, digest
 

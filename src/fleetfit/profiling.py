@@ -21,8 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fleetfit.artifacts import write_atomically
 from fleetfit.config import ModelConfig
+from fleetfit.files import write_atomically
 from fleetfit.messages import Progress, silent
 from fleetfit.method.energy import LineFit, fit_line, split_power
 from fleetfit.models.elastic import Backbone, ElasticBackbone

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fleetfit import members
-from fleetfit.artifacts import Ledger, MemoryFolder, read_card
+from fleetfit.artifacts import Ledger, MemoryFolder
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
@@ -31,6 +31,7 @@ from fleetfit.messages import (
     decode_any,
     encode,
 )
+from fleetfit.model_folder import read_card
 from fleetfit.profiles import ready_profiles
 from fleetfit.records import DeviceAttributes, EnergyModel, ValidationScores
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fleetfit
-from fleetfit.artifacts import read_card
 from fleetfit.cloud import Elastic
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.data.partition import FleetData, share_out
@@ -29,6 +28,7 @@ from fleetfit.messages import (
     encode,
     take,
 )
+from fleetfit.model_folder import read_card
 from fleetfit.presets import PAPER
 from fleetfit.report import build_report
 

@@ -16,7 +16,7 @@ import tomli_w
 import torch
 
 import fleetfit
-from fleetfit import artifacts, members
+from fleetfit import artifacts, files, members, model_folder
 
 torch.set_num_threads(1)
 
@@ -127,7 +127,7 @@ class Writes:
         self.at = at
         self.after = after
         self.paths: list[Path] = []
-        self.real = artifacts.write_atomically
+        self.real = files.write_atomically
 
     def __call__(self, path: Path, content: bytes | str) -> None:
         self.paths.append(path)
@@ -138,11 +138,16 @@ class Writes:
             raise Killed
 
 
+def stopped_by(writes: Writes, patched: pytest.MonkeyPatch) -> None:
+    for module in (artifacts, model_folder):
+        patched.setattr(module, "write_atomically", writes)
+
+
 @pytest.fixture(scope="module")
 def num_writes(tmp_path_factory: pytest.TempPathFactory) -> int:
     writes = Writes()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(artifacts, "write_atomically", writes)
+        stopped_by(writes, patched)
         run(tmp_path_factory.mktemp("writes"))
     names = [p.name for p in writes.paths]
     assert (names[0], names[-1]) == ("job.toml", "summary.json")
@@ -157,7 +162,7 @@ def test_killed_at_any_write(
     """From the first write to the last; before it is there, and after."""
     number = 1 + place * (num_writes - 1) // 8
     with monkeypatch.context() as patched:
-        patched.setattr(artifacts, "write_atomically", Writes(number, after=place % 2 == 0))
+        stopped_by(Writes(number, after=place % 2 == 0), patched)
         with pytest.raises(Killed):
             run(tmp_path)
     assert_goes_on(tmp_path, whole)
@@ -168,7 +173,7 @@ def test_killed_at_many_writes_of_one_run(tmp_path: Path, whole: Outcome, monkey
     killed = 0
     while True:
         with monkeypatch.context() as patched:
-            patched.setattr(artifacts, "write_atomically", Writes(4 * (killed + 1), killed % 2 == 0))
+            stopped_by(Writes(4 * (killed + 1), killed % 2 == 0), patched)
             try:
                 run(tmp_path)
                 break
@@ -204,7 +209,7 @@ def test_killed_in_a_round_the_devices_do_not_train_twice(
 SCRIPT = """
 import os, signal, sys
 import fleetfit
-from fleetfit import artifacts
+from fleetfit import files
 
 real = os.replace
 
@@ -214,7 +219,7 @@ def replace(source, target):
     real(source, target)
     {when_after}
 
-artifacts.os.replace = replace
+files.os.replace = replace
 fleetfit.run({fields!r}, {out!r})
 """
 

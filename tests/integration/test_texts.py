@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 import fleetfit
 from fleetfit import cli
-from fleetfit.artifacts import read_card
 from fleetfit.config import make_job
 from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.data.sources import load_samples
 from fleetfit.export import Export, export_devices
+from fleetfit.model_folder import read_card
 from fleetfit.predict import predict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))

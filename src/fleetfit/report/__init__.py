@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fleetfit.artifacts import write_atomically
+from fleetfit.files import write_atomically
 from fleetfit.report.page import render
 from fleetfit.report.run_data import read_run
 

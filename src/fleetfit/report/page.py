@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from fleetfit.artifacts import own_version
+from fleetfit.files import own_version
 from fleetfit.report import cloud_story, edge_story
 from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
 from fleetfit.report.markup import (

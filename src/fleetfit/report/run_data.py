@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fleetfit.artifacts import read_json
 from fleetfit.cloud import Elastic
 from fleetfit.config import Job, load_job
+from fleetfit.files import read_json
 from fleetfit.messages import ClusterReport, Message
 from fleetfit.method.search_space import validate_blocks
 from fleetfit.records import DeviceReport, Record

@@ -272,7 +272,7 @@ def test_each_objection_says_what_is_wrong(kits: Path, changed: dict[str, Any], 
 
 def honest(kits: Path) -> Greeting:
     kit = read_kit(kits / "small-1")
-    from fleetfit.artifacts import own_version
+    from fleetfit.files import own_version
     from fleetfit.messages import FORMAT_VERSION
 
     return Greeting(

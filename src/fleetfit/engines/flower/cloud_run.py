@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fleetfit.artifacts import Ledger, RunFolder, StepFolder, differences, locked, write_atomically
+from fleetfit.artifacts import Ledger, RunFolder, StepFolder
 from fleetfit.config import Job
 from fleetfit.device import DeviceMemory
 from fleetfit.engines.flower.gate import Tell
@@ -18,6 +18,7 @@ from fleetfit.engines.flower.hub import Attached, Hub, Server
 from fleetfit.engines.flower.kit import RUN_ID, Kit, hold, job_fields, read_kit, running
 from fleetfit.engines.flower.link import FlowerLink
 from fleetfit.engines.flower.participants import POLL_SECONDS, Nodes, load_data
+from fleetfit.files import differences, locked, write_atomically
 from fleetfit.hardware import torch_device_of
 from fleetfit.messages import BackboneAssignment, ClusterReport, Progress, take
 from fleetfit.models.classifier import Classifier

@@ -16,10 +16,10 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field, ValidationError
 
-from fleetfit.artifacts import own_version
 from fleetfit.engines.flower.certificates import client_context, is_signed, sign
 from fleetfit.engines.flower.fleet_file import Name
 from fleetfit.engines.flower.kit import Kit, KitUpstream, Role
+from fleetfit.files import own_version
 from fleetfit.messages import FORMAT_VERSION, MAX_REASON, first_problem, printable
 from fleetfit.records import Record
 

@@ -21,10 +21,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fleetfit.artifacts import write_atomically
 from fleetfit.data.partition import Split
 from fleetfit.data.preprocessing import Form
 from fleetfit.data.samples import Inputs, Samples
+from fleetfit.files import write_atomically
 from fleetfit.records import DeviceAttributes, Record
 
 SPLITS = ("train", "validation", "test")

@@ -16,12 +16,12 @@ from typing import IO, Any, Literal
 import tomli_w
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from fleetfit.artifacts import content_hash, locked
 from fleetfit.config import Job, Section, load_job
 from fleetfit.config_errors import explain
 from fleetfit.data.owned import Cut
 from fleetfit.data.preprocessing import Form
 from fleetfit.engines.flower.fleet_file import Name, Port
+from fleetfit.files import content_hash, locked
 from fleetfit.messages import first_problem
 from fleetfit.records import DeviceAttributes, Record
 

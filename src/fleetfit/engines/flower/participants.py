@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fleetfit.artifacts import Ledger, MemoryFolder, StepFolder, write_model
+from fleetfit.artifacts import Ledger, MemoryFolder, StepFolder
 from fleetfit.data.owned import load_owned
 from fleetfit.data.partition import Split
 from fleetfit.device import DeviceMemory, shipped_model
@@ -22,6 +22,7 @@ from fleetfit.engines.flower.runtime import RunCarrier
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import Handler, device_handler, edge_handler
 from fleetfit.messages import ClusterReport, Finish, FinishReply, Message, RefineRound, put, take
+from fleetfit.model_folder import write_model
 from fleetfit.outcome import device_card
 from fleetfit.privacy_ledger import ledger_of
 from fleetfit.records import BackboneShape

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fleetfit.artifacts import own_version, whole_folder
 from fleetfit.config import Job
 from fleetfit.data.owned import Cut, write_owned
 from fleetfit.data.partition import FleetData, Split, share_out
@@ -34,6 +33,7 @@ from fleetfit.engines.flower.kit import (
     running,
     write_secret,
 )
+from fleetfit.files import own_version, whole_folder
 from fleetfit.messages import Progress, silent
 from fleetfit.records import DeviceAttributes
 
