@@ -10,20 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from fleetfit import profiling
+from fleetfit import power_meters, profiling
 from fleetfit.config import make_job
 from fleetfit.models.elastic import Backbone, ElasticBackbone
+from fleetfit.power_meters import Clock, NvidiaMeter, RaplMeter, find_meter
 from fleetfit.profiles import read_profile, ready_profiles
 from fleetfit.profiling import (
     MODELS,
-    Clock,
-    NvidiaMeter,
     Plan,
     Point,
-    RaplMeter,
     check_target,
     choose_shapes,
-    find_meter,
     fit_profile,
     make_reference,
     measure,
@@ -281,7 +278,7 @@ def test_why_there_is_no_meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(RaplMeter, "_read", refuse)  # root may read everything, so a file's mode tests nothing
     assert find_meter("cpu", tmp_path) == (None, f"{path / 'energy_uj'} may be read by root only")
-    monkeypatch.setattr(profiling, "_gpu_id", lambda torch_device: "0")
+    monkeypatch.setattr(power_meters, "_gpu_id", lambda torch_device: "0")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_meter("cuda", tmp_path) == (None, "there is no nvidia-smi")
 
