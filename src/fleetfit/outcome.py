@@ -5,7 +5,7 @@ import resource
 import sys
 from typing import Any
 
-from fleetfit.artifacts import RunFolder
+from fleetfit.artifacts import AT_THE_DOOR, RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData
 from fleetfit.data.preprocessing import Form
@@ -183,6 +183,7 @@ def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult)
             "cloud_to_edge_bytes": traffic["cloud_to_edge"],
             "raw_data_bytes": raw,
             "upload_ratio": traffic["device_to_edge"] / raw if raw else None,
+            **{f"{link}_bytes": number for link, number in traffic.items() if link.endswith(AT_THE_DOOR)},
         },
         "privacy": promise(job),
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},

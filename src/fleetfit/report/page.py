@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from fleetfit.artifacts import AT_THE_DOOR
 from fleetfit.files import own_version
 from fleetfit.report import cloud_story, edge_story
 from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
@@ -228,7 +229,11 @@ def _cost(run: Run) -> Markup:
         "Traffic and time",
         _upload(traffic),
         grid(
-            panel("By link", table("Bytes of encoded messages", ["Link", "", "Bytes"], links, (2,))),
+            panel(
+                "By link",
+                table("Bytes of encoded messages", ["Link", "", "Bytes"], links, (2,)),
+                note(_carried(traffic)) if _carried(traffic) else None,
+            ),
             panel(
                 "Between edges and devices",
                 table("Bytes of encoded messages by step", ["Step", "Up", "Down"], phases, numeric),
@@ -239,6 +244,17 @@ def _cost(run: Run) -> Markup:
                 note(" ".join(notes)) if notes else None,
             ),
         ),
+    )
+
+
+def _carried(traffic: Mapping[str, float]) -> str:
+    """What a deployment's doors have counted."""
+    passed = sum(number for name, number in traffic.items() if name.endswith(f"{AT_THE_DOOR}_bytes"))
+    if not passed:
+        return ""
+    return (
+        f"With all that carries them, {bytes_text(passed)} have passed the doors of cloud and edges: heads of HTTP, "
+        "polls and greetings, before TLS."
     )
 
 

@@ -15,6 +15,7 @@ from fleetfit.artifacts import Ledger
 from fleetfit.engines.flower import link as link_module
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
 from fleetfit.engines.flower.link import MAX_CRASHES, CarrierFailed, FlowerLink, Heard
+from fleetfit.engines.flower.meter import Passed
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,
@@ -118,6 +119,16 @@ def replied(node: int, asked: Request, times: int) -> Message:
 
 def rounds(*members: str) -> dict[str, Request]:
     return {member: RefineRound(step=2, round=1) for member in members or NODES}
+
+
+def test_what_passes_the_door_is_booked_once(clock: Clock) -> None:
+    """Also what passed before the first question; a door that was opened anew begins at nothing."""
+    totals = iter([(0, 0), (100, 10), (130, 30), (5, 1), (9, 3)])
+    link = linked(PretendedGrid(clock, replied), passed=lambda: Passed(*next(totals)))
+    for _ in range(4):
+        link.ask(rounds("far-1"))
+    assert (link.ledger.traffic["down_http"], link.ledger.traffic["up_http"]) == (130 + 4, 30 + 2)
+    assert "down_http" not in linked(PretendedGrid(clock, replied)).ledger.traffic
 
 
 def test_replies_come_in_the_order_of_the_messages_and_all_bytes_are_counted(clock: Clock) -> None:

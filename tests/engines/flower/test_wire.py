@@ -99,7 +99,16 @@ def test_bytes_counted_are_bytes_on_the_wire(kits: Path) -> None:
             time.sleep(0.1)
         carrier = hub.carrier("0" * 16)
         stack.callback(carrier.close)
-        link = FlowerLink(carrier, Nodes(hub), ledger, "down", "up", max_message_bytes=2**23, deadline_seconds=120.0)
+        link = FlowerLink(
+            carrier,
+            Nodes(hub),
+            ledger,
+            "down",
+            "up",
+            max_message_bytes=2**23,
+            deadline_seconds=120.0,
+            passed=hub.passed,
+        )
         for number in range(1, ROUNDS + 1):
             assert isinstance(link.ask({"small-1": message(number)})["small-1"], RoundReply)
         serving.join(PATIENCE_SECONDS)
@@ -108,3 +117,5 @@ def test_bytes_counted_are_bytes_on_the_wire(kits: Path) -> None:
         counted = ledger.traffic[direction]
         assert counted > ROUNDS * VALUES * 4
         assert counted <= passed[direction] <= 1.1 * counted, (direction, passed, ledger.traffic)
+        at_the_door = ledger.traffic[f"{direction}_http"]
+        assert at_the_door <= passed[direction] <= 1.05 * at_the_door, (direction, passed, ledger.traffic)

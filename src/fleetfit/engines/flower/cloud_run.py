@@ -69,6 +69,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                     max_message_bytes=job.links.max_message_bytes,
                     poll_seconds=POLL_SECONDS,
                     replied=_Show(server, progress),
+                    passed=server.passed,
                 )
                 cache = StepFolder(Path(job.run.cache).expanduser(), Ledger())
                 result = run_cloud(job, public, edges, folder.steps, cache, progress)

@@ -34,6 +34,7 @@ from fleetfit.engines.flower.greeting import (
     read_greeting,
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
+from fleetfit.engines.flower.meter import Meter, Passed
 from fleetfit.engines.flower.runtime import speaks_for_itself
 from fleetfit.messages import printable
 
@@ -122,8 +123,9 @@ class Gate:
                 Route("/v1/fleet/{call}", self._pass_on, methods=["POST"]),
             ]
         )
+        self._meter = Meter(app)
         config = uvicorn.Config(
-            app,
+            self._meter,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -148,6 +150,11 @@ class Gate:
         """Who is there, in the order of the kit."""
         with self._lock:
             return {m.name: p for m in self.kit.file.members if (p := self._present.get(m.name)) and p.is_there}
+
+    @property
+    def passed(self) -> Passed:
+        """Bytes of HTTP between those outside and this door since it was opened."""
+        return self._meter.passed
 
     def look(self) -> None:
         """Tell of those who went without a word. Called every second or so."""

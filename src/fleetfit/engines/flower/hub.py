@@ -17,6 +17,7 @@ from fleetfit.engines.flower.daemons import Daemon
 from fleetfit.engines.flower.gate import Gate, Tell, listen
 from fleetfit.engines.flower.greeting import Status
 from fleetfit.engines.flower.kit import Kit, running, write_secret
+from fleetfit.engines.flower.meter import Passed
 from fleetfit.engines.flower.runtime import Api, RunCarrier, check_version, register
 from fleetfit.files import write_atomically
 from fleetfit.records import Record
@@ -40,6 +41,7 @@ class HubFile(Record):
 
     inside: str
     members: dict[str, HubMember]
+    passed: Passed = Passed()
 
 
 class Server(Protocol):
@@ -50,6 +52,9 @@ class Server(Protocol):
 
     def carrier(self, run: str) -> RunCarrier:
         """What carries the messages of one run."""
+
+    def passed(self) -> Passed:
+        """Bytes of HTTP that have passed its door."""
 
 
 class Hub:
@@ -108,6 +113,10 @@ class Hub:
         """What carries the messages of one run."""
         return RunCarrier(self._api, run)
 
+    def passed(self) -> Passed:
+        """Bytes of HTTP that have passed its door."""
+        return self.gate.passed
+
     def check(self) -> None:
         """Raises ValueError if Flower's program has ended by itself."""
         if not self._superlink.is_running:
@@ -164,7 +173,7 @@ class Hub:
         path, before = self.kit.state / "hub.json", ""
         while not self._stop.wait(LOOK_SECONDS):
             self.gate.look()
-            now = HubFile(inside=self._inside, members=self.members()).model_dump_json()
+            now = HubFile(inside=self._inside, members=self.members(), passed=self.passed()).model_dump_json()
             if now != before:
                 write_atomically(path, now)
                 before = now
@@ -193,6 +202,10 @@ class Attached:
         """What carries the messages of one run."""
         secret = (self.kit.state / "secret").read_bytes()
         return RunCarrier(Api(self._read().inside, secret, None if self.kit.file.insecure else self.kit.ca), run)
+
+    def passed(self) -> Passed:
+        """Bytes of HTTP that have passed its door, as of a second ago."""
+        return self._read().passed
 
     def _read(self) -> HubFile:
         ends = time.monotonic() + START_SECONDS

@@ -1,6 +1,7 @@
 """A link over Flower: our messages go to the members' nodes, their replies come back, errors are asked again.
 
-What crosses is counted as every engine counts it, in bytes of our encoded messages; what Flower adds is in codec.py.
+What crosses is counted as every engine counts it, in bytes of our encoded messages (what Flower adds is in codec.py);
+and, where there is a door, as it passes the door, with all that is said around them.
 """
 
 import logging
@@ -14,8 +15,9 @@ from flwr.app import RecordDict
 from flwr.common.constant import ErrorCode
 from httpx import HTTPError
 
-from fleetfit.artifacts import Ledger
+from fleetfit.artifacts import AT_THE_DOOR, Ledger
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
+from fleetfit.engines.flower.meter import Passed
 from fleetfit.messages import MAX_REASON, Message, Progress, Refused, Request, encode, read_reply
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class FlowerLink:
         deadline_seconds: How long one question waits for its replies; None: for ever.
         poll_seconds: The pause between two looks for replies.
         replied: Told (how many have replied, how many were asked) at every look.
+        passed: Bytes that have passed the door to the members, if there is one.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class FlowerLink:
         deadline_seconds: float | None = None,
         poll_seconds: float = 1.0,
         replied: Callable[[int, int], None] = lambda number, asked: None,
+        passed: Callable[[], Passed] = Passed,
     ) -> None:
         self.carrier = carrier
         self.nodes = nodes
@@ -116,6 +120,8 @@ class FlowerLink:
         self.deadline_seconds = deadline_seconds
         self.poll_seconds = poll_seconds
         self.replied = replied
+        self._passed = passed
+        self._booked = passed()
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -148,7 +154,15 @@ class FlowerLink:
             if not waiting or (ends_at is not None and time.monotonic() >= ends_at):
                 break
             time.sleep(self.poll_seconds)
+        self._book_passed()
         return {member: replies[member] for member in messages if member in replies}
+
+    def _book_passed(self) -> None:
+        """All that has passed the door since the last time, polls and greetings too."""
+        before, self._booked = self._booked, self._passed()
+        for direction, now, then in zip((self.down, self.up), self._booked, before, strict=True):
+            if now > then:
+                self.ledger.traffic[f"{direction}{AT_THE_DOOR}"] += now - then
 
     def _send_what_is_due(
         self, waiting: Mapping[str, _Waiting], messages: Mapping[str, Request], ends_at: float | None

@@ -125,6 +125,7 @@ class _Edge:
             deadline_seconds=links.deadline_seconds,
             poll_seconds=POLL_SECONDS,
             replied=self._replied(heard),
+            passed=self.hub.passed,
         )
         steps = StepFolder(folder / "steps", ledger)
         cluster = self.kit.file.name
