@@ -16,6 +16,7 @@ from torch import nn
 
 import fleetfit
 from fleetfit import cloud, edge, hardware, pretrain
+from fleetfit import reference as reference_room
 from fleetfit.config import Job, RefineConfig, make_job
 from fleetfit.data import samples
 from fleetfit.data.partition import Split
@@ -63,7 +64,7 @@ def fields(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedAccelerator]:
-    for module in (cloud, edge, local, pretrain):
+    for module in (cloud, reference_room, edge, local, pretrain):
         monkeypatch.setattr(module, "torch_device_of", lambda name: THERE)
     with PretendedAccelerator() as accelerator:
         yield accelerator
@@ -204,7 +205,7 @@ def test_training_steps_do_not_wait(phase: str, monkeypatch: pytest.MonkeyPatch)
         ),
         "header": lambda steps: edge.find_header(make(header={"budget_steps": steps}), assignment, edges, 10**6, quiet),
     }
-    for module in (cloud, edge):
+    for module in (cloud, reference_room, edge):
         monkeypatch.setattr(module, "torch_device_of", lambda name: THERE)
     few, many = (waits_of(lambda steps=steps: phases[phase](steps)) for steps in (2, 42))  # type: ignore[misc]
     assert many - few == Counter(fetched=2)
@@ -232,7 +233,7 @@ def test_training_steps_on_texts_do_not_wait(family: str, monkeypatch: pytest.Mo
         return train_reference(make_job({"model": model}), public, quiet)
 
     at_home = train(4)
-    monkeypatch.setattr(cloud, "torch_device_of", lambda name: THERE)
+    monkeypatch.setattr(reference_room, "torch_device_of", lambda name: THERE)
     with PretendedAccelerator():
         assert near(train(4).curve, at_home.curve)
     few, many = (waits_of(lambda steps=steps: train(steps)) for steps in (2, 42))  # type: ignore[misc]

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from fleetfit import edge
+from fleetfit import edge, pipeline
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel
 from typer.testing import CliRunner
 
-from fleetfit import artifacts, cli, cloud
+from fleetfit import artifacts, cli, pipeline
+from fleetfit import reference as reference_room
 from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
@@ -354,7 +355,7 @@ def test_the_average_is_what_is_scored_and_kept(tmp_path: Path, monkeypatch: pyt
 
 
 def test_validation_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloud, "VALIDATE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(reference_room, "VALIDATE_EVERY_SECONDS", 0.0)
     notes: list[str] = []
     job = make(tmp_path, epochs=2, ema=0.9)
     public = public_of(job)
