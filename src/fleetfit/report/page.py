@@ -223,7 +223,7 @@ def _cost(run: Run) -> Markup:
         notes.append("Next to no time for the reference means that it was read from the cache of trained references.")
     if run.summary.peak_memory_bytes:
         notes.append(f"Peak memory of the process: {bytes_text(run.summary.peak_memory_bytes)}.")
-    total = seconds_text(sum(seconds.values()))
+    total, carried = seconds_text(sum(seconds.values())), _carried(traffic)
     return section(
         "cost",
         "Traffic and time",
@@ -232,7 +232,7 @@ def _cost(run: Run) -> Markup:
             panel(
                 "By link",
                 table("Bytes of encoded messages", ["Link", "", "Bytes"], links, (2,)),
-                note(_carried(traffic)) if _carried(traffic) else None,
+                note(carried) if carried else None,
             ),
             panel(
                 "Between edges and devices",
