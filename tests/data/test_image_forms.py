@@ -71,7 +71,7 @@ def test_images_become_what_transformers_makes_of_them(name: str, tmp_path: Path
         one_level = 1 / 255 / min(form.std)
         assert np.abs(found - expected).max() <= one_level * 1.01
         assert np.abs(found - expected).mean() <= one_level / 50
-        assert torch.allclose(form.to_inputs(torch.from_numpy(pixels[None])), torch.from_numpy(found), atol=1e-6)
+        assert torch.allclose(form.to_inputs(torch.tensor(pixels[None])), torch.from_numpy(found), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
