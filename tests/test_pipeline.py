@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from fleetfit import edge, pipeline
+from fleetfit import cloud, edge, pipeline
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
@@ -311,6 +311,29 @@ def test_the_cloud_trains_once_and_gives_each_edge_its_own(job: Job, data: Fleet
     used = FakeSteps(cache.done)
     run_cloud(job, data.public, Edges({"near": 30_000, "far": 10**6}), FakeSteps(), used, silent)
     assert used.asked == list(cache.done)
+
+
+def test_clusters_of_one_shape_share_one_specialisation(
+    job: Job, data: FleetData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    whole = cloud.cut_and_specialise
+
+    def noting(*arguments: Any) -> BackboneAssignment:
+        made.append(arguments[4])
+        return whole(*arguments)
+
+    monkeypatch.setattr(cloud, "cut_and_specialise", noting)
+    steps = FakeSteps()
+    run_cloud(job, data.public, Edges({"near": 10**6, "far": 10**6}), steps, FakeSteps(), silent)
+    assert made == ["near"]
+    far = steps.done["specialise/far"]
+    assert isinstance(far, BackboneAssignment)
+    reference, elastic = steps.done["reference/cloud"], steps.done["elastic/cloud"]
+    alone = whole(job, reference, elastic, data.public, "far", far.shape, silent)  # type: ignore[arg-type]
+    assert far.model_dump(exclude={"tensors"}) == alone.model_dump(exclude={"tensors"})
+    assert far.tensors.keys() == alone.tensors.keys()
+    assert all(torch.equal(tensor, alone.tensors[name]) for name, tensor in far.tensors.items())
 
 
 class Liars(Edges):

@@ -35,7 +35,7 @@ from fleetfit.messages import (
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import fingerprint, other_split
 from fleetfit.quorum import Cluster, ask_edges
-from fleetfit.records import AbsentDevice, Fault
+from fleetfit.records import AbsentDevice, BackboneShape, Fault
 from fleetfit.reference import ProgressOf, Reference, train_reference
 from fleetfit.replies import check_cluster_report, check_stats, expected_of
 
@@ -84,15 +84,20 @@ def run_cloud(
         cluster: cloud.match(job, candidates.candidates, stats[cluster], cluster, num_patches)
         for cluster in edges.members
     }
-    assignments = {}
+    assignments: dict[str, BackboneAssignment] = {}
+    by_shape: dict[BackboneShape, BackboneAssignment] = {}
+
+    def specialised(cluster: str, shape: BackboneShape) -> BackboneAssignment:
+        if same := by_shape.get(shape):  # nothing about the cluster goes into it but its name
+            return same.model_copy(update={"cluster": cluster})
+        return cloud.cut_and_specialise(job, reference, elastic, public, cluster, shape, of("specialise"))
+
     for cluster, choice in choices.items():
         shape = candidates.candidates[choice.chosen].shape
-        assignments[cluster] = steps.step(
+        assignments[cluster] = by_shape[shape] = steps.step(
             f"specialise/{cluster}",
             BackboneAssignment,
-            lambda cluster=cluster, shape=shape: cloud.cut_and_specialise(  # type: ignore[misc]
-                job, reference, elastic, public, cluster, shape, of("specialise")
-            ),
+            lambda cluster=cluster, shape=shape: specialised(cluster, shape),  # type: ignore[misc]
         )
     reports = ask_edges(edges, assignments, ClusterReport)
     for cluster, report in reports.items():
