@@ -80,7 +80,7 @@ def measure(changed: dict[str, Any]) -> dict[str, Any]:
                     "link": link,
                     "direction": direction,
                     "counted": summary["traffic"][key],
-                    "door": summary["traffic"][key.replace("_bytes", "_http_bytes")],
+                    "door": summary["traffic"][key.replace("_bytes", "_wire_bytes")],
                     "wire": passed,
                     "calls": {
                         name: {
@@ -136,8 +136,8 @@ def page(found: dict[str, Any]) -> list[str]:
         "search cut short.",
         "",
         "summary.json of a deployment has two figures for each link: bytes of our messages (`..._bytes`), as all "
-        "engines count them, and bytes that have passed the doors of cloud and edges (`..._http_bytes`), as the doors "
-        "count them: HTTP with its heads, polls and greetings, before TLS.",
+        "engines count them, and all bytes that have passed the doors of cloud and edges (`..._wire_bytes`), as the "
+        "doors count them: heads of HTTP, polls, greetings and TLS included.",
         "",
         f"- **messages**: all calls that carry a message or its reply, with their HTTP heads: {', '.join(MESSAGES)}",
         "- **polls**: what a node says every 3 s while there is nothing for it, and its heartbeats",

@@ -27,7 +27,7 @@ from fleetfit.models.classifier import Classifier
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 KEEP_TRAINING_SECONDS = 120.0
-AT_THE_DOOR = "_http"  # behind the name of a link: its bytes with all that carries them, where a server counts them
+AT_THE_DOOR = "_wire"  # behind the name of a link: its bytes with all that carries them, where a server counts them
 HOW = {"run", "links"}  # sections of the job that say how to run, not what: they may change when a run is gone on with
 
 

@@ -254,7 +254,7 @@ def _carried(traffic: Mapping[str, float]) -> str:
         return ""
     return (
         f"With all that carries them, {bytes_text(passed)} have passed the doors of cloud and edges: heads of HTTP, "
-        "polls and greetings, before TLS."
+        "polls, greetings and TLS."
     )
 
 

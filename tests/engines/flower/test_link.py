@@ -127,8 +127,8 @@ def test_what_passes_the_door_is_booked_once(clock: Clock) -> None:
     link = linked(PretendedGrid(clock, replied), passed=lambda: Passed(*next(totals)))
     for _ in range(4):
         link.ask(rounds("far-1"))
-    assert (link.ledger.traffic["down_http"], link.ledger.traffic["up_http"]) == (130 + 4, 30 + 2)
-    assert "down_http" not in linked(PretendedGrid(clock, replied)).ledger.traffic
+    assert (link.ledger.traffic["down_wire"], link.ledger.traffic["up_wire"]) == (130 + 4, 30 + 2)
+    assert "down_wire" not in linked(PretendedGrid(clock, replied)).ledger.traffic
 
 
 def test_replies_come_in_the_order_of_the_messages_and_all_bytes_are_counted(clock: Clock) -> None:

@@ -117,5 +117,5 @@ def test_bytes_counted_are_bytes_on_the_wire(kits: Path) -> None:
         counted = ledger.traffic[direction]
         assert counted > ROUNDS * VALUES * 4
         assert counted <= passed[direction] <= 1.1 * counted, (direction, passed, ledger.traffic)
-        at_the_door = ledger.traffic[f"{direction}_http"]
-        assert at_the_door <= passed[direction] <= 1.05 * at_the_door, (direction, passed, ledger.traffic)
+        at_the_door = ledger.traffic[f"{direction}_wire"]
+        assert at_the_door <= passed[direction] <= 1.02 * at_the_door, (direction, passed, ledger.traffic)

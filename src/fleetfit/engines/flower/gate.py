@@ -4,6 +4,7 @@ Flower's SuperLink serves all it can do at one port, to whoever reaches it: who 
 go where. Here it listens on this machine only, and this door passes what nodes need, up to a size, and nothing else.
 """
 
+import asyncio
 import base64
 import logging
 import secrets
@@ -34,7 +35,7 @@ from fleetfit.engines.flower.greeting import (
     read_greeting,
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
-from fleetfit.engines.flower.meter import Meter, Passed
+from fleetfit.engines.flower.meter import Door, Passed
 from fleetfit.engines.flower.runtime import speaks_for_itself
 from fleetfit.messages import printable
 
@@ -102,7 +103,7 @@ class Gate:
         ValueError: no server can be started with the kit's certificate and key.
     """
 
-    def __init__(self, kit: Kit, inside: str, door: socket.socket, nodes: Mapping[str, int], tell: Tell) -> None:
+    def __init__(self, kit: Kit, inside: str, door: Door, nodes: Mapping[str, int], tell: Tell) -> None:
         self.kit = kit
         self.nodes = nodes
         self.instance = secrets.token_hex(8)
@@ -116,16 +117,15 @@ class Gate:
         self._keys = None if insecure else frozenset(keys)
         self._inside = f"{'http' if insecure else 'https'}://{inside}"
         self._client = httpx.AsyncClient(verify=not insecure and client_context(kit.ca), timeout=SECONDS)
-        self._socket = door
+        self._door = door
         app = Starlette(
             routes=[
                 Route(PATH, self._greeting, methods=["POST"]),
                 Route("/v1/fleet/{call}", self._pass_on, methods=["POST"]),
             ]
         )
-        self._meter = Meter(app)
         config = uvicorn.Config(
-            self._meter,
+            app,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -135,9 +135,7 @@ class Gate:
         if not insecure:
             config.ssl_certfile, config.ssl_keyfile = str(kit.server_certificate), str(kit.server_key)
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(
-            target=self._server.run, kwargs={"sockets": [self._socket]}, name="gate", daemon=True
-        )
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="gate", daemon=True)
         self._thread.start()
         ends = time.monotonic() + START_SECONDS
         while not self._server.started:
@@ -153,8 +151,8 @@ class Gate:
 
     @property
     def passed(self) -> Passed:
-        """Bytes of HTTP between those outside and this door since it was opened."""
-        return self._meter.passed
+        """Bytes between those outside and this door since it was opened, as they are on the wire."""
+        return self._door.passed
 
     def look(self) -> None:
         """Tell of those who went without a word. Called every second or so."""
@@ -170,7 +168,12 @@ class Gate:
         self._server.should_exit = True
         self._server.force_exit = True  # those outside keep connections open for their next call
         self._thread.join(timeout=START_SECONDS)
-        self._socket.close()
+        self._door.close()
+
+    async def _serve(self) -> None:
+        """Under asyncio: uvloop, which uvicorn prefers, reads and writes past the door that counts."""
+        async with self._client:
+            await self._server.serve(sockets=[self._door])
 
     # -- greetings ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +272,7 @@ class Gate:
         return self._pushed[key] > self.kit.job.links.max_message_bytes + AROUND
 
 
-def listen(kit: Kit) -> socket.socket:
+def listen(kit: Kit) -> Door:
     """The port that others reach.
 
     Raises:
@@ -277,7 +280,7 @@ def listen(kit: Kit) -> socket.socket:
     """
     server = kit.server
     family = socket.AF_INET6 if ":" in server.listen else socket.AF_INET
-    door = socket.socket(family, socket.SOCK_STREAM)
+    door = Door(family)
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((server.listen, server.port))

@@ -1,56 +1,60 @@
-"""Counts what passes a door: HTTP with its heads, before TLS, whatever it is for."""
+"""A listening socket that counts what passes it: TCP payload, TLS and its handshakes included, whatever it is for."""
 
-from http import HTTPStatus
+import socket
 from typing import Any, NamedTuple
-
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-FIRST_LINE_BYTES = len("POST  HTTP/1.1\r\n\r\n")  # around the path, and the empty line behind the head
-ANSWER_BYTES = len("HTTP/1.1 200 \r\ndate: Fri, 20 Nov 2026 12:00:00 GMT\r\n\r\n")  # what the server adds itself
 
 
 class Passed(NamedTuple):
-    """Bytes since a door was opened."""
+    """Bytes since a door was opened; down is away from it."""
 
     down: int = 0
     up: int = 0
 
 
-class Meter:
-    """An application, and the bytes of all its requests and answers.
+class Door(socket.socket):
+    """A socket to listen at; all connections that it accepts are counted together.
 
     Args:
-        app: Whose.
+        family: Of its address.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self.down = self.up = 0
+    def __init__(self, family: socket.AddressFamily) -> None:
+        super().__init__(family, socket.SOCK_STREAM)
+        self.passed = Passed()
 
-    @property
-    def passed(self) -> Passed:
-        """So far."""
-        return Passed(self.down, self.up)
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection, and the address of its other end."""
+        line, address = super().accept()
+        return _Counted(self, line), address
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] == "http":
-            self.up += FIRST_LINE_BYTES + len(scope["raw_path"]) + _size(scope["headers"])
-
-        async def received() -> Message:
-            message = await receive()
-            self.up += len(message.get("body", b""))
-            return message
-
-        async def sent(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                words = len(HTTPStatus(message["status"]).phrase)
-                self.down += ANSWER_BYTES + words + _size(message.get("headers", []))
-            self.down += len(message.get("body", b""))
-            await send(message)
-
-        await self.app(scope, received, sent)
+    def count(self, *, down: int = 0, up: int = 0) -> None:
+        """So much more has passed."""
+        self.passed = Passed(self.passed.down + down, self.passed.up + up)
 
 
-def _size(headers: Any) -> int:
-    return sum(len(name) + len(value) + len(": \r\n") for name, value in headers)
+class _Counted(socket.socket):
+    """A connection that tells its door of all that it reads and writes, by the calls that asyncio makes."""
+
+    def __init__(self, door: Door, line: socket.socket) -> None:
+        super().__init__(line.family, line.type, line.proto, fileno=line.detach())
+        self.door = door
+
+    def recv(self, *arguments: Any) -> bytes:
+        data = super().recv(*arguments)
+        self.door.count(up=len(data))
+        return data
+
+    def recv_into(self, *arguments: Any) -> int:
+        number = super().recv_into(*arguments)
+        self.door.count(up=number)
+        return number
+
+    def send(self, *arguments: Any) -> int:
+        number = super().send(*arguments)
+        self.door.count(down=number)
+        return number
+
+    def sendmsg(self, *arguments: Any) -> int:
+        number = super().sendmsg(*arguments)
+        self.door.count(down=number)
+        return number
