@@ -62,6 +62,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "20 classes": {"split": "classes", "classes_per_device": 20},
     "10 classes": {"split": "classes", "classes_per_device": 10},
 }
+VOCABULARIES: dict[str, dict[str, Any]] = {
+    "2,000 frequent tokens (the recipe)": {},
+    "3,500 frequent tokens": {"frequent_tokens": 3500},  # about what 3.5 million parameters have room for
+    "whole": {"vocabulary": "full"},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "FedAvg": FEDAVG,
@@ -136,40 +141,38 @@ def reference_part(b: Bench) -> dict[str, Any]:
 
 
 def vocabulary_part(b: Bench) -> dict[str, Any]:
-    """What dropped tokens are worth: accuracy with and without them, on all texts that the cloud does not train on.
+    """What tokens are worth that are dropped: accuracy on all texts that the cloud does not train on.
 
-    No training text has a dropped token, so training with the whole table gives the rows of the others the same steps;
-    those dropped stay as they came (but for weight decay, a thousandth). So the whole table is put together from both,
-    and texts are read with either: the same weights, and no noise of a second training.
+    No training text has a dropped token, so training with a larger table gives the rows of the others the same steps;
+    those of dropped tokens stay as they came (but for weight decay, a thousandth). So a larger table is put together
+    from both, and texts are read with its tokens: the same weights, and no noise of a second training.
     """
-    whole = load_samples(job_of(b.seed, model={"vocabulary": "full"}))
-    table = untrained_backbone(job_of(b.seed, model={"vocabulary": "full"}).model, whole.inputs.form)
-    numbers = [Tokenizer.from_str(s.inputs.form.tokenizer).get_vocab() for s in (b.samples, whole)]  # type: ignore[union-attr]
-    rows = torch.tensor([numbers[1][token] for token in sorted(numbers[0], key=numbers[0].__getitem__)])
     parts = [part for split in (*b.data.edges.values(), *b.data.devices.values()) for part in parts_of(split)]
     held = torch.cat([part.inputs.index for part in (b.data.public.test, *parts)])
-    small, shape = b.specialised(SHAPES[0], DEVICES_OF[0]), f"{SHAPES[0].width:g}/{SHAPES[0].depth}"
+    models = {
+        "reference": classifier_of(b.job, b.reference, b.samples.num_classes),
+        "small": sent_model(b.specialised(SHAPES[0], DEVICES_OF[0])),
+    }
     figures: dict[str, Any] = {"texts": len(held)}
-    for name, model in (
-        ("reference", classifier_of(b.job, b.reference, b.samples.num_classes)),
-        (shape, sent_model(small)),
-    ):
-        grown = with_table(model, table, rows)
-        trimmed, full = (
-            scores_of(m, replace(s, inputs=s.inputs.only(held), labels=s.labels[held])).accuracy
-            for m, s in ((model, b.samples), (grown, whole))
-        )
-        figures[name] = {
-            "trimmed": trimmed,
-            "full": full,
-            "parameters": num_parameters(model),
-            "full_parameters": num_parameters(grown),
-        }
+    for size, changed in VOCABULARIES.items():
+        job = job_of(b.seed, model=changed)
+        samples = load_samples(job)
+        source = untrained_backbone(job.model, samples.inputs.form)
+        own, larger = (Tokenizer.from_str(s.inputs.form.tokenizer).get_vocab() for s in (b.samples, samples))  # type: ignore[union-attr]
+        rows = torch.tensor([larger[token] for token in sorted(own, key=own.__getitem__)])
+        unseen = replace(samples, inputs=samples.inputs.only(held), labels=samples.labels[held])
+        for name, model in models.items():
+            grown = with_table(model, source, rows)
+            figures[f"{name}/{size}"] = {
+                "accuracy": scores_of(grown, unseen).accuracy,
+                "parameters": num_parameters(grown),
+                "tokens": len(larger),
+            }
     return figures
 
 
 def with_table(model: Classifier, source: Backbone, rows: Tensor) -> Classifier:
-    """The model with a larger table of tokens: the source's, in which ``rows`` are the model's own."""
+    """The model with the source's table of tokens, in which ``rows`` are the model's own."""
     sizes = {key: source.config[key] for key in ("vocab_size", "pad_token_id")}
     grown = Backbone(model.backbone.family, {**model.backbone.config, **sizes})
     tensors, whole = dict(model.backbone.model.state_dict()), source.model.state_dict()
@@ -286,14 +289,45 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...]) -
         v = of("reference", "accuracy")
         add("reference, test accuracy %", ">= 91.5", spread(v), mean(v) >= 0.915)
     if "vocabulary" in parts:
-        for name, who in (("reference", "the reference"), (shapes[0], f"({shapes[0].replace('/', ', ')})")):
-            v, full = of("vocabulary", name, "trimmed"), of("vocabulary", name, "full")
-            add(
-                f"what trimming the vocabulary costs {who}, points, on {mean(of('vocabulary', 'texts')):,.0f} texts",
-                "<= 0.5",
-                gain(full, v),
-                mean(full) - mean(v) <= 0.005,
-            )
+        full, texts = of("vocabulary", "small/whole", "accuracy"), mean(of("vocabulary", "texts"))
+        for size in VOCABULARIES:
+            v, parameters = (of("vocabulary", f"small/{size}", key) for key in ("accuracy", "parameters"))
+            if size != "whole":
+                add(
+                    f"({shapes[0].replace('/', ', ')}) with a vocabulary of {size}: millions of parameters, and what "
+                    f"trimming costs, points, on {texts:,.0f} texts",
+                    "<= 3.5, <= 0.5",
+                    f"{mean(parameters) / 1e6:.2f}, {gain(full, v)}",
+                    mean(parameters) <= 3.5e6 and mean(full) - mean(v) <= 0.005,
+                )
+        lines += [
+            "## Vocabularies",
+            "",
+            f"Test accuracy % of the same trained weights on {texts:,.0f} texts that the cloud does not train on, read "
+            "with more or fewer tokens, and what it costs beside all tokens:",
+            "",
+            *table(
+                ["vocabulary", "tokens", "reference", "costs", f"({shapes[0].replace('/', ', ')})", "costs"],
+                [
+                    [
+                        size,
+                        f"{mean(of('vocabulary', f'small/{size}', 'tokens')):,.0f}",
+                        *(
+                            cell
+                            for name in ("reference", "small")
+                            for cell in (
+                                spread(of("vocabulary", f"{name}/{size}", "accuracy")),
+                                gain(
+                                    of("vocabulary", f"{name}/whole", "accuracy"),
+                                    of("vocabulary", f"{name}/{size}", "accuracy"),
+                                ),
+                            )
+                        ),
+                    ]
+                    for size in VOCABULARIES
+                ],
+            ),
+        ]
     if "elastic" in parts:
         v = of("elastic", "mean")
         add("elastic, mean test accuracy % over 16 shapes", ">= 88", spread(v), mean(v) >= 0.88)
@@ -319,13 +353,6 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...]) -
                 spread(v),
                 mean(v) >= least,
             )
-        v = of("sizes", shapes[0], "parameters")
-        add(
-            f"({shapes[0].replace('/', ', ')}), millions of parameters",
-            "<= 3.5",
-            f"{mean(v) / 1e6:.2f}",
-            mean(v) <= 3.5e6,
-        )
     if "devices" in parts:
 
         def device(setting: str, variant: str, key: str, shape: str | None = None) -> list[float]:
