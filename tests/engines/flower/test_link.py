@@ -14,8 +14,8 @@ from httpx import ConnectError
 from fleetfit.artifacts import Ledger
 from fleetfit.engines.flower import link as link_module
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
+from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.link import MAX_CRASHES, CarrierFailed, FlowerLink, Heard
-from fleetfit.engines.flower.meter import Passed
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,

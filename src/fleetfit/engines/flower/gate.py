@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from fleetfit.engines.flower.certificates import client_context, public_pem
+from fleetfit.engines.flower.door import Door, Passed
 from fleetfit.engines.flower.greeting import (
     GONE_SECONDS,
     MAX_BYTES,
@@ -35,7 +36,6 @@ from fleetfit.engines.flower.greeting import (
     read_greeting,
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
-from fleetfit.engines.flower.meter import Door, Passed
 from fleetfit.engines.flower.runtime import speaks_for_itself
 from fleetfit.messages import printable
 

@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 from fleetfit.engines.flower.certificates import client_context, public_pem, read_certificate
 from fleetfit.engines.flower.daemons import Daemon
+from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.gate import Gate, Tell, listen
 from fleetfit.engines.flower.greeting import Status
 from fleetfit.engines.flower.kit import Kit, running, write_secret
-from fleetfit.engines.flower.meter import Passed
 from fleetfit.engines.flower.runtime import Api, RunCarrier, check_version, register
 from fleetfit.files import write_atomically
 from fleetfit.records import Record

@@ -17,7 +17,7 @@ from httpx import HTTPError
 
 from fleetfit.artifacts import AT_THE_DOOR, Ledger
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
-from fleetfit.engines.flower.meter import Passed
+from fleetfit.engines.flower.door import Passed
 from fleetfit.messages import MAX_REASON, Message, Progress, Refused, Request, encode, read_reply
 
 log = logging.getLogger(__name__)
