@@ -305,8 +305,8 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...]) -
             "",
             f"Test accuracy % of the same trained weights on {texts:,.0f} texts that the cloud does not train on, read "
             "with more or fewer tokens, and what it costs beside all tokens. The row of 3,500 was added when the first "
-            "seed's figure of 2,000 was known. Before, two references were compared, each trained with its own "
-            "vocabulary: 0.7 ± 0.2 points on 650 test texts of seeds 10-12, with the noise of training in it.",
+            "seed's figure of 2,000 was known. Up to commit 2815389 two references were compared, each trained with "
+            "its own vocabulary: 0.7 ± 0.2 points on 650 test texts of seeds 10-12, with the noise of training in it.",
             "",
             *table(
                 ["vocabulary", "tokens", "reference", "costs", f"({shapes[0].replace('/', ', ')})", "costs"],
