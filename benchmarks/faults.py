@@ -101,9 +101,9 @@ FLEETS = (("device", "edge", "cloud"), ("devices", "liar"), ("cut",), ("fuzz",))
 HEAD = """\
 # Faults
 
-`python benchmarks/faults.py{options}` runs the test of each fault {times} times, each time with other moments (drawn from
-a seed); some faults happen several times in one run. It can be stopped and goes on: the table says how often each has
-happened so far. Seconds are with all that the machine did beside it, and with the waiting that a fault is about.
+`python benchmarks/faults.py{options}` runs the test of each fault {times} times, each time with other moments, drawn
+from a seed; some faults happen several times in one run. It can be stopped and goes on. Seconds are with all that the
+machine did beside it, and with the waiting that a fault is about.
 The fleet: programs on one machine of {cores} cores, over TLS with node keys; a cloud, two edges, three devices (five
 where two are killed, and where one lies); a tiny job on digits. Models must be equal within 1e-5.
 
