@@ -20,6 +20,7 @@ from click.testing import Result
 from datasets import Dataset
 from PIL import Image
 from sklearn.datasets import load_digits
+from tiny_job import TINY_VIT, tiny_fields
 from typer.testing import CliRunner
 
 import fleetfit
@@ -33,36 +34,14 @@ GO_ON = "the same command goes on from the last finished step"
 
 def fields(cache: Path) -> dict[str, Any]:
     """A job that takes about half a second: two clusters of two devices."""
-    return {
-        "model": {
-            "epochs": 1,
-            "config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 32,
-                "image_size": 8,
-                "patch_size": 4,
-                "num_channels": 1,
-            },
-        },
-        "fleet": {
-            "devices": [
-                {"count": 2, "cluster": "small", "storage_limit": "100 KB"},
-                {"count": 2, "cluster": "large", "storage_limit": "1 MB"},
-            ]
-        },
-        "backbone": {
-            "widths": [0.5, 1.0],
-            "depths": [1, 2],
-            "steps": 2,
-            "specialise_steps": 1,
-            "importance_samples": 32,
-        },
-        "header": {"budget_steps": 20, "views": 1},
-        "refine": {"rounds": 1, "epochs": 1},
-        "run": {"cache": str(cache)},
-    }
+    return tiny_fields(
+        cache,
+        {"small": 2, "large": 2},
+        model={"config": {**TINY_VIT, "image_size": 8, "num_channels": 1}},
+        backbone={"depths": [1, 2]},
+        header={"search": "halving", "budget_steps": 20},
+        refine={"rounds": 1, "guard": True},
+    )
 
 
 class Shell:

@@ -4,7 +4,6 @@ Where there is a GPU, the same job is also run on it.
 """
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretended_accelerator import THERE, PretendedAccelerator, Remote
 from torch import nn
 
 import fleetfit
@@ -32,9 +32,6 @@ from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import BackboneShape, HeaderSpec
 from fleetfit.reference import Reference, train_reference
 from fleetfit.refinement import train_header
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pretended_accelerator import THERE, PretendedAccelerator, Remote
 
 torch.set_num_threads(1)
 

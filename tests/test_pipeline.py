@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from tiny_job import TINY_VIT, tiny_fields
 
 from fleetfit import cloud, edge, pipeline
 from fleetfit.config import Job, make_job
@@ -95,21 +96,12 @@ class FakeSteps:
 @pytest.fixture(scope="module")
 def job() -> Job:
     return make_job(
-        {
-            "model": {
-                "epochs": 1,
-                "config": {
-                    "hidden_size": 16,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "intermediate_size": 32,
-                },
-            },
-            "fleet": {"devices": [{"count": 3, "cluster": "far", "storage_limit": "1 MB"}]},
-            "backbone": {"widths": [0.5, 1.0], "steps": 2, "specialise_steps": 1, "importance_samples": 32},
-            "header": {"search": "cnn_add", "budget_steps": 5, "views": 1, "keep_distilled": False},
-            "refine": {"rounds": ROUNDS, "epochs": 1, "prune_share": 0.5},
-        }
+        tiny_fields(
+            devices={"far": 3},
+            model={"config": {name: size for name, size in TINY_VIT.items() if name != "patch_size"}},
+            header={"keep_distilled": False},
+            refine={"rounds": ROUNDS, "prune_share": 0.5, "guard": True},
+        )
     )
 
 

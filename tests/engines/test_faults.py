@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from tiny_job import tiny_fields
 from torch import Tensor
 
 from fleetfit import edge, members
@@ -56,27 +57,16 @@ STEPS = ("attributes", "coarse model", "round 1", "round 2", "round 3", "proposa
 FILES = ("attributes/far", *(f"refine/far/{i}" for i in range(ROUNDS + 1)), "propose/far", "finish/far")
 MAX_BYTES = 60_000
 TIMES = int(os.environ.get("FLEETFIT_TIMES", "1"))  # of the fuzzing, each with other damage
-MODEL = {
-    "epochs": 1,
-    "config": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "patch_size": 4,
-    },
-}
 
 
 def make(**links: Any) -> Job:
     return make_job(
-        {
-            "model": MODEL,
-            "fleet": {"devices": [{"count": 4, "cluster": "far", "storage_limit": "1 MB"}]},
-            "header": {"search": "cnn_add", "budget_steps": 5, "views": 1, "keep_distilled": False},
-            "refine": {"rounds": ROUNDS, "epochs": 1, "prune_share": 0.5, "class_prior": False},
-            "links": links,
-        }
+        tiny_fields(
+            devices={"far": 4},
+            header={"keep_distilled": False},
+            refine={"rounds": ROUNDS, "prune_share": 0.5, "guard": True, "class_prior": False},
+            links=links,
+        )
     )
 
 

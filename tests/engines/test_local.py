@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_job import tiny_fields
 
 from fleetfit import members
 from fleetfit.artifacts import Ledger, MemoryFolder
@@ -44,33 +45,18 @@ DIRECTIONS = {
     "edge_to_cloud": {"cluster_stats", "cluster_report"},
 }
 CLUSTERS = {"small": 2, "large": 3}
+LIMITS = {"small": 100_000, "large": 1_000_000}
 
 
 def tiny_job(cache: Path) -> Job:
     return make_job(
-        {
-            "model": {
-                "epochs": 1,
-                "config": {
-                    "hidden_size": 16,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "intermediate_size": 32,
-                    "patch_size": 4,
-                },
-            },
-            "fleet": {
-                "devices": [
-                    {"count": number, "cluster": cluster, "storage_limit": "200 KB"}
-                    for cluster, number in CLUSTERS.items()
-                ]
-            },
-            "data": {"split": "iid"},
-            "backbone": {"widths": [0.5, 1.0], "steps": 2, "specialise_steps": 1, "importance_samples": 32},
-            "header": {"search": "cnn_add", "budget_steps": 5, "views": 1, "keep_distilled": False},
-            "refine": {"rounds": 2, "epochs": 1, "prune_share": 0.5, "guard": False},
-            "run": {"cache": str(cache)},
-        }
+        tiny_fields(
+            cache,
+            CLUSTERS,
+            data={"split": "iid"},
+            header={"keep_distilled": False},
+            refine={"prune_share": 0.5},
+        )
     )
 
 
@@ -142,7 +128,7 @@ def test_every_device_has_a_model_of_the_size_that_was_said(run: Run) -> None:
         folder = run.out / "devices" / name
         size = (folder / "model.safetensors").stat().st_size
         assert size == device["size_bytes"] == read_card(folder).size_bytes
-        assert size <= device["limit_bytes"] == 200_000
+        assert size <= device["limit_bytes"] == LIMITS[device["cluster"]]
         assert device["cluster"] == name.partition("-")[0]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_job import tiny_fields
 from torch import Tensor
 
 from fleetfit import members
@@ -90,29 +91,13 @@ MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
 
 
 def fields(cache: Path) -> dict[str, Any]:
-    return {
-        "model": {
-            "epochs": 1,
-            "config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 32,
-                "patch_size": 4,
-            },
-        },
-        "fleet": {
-            "devices": [
-                {"count": 2, "cluster": "small", "storage_limit": "100 KB"},
-                {"count": 2, "cluster": "large", "storage_limit": "1 MB"},
-            ]
-        },
-        "data": {"public_share": 0.7, "classes_per_device": 6},
-        "backbone": {"widths": [0.5, 1.0], "steps": 2, "specialise_steps": 1, "importance_samples": 32},
-        "header": {"search": "cnn_add", "budget_steps": 5, "views": 1, "keep_distilled": False},
-        "refine": {"rounds": 2, "epochs": 1, "prune_share": 0.5, "guard": False},
-        "run": {"cache": str(cache)},
-    }
+    return tiny_fields(
+        cache,
+        {"small": 2, "large": 2},
+        data={"public_share": 0.7, "classes_per_device": 6},
+        header={"keep_distilled": False},
+        refine={"prune_share": 0.5},
+    )
 
 
 class Caught:

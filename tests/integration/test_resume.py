@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from tiny_job import tiny_fields
 
 import fleetfit
 from fleetfit import artifacts, files, members, model_folder
@@ -33,29 +34,7 @@ PRELOAD = [
 
 def fields(cache: Path) -> dict[str, Any]:
     """A job of half a second: three devices, two rounds."""
-    return {
-        "model": {
-            "epochs": 1,
-            "config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 32,
-                "patch_size": 4,
-            },
-        },
-        "fleet": {
-            "devices": [
-                {"count": 2, "cluster": "small", "storage_limit": "100 KB"},
-                {"count": 1, "cluster": "large", "storage_limit": "1 MB"},
-            ]
-        },
-        "data": {"split": "iid"},
-        "backbone": {"widths": [0.5, 1.0], "steps": 2, "specialise_steps": 1, "importance_samples": 32},
-        "header": {"search": "cnn_add", "budget_steps": 5, "views": 1},
-        "refine": {"rounds": 2, "epochs": 1, "guard": False},
-        "run": {"cache": str(cache)},
-    }
+    return tiny_fields(cache, data={"split": "iid"})
 
 
 def run(folder: Path, **more: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import tomli_w
+from tiny_job import tiny_fields
 
 import fleetfit
 from fleetfit.config import load_job
@@ -22,29 +23,12 @@ from fleetfit.engines.flower.hub import free_port
 from fleetfit.engines.flower.kit import kit_toml, read_kit
 from fleetfit.engines.flower.provision import provision
 
-TINY: dict[str, Any] = {
-    "seed": 3,
-    "model": {
-        "epochs": 1,
-        "config": {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "patch_size": 4,
-        },
-    },
-    "fleet": {
-        "devices": [
-            {"count": 2, "cluster": "small", "storage_limit": "100 KB", "gpu_capacity": [40, 50]},
-            {"count": 1, "cluster": "large", "storage_limit": "1 MB"},
-        ]
-    },
-    "data": {"split": "classes", "limit": 600},
-    "backbone": {"widths": [0.5, 1.0], "steps": 2, "specialise_steps": 1, "importance_samples": 32},
-    "header": {"budget_steps": 20, "views": 1},
-    "refine": {"rounds": 2, "epochs": 1, "prune_share": 0.3, "guard": False},
-}
+TINY = tiny_fields(
+    seed=3,
+    data={"split": "classes", "limit": 600},
+    header={"search": "halving", "budget_steps": 20},
+    refine={"prune_share": 0.3},
+)
 
 FLEET: dict[str, Any] = {"job": "job.toml", "edges": [{"name": "small"}, {"name": "large"}]}
 Write = Callable[[Path, dict[str, Any], dict[str, Any]], Path]

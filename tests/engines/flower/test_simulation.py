@@ -15,6 +15,7 @@ import pytest
 import safetensors.torch
 import tomli_w
 import torch
+from tiny_job import tiny_fields
 
 from fleetfit.config import make_job
 from fleetfit.engines import local
@@ -29,30 +30,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for pr
 
 def fields(cache: Path, **data: Any) -> dict[str, Any]:
     """Five devices in two clusters, two rounds; what differs between devices matters."""
-    return {
-        "seed": 3,
-        "model": {
-            "epochs": 1,
-            "config": {
-                "hidden_size": 16,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "intermediate_size": 32,
-                "patch_size": 4,
-            },
-        },
-        "fleet": {
-            "devices": [
-                {"count": 2, "cluster": "small", "storage_limit": "100 KB"},
-                {"count": 3, "cluster": "large", "storage_limit": "1 MB"},
-            ]
-        },
-        "data": {"split": "classes", "limit": 600, **data},
-        "backbone": {"widths": [0.5, 1.0], "steps": 2, "specialise_steps": 1, "importance_samples": 32},
-        "header": {"budget_steps": 20, "views": 1},
-        "refine": {"rounds": 2, "epochs": 1, "prune_share": 0.3, "guard": False},
-        "run": {"cache": str(cache)},
-    }
+    return tiny_fields(
+        cache,
+        {"small": 2, "large": 3},
+        seed=3,
+        data={"split": "classes", "limit": 600, **data},
+        header={"search": "halving", "budget_steps": 20},
+        refine={"prune_share": 0.3},
+    )
 
 
 def processes(mark: str) -> list[Path]:
