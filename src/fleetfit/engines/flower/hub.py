@@ -54,7 +54,7 @@ class Server(Protocol):
         """What carries the messages of one run."""
 
     def passed(self) -> Passed:
-        """Bytes of HTTP that have passed its door."""
+        """Bytes that have passed its door, as they are on the wire."""
 
 
 class Hub:
@@ -114,7 +114,7 @@ class Hub:
         return RunCarrier(self._api, run)
 
     def passed(self) -> Passed:
-        """Bytes of HTTP that have passed its door."""
+        """Bytes that have passed its door, as they are on the wire."""
         return self.gate.passed
 
     def check(self) -> None:
@@ -204,7 +204,7 @@ class Attached:
         return RunCarrier(Api(self._read().inside, secret, None if self.kit.file.insecure else self.kit.ca), run)
 
     def passed(self) -> Passed:
-        """Bytes of HTTP that have passed its door, as of a second ago."""
+        """Bytes that have passed its door, as they are on the wire, up to a second ago."""
         return self._read().passed
 
     def _read(self) -> HubFile:
