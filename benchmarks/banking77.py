@@ -436,16 +436,20 @@ def markdown(results: Mapping[int, Mapping[str, Any]], parts: tuple[str, ...]) -
     return "\n".join([*head, *lines]).rstrip() + "\n"
 
 
+def figures_of(b: Bench, part: str) -> dict[str, Any]:
+    """One part of one seed, computed once."""
+    name = f"figures-{part}" + (f"-{content_hash(b.job.refine.model_dump())}" if part == "devices" else "")
+    return b.steps.step(name, Figures, lambda: Figures(figures=PARTS[part](b))).figures
+
+
 def run_seed(task: tuple[int, tuple[str, ...]]) -> tuple[int, dict[str, Any]]:
     """All parts of one seed."""
     seed, parts = task
     b = bench(seed)
-    refine = content_hash(b.job.refine.model_dump())
     done = {}
     for part in parts:
         start = time.perf_counter()
-        name = f"figures-{part}" + (f"-{refine}" if part == "devices" else "")
-        done[part] = b.steps.step(name, Figures, lambda p=part: Figures(figures=PARTS[p](b))).figures  # type: ignore[misc]
+        done[part] = figures_of(b, part)
         print(f"seed {seed}: {part} in {time.perf_counter() - start:.0f} s", flush=True)
     return seed, done
 
