@@ -34,10 +34,11 @@ def spread(values: list[float], scale: float = 100.0, digits: int = 1) -> str:
 
 
 def gain(values: list[float], base: list[float]) -> str:
-    """Paired difference in points, mean ± standard error, with a sign."""
+    """Paired difference in points, mean ± standard error, with a sign; of one pair, the difference."""
     d = (np.array(values) - np.array(base)) * 100
-    error = d.std(ddof=1) / np.sqrt(len(d)) if len(d) > 1 else float("nan")
-    return f"{d.mean():+.1f} ± {error:.1f}"
+    if len(d) == 1:
+        return f"{d[0]:+.1f}"
+    return f"{d.mean():+.1f} ± {d.std(ddof=1) / np.sqrt(len(d)):.1f}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
