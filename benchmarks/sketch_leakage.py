@@ -1,6 +1,6 @@
 """What an edge can learn from what a device sends, and what privacy costs: benchmarks/results/sketch_leakage.md.
 
-    python benchmarks/sketch_leakage.py             seeds 100-102; the cost on 100 and 101 (about ten minutes on a core)
+    python benchmarks/sketch_leakage.py             seeds 100-102 (about ten minutes on a core)
 
 The attacker is the edge: it knows the backbone, every seed of the job but the devices' secrets, and the public images
 with their labels. It sees what real devices reply (fifteen devices of the demo, five digits each, about 28 training
@@ -327,7 +327,7 @@ def main() -> None:
     """Attack, refine, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
-    parser.add_argument("--cost-seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--cost-seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--out", type=Path, default=RESULTS / "sketch_leakage", help="without the ending")
     options = parser.parse_args()
     start = time.process_time()
