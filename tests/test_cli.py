@@ -95,6 +95,16 @@ def test_run_prints_the_summary_on_stdout_and_progress_on_stderr(shell: Any) -> 
     assert "summary" not in result.stderr
 
 
+def test_a_name_of_nine_letters_stays_on_one_line_of_80_columns(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fleet of recipes/vit-base.toml."""
+    cluster = {"id": "cluster10", "limit_bytes": 3_250_000, "width": 0.75, "depth": 3, "header": "pooled"}
+    device = SUMMARY["devices"][0] | {"id": "cluster10-1", "cluster": "cluster10", "size_bytes": 1_330_000}
+    summary = SUMMARY | {"clusters": [cluster], "devices": [device]}
+    monkeypatch.setattr(local, "run", lambda job, out, progress: summary)
+    lines = shell("run", RECIPE).stdout.splitlines()
+    assert any(line.split()[:4] == ["cluster10", "1", "3.25", "MB"] for line in lines)
+
+
 @pytest.mark.parametrize(
     ("options", "resources"),
     [

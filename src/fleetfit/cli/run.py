@@ -199,7 +199,7 @@ def _summary_table(summary: Mapping[str, Any]) -> "Table":
     kinds = ("accuracy_coarse", "accuracy_local", "accuracy")
     means = [percent(_mean(devices, kind)) for kind in kinds]
     table.add_column("cluster", footer="all", overflow="fold")
-    table.add_column("devices", footer=str(len(devices)), justify="right", no_wrap=True)
+    table.add_column("count", footer=str(len(devices)), justify="right", no_wrap=True)
     table.add_column("limit", justify="right", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("shape", no_wrap=True)
