@@ -137,9 +137,9 @@ def page(found: dict[str, Any]) -> list[str]:
         "",
         "summary.json of a deployment has two figures for each link: bytes of our messages (`..._bytes`), as all "
         "engines count them, and all bytes that have passed the doors of cloud and edges (`..._wire_bytes`), as the "
-        "doors count them: heads of HTTP, polls, greetings and TLS included. Each link's end with its last question, "
-        "before the summary is made: what passes after that, while the fleet comes to its end, is on the wire and in "
-        "no summary.",
+        "doors count them: heads of HTTP, polls, greetings and TLS included. The cloud's door, open for this run "
+        "only, counts until it is shut. That of an edge, which may stay open for many runs, counts from the run's "
+        "first question to its last: what passes before (first handshakes) and after is on the wire and in no summary.",
         "",
         f"- **messages**: all calls that carry a message or its reply, with their HTTP heads: {', '.join(MESSAGES)}",
         "- **polls**: what a node says every 3 s while there is nothing for it, and its heartbeats",

@@ -131,6 +131,19 @@ def test_what_passes_the_door_is_booked_once(clock: Clock) -> None:
     assert "down_wire" not in linked(PretendedGrid(clock, replied)).ledger.traffic
 
 
+def test_what_passes_between_two_links_of_one_run_is_booked_too(clock: Clock) -> None:
+    """An edge makes a link for each question of the cloud; a door that is open for one run only is booked from 0."""
+    totals = iter([(50, 20)])
+    first = linked(PretendedGrid(clock, replied), passed=lambda: Passed(*next(totals)), booked=Passed())
+    first.ask(rounds("far-1"))
+    assert (first.ledger.traffic["down_wire"], first.ledger.traffic["up_wire"]) == (50, 20)
+    totals = iter([(100, 30), (130, 40)])
+    second = linked(PretendedGrid(clock, replied), passed=lambda: Passed(*next(totals)), booked=first.booked)
+    second.ask(rounds("far-1"))
+    second.book()
+    assert (second.ledger.traffic["down_wire"], second.ledger.traffic["up_wire"]) == (80, 20)
+
+
 def test_replies_come_in_the_order_of_the_messages_and_all_bytes_are_counted(clock: Clock) -> None:
     grid = PretendedGrid(clock, replied)
     link = linked(grid)

@@ -12,6 +12,7 @@ import torch
 from fleetfit.artifacts import Ledger, RunFolder, StepFolder
 from fleetfit.config import Job
 from fleetfit.device import DeviceMemory
+from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.gate import Tell
 from fleetfit.engines.flower.greeting import Status
 from fleetfit.engines.flower.hub import Attached, Hub, Server
@@ -70,11 +71,14 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                     poll_seconds=POLL_SECONDS,
                     replied=_Show(server, progress),
                     passed=server.passed,
+                    booked=Passed() if isinstance(server, Hub) else None,  # a door of our own is open for this run only
                 )
                 cache = StepFolder(Path(job.run.cache).expanduser(), Ledger())
                 result = run_cloud(job, public, edges, folder.steps, cache, progress)
             finally:
                 carrier.close()
+        if isinstance(server, Hub):
+            edges.book()  # what passed until its door was shut
         return _results(job, kit, folder, result)
 
 

@@ -95,6 +95,7 @@ class FlowerLink:
         poll_seconds: The pause between two looks for replies.
         replied: Told (how many have replied, how many were asked) at every look.
         passed: Bytes that have passed the door to the members, if there is one.
+        booked: What of it is in the books already, or belongs to no run; by default all until now.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class FlowerLink:
         poll_seconds: float = 1.0,
         replied: Callable[[int, int], None] = lambda number, asked: None,
         passed: Callable[[], Passed] = Passed,
+        booked: Passed | None = None,
     ) -> None:
         self.carrier = carrier
         self.nodes = nodes
@@ -121,7 +123,7 @@ class FlowerLink:
         self.poll_seconds = poll_seconds
         self.replied = replied
         self._passed = passed
-        self._booked = passed()
+        self.booked = passed() if booked is None else booked
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -154,13 +156,13 @@ class FlowerLink:
             if not waiting or (ends_at is not None and time.monotonic() >= ends_at):
                 break
             time.sleep(self.poll_seconds)
-        self._book_passed()
+        self.book()
         return {member: replies[member] for member in messages if member in replies}
 
-    def _book_passed(self) -> None:
-        """All that has passed the door since the last time, polls and greetings too."""
-        before, self._booked = self._booked, self._passed()
-        for direction, now, then in zip((self.down, self.up), self._booked, before, strict=True):
+    def book(self) -> None:
+        """All that has passed the door since the last time, polls and greetings too; after each question by itself."""
+        before, self.booked = self.booked, self._passed()
+        for direction, now, then in zip((self.down, self.up), self.booked, before, strict=True):
             if now > then:
                 self.ledger.traffic[f"{direction}{AT_THE_DOOR}"] += now - then
 

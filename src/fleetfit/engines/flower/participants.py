@@ -12,6 +12,7 @@ from fleetfit.artifacts import Ledger, MemoryFolder, StepFolder
 from fleetfit.data.owned import load_owned
 from fleetfit.data.partition import Split
 from fleetfit.device import DeviceMemory, shipped_model
+from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.gate import Tell
 from fleetfit.engines.flower.greeting import Status
 from fleetfit.engines.flower.hub import Hub, Server
@@ -109,14 +110,16 @@ class _Edge:
         self._check = check
         self._told = ""
         self._carrier: RunCarrier | None = None
+        self._booked = Passed()
 
     def handle(self, run: str, message: Message) -> Message:
         """Answer the cloud, by asking the devices; from finished steps as far as there are any."""
         folder = _folder_of(self.kit, run)
         ledger = Ledger()
         links, heard = self.kit.job.links, Heard(self._progress)
+        carrier = self._carrier_of(run)
         link = FlowerLink(
-            self._carrier_of(run),
+            carrier,
             Nodes(self.hub),
             ledger,
             "edge_to_device",
@@ -126,10 +129,14 @@ class _Edge:
             poll_seconds=POLL_SECONDS,
             replied=self._replied(heard),
             passed=self.hub.passed,
+            booked=self._booked,
         )
         steps = StepFolder(folder / "steps", ledger)
         cluster = self.kit.file.name
-        reply = edge_handler(self.kit.job, cluster, self.data, link, steps, heard)(message)
+        try:
+            reply = edge_handler(self.kit.job, cluster, self.data, link, steps, heard)(message)
+        finally:
+            self._booked = link.booked  # what passes until the cloud's next question is of this run too
         if isinstance(reply, ClusterReport):
             self.is_finished = True
             self._tell("finished; the cloud has the report")
@@ -145,6 +152,7 @@ class _Edge:
         if self._carrier is None or self._carrier.run != run:
             self.close()
             self._carrier = self.hub.carrier(run)
+            self._booked = self.hub.passed()  # what passed before is of no run
         return self._carrier
 
     def _replied(self, heard: Heard) -> Callable[[int, int], None]:
