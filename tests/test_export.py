@@ -22,7 +22,7 @@ from fleetfit.config import Job
 from fleetfit.data.partition import public_test, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.export import Export, device_ids, export_devices
-from fleetfit.model_folder import ModelCard, load_model
+from fleetfit.model_folder import ModelCard
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.header import build_header
@@ -244,8 +244,8 @@ def test_torch_is_an_exported_program(run: Path, tmp_path: Path) -> None:
     for size in (1, 3):
         expected = make_model("pruned")(SAMPLES.inputs[:size])
         assert torch.allclose(program(SAMPLES.inputs[:size]), expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"model\.pt2 is an exported model: load it with torch\.export\.load"):
-        load_model(folder)
+    with pytest.raises(ValueError, match=r"model\.pt2 is an exported model: it may hold pickles.* torch\.export\.load"):
+        fleetfit.load(folder)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

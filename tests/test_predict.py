@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
+import fleetfit
 from fleetfit import cli
 from fleetfit.artifacts import RunFolder
 from fleetfit.config import Job
@@ -240,6 +241,18 @@ def test_what_is_no_model(run: Path, tmp_path: Path) -> None:
         predict(copy, [image])
     with pytest.raises(ValueError, match=r"model\.onnx is an exported model: run it with onnxruntime"):
         load_model(copy)
+
+
+def test_an_onnx_export_loads_as_a_torch_module(run: Path, tmp_path: Path) -> None:
+    """The same logits as the device's own folder gives; a damaged file is named."""
+    inputs = SAMPLES.inputs[:5]
+    loaded = fleetfit.load(run / "exports" / "phones-1")
+    assert isinstance(loaded, torch.nn.Module)
+    assert not loaded.training
+    assert torch.allclose(loaded(inputs), fleetfit.load(run / "devices" / "phones-1")(inputs), atol=1e-4)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.onnx is corrupt"):
+        fleetfit.load(tmp_path)
 
 
 def test_a_card_without_preprocessing_loads_but_does_not_predict(run: Path, tmp_path: Path) -> None:

@@ -57,16 +57,24 @@ def run(
 def load(device_folder: str | Path) -> "nn.Module":
     """One device's model, in evaluation mode: inputs -> logits [sample, class].
 
-    What the inputs are, and the names of the classes, is in ``model.json`` of the same folder.
+    What the inputs are, and the names of the classes, is in ``model.json`` of the same folder, or in the metadata of
+    the ONNX file.
 
     Args:
-        device_folder: ``<run>/devices/<device>``.
+        device_folder: ``<run>/devices/<device>``, ``<kit>/model``, or one that ``fleetfit export`` wrote as safetensors
+            or ONNX; the latter is computed by ONNX Runtime.
 
     Raises:
-        ValueError: no device folder, or a file in it is missing or corrupt.
+        ValueError: no such folder, or a file in it is missing or corrupt.
+        ImportError: the model is in ONNX, and ONNX Runtime is not installed.
     """
-    from fleetfit.model_folder import load_model
+    from fleetfit.model_folder import ONNX_FILE, load_model
 
+    exported = Path(device_folder) / ONNX_FILE
+    if exported.exists():
+        from fleetfit.onnx_module import OnnxModule
+
+        return OnnxModule(exported).eval()
     return load_model(device_folder)
 
 

@@ -66,7 +66,7 @@ def load_model(folder: str | Path) -> Classifier:
     if not (folder / "model.safetensors").exists():
         for name, how in (
             (ONNX_FILE, "run it with onnxruntime, as the README.md beside it shows, or use `fleetfit predict`"),
-            (TORCH_FILE, "load it with torch.export.load(...).module()"),
+            (TORCH_FILE, "it may hold pickles, which can run code; if you trust it, torch.export.load(...).module()"),
         ):
             if (folder / name).exists():
                 raise ValueError(f"{folder / name} is an exported model: {how}")
