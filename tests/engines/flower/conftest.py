@@ -29,6 +29,7 @@ TINY = tiny_fields(
     header={"search": "halving", "budget_steps": 20},
     refine={"prune_share": 0.3},
 )
+TINY["fleet"]["devices"][0]["gpu_capacity"] = [40, 50]  # devices of one cluster differ, and their kits must say so
 
 FLEET: dict[str, Any] = {"job": "job.toml", "edges": [{"name": "small"}, {"name": "large"}]}
 Write = Callable[[Path, dict[str, Any], dict[str, Any]], Path]
