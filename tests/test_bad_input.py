@@ -180,8 +180,9 @@ def test_a_local_copy_is_named_on_the_terminal(shell: Shell, tmp_path: Path, mon
     monkeypatch.setenv("FLEETFIT_DATA", str(tmp_path / "copies"))
     result = shell.run("data.source=someone/tiny", "data.split=iid", "data.input_column=image", quiet=False)
     assert result.exit_code == 0, result.output
-    origin = f"from the local copy {tmp_path / 'copies' / 'tiny'} (FLEETFIT_DATA)"
-    assert re.search(rf"^data: done in .*, 400 samples, {re.escape(origin)}$", result.stderr, re.MULTILINE)
+    origin = f"the local copy {tmp_path / 'copies' / 'tiny'} (FLEETFIT_DATA)"
+    assert re.search(rf"^. 400 rows in 1 file, all used \({re.escape(origin)}\)$", result.stderr, re.MULTILINE)
+    assert re.search(r"^. labels from column 'label' \(its name\)$", result.stderr, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +193,7 @@ def test_a_local_copy_is_named_on_the_terminal(shell: Shell, tmp_path: Path, mon
         ("a.csv", "text\nx\ny\n", ["model.family=bert"], "data.label_column must be given: no column holds labels"),
         ("a.csv", "text,label\nx,1\n ,2\n", ["model.family=bert"], "1 of 2 texts are empty, and data.empty_text_share"),
         ("a.csv", "text,label\nx,1\ny,2\n", [], "no column holds images; the model reads images"),
-        ("a.csv", "", [], "a.csv cannot be read: "),
+        ("a.csv", "", [], "a.csv is empty"),
         ("a.txt", "hello", [], "files must be images, or of one kind of "),
         ("train/a/x.png", "no image", [], "images cannot be read, and data.bad_image_share = 0.01 of all is the most"),
     ],

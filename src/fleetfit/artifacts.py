@@ -1,6 +1,7 @@
 """The run folder and its files. Every file appears whole or not at all; finished steps survive a kill.
 
 job.toml            the resolved job             summary.json   the figures
+data.json           what data was read
 metrics.jsonl       one line per finished step   report.html    the page (report.py)
 cloud/front.csv     every candidate              devices/<id>/  model.safetensors, model.json
 steps/              finished steps               memory/        what each device keeps between messages
@@ -18,14 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from fleetfit.config import Job, load_job
+from fleetfit.data.file_rows import shown
 from fleetfit.files import differences, locked, write_atomically
-from fleetfit.messages import Message, TrainingState, decode, encode, read_metadata
+from fleetfit.messages import Message, TrainingState, decode, encode, first_problem, read_metadata
 from fleetfit.model_folder import ModelCard, write_model
 from fleetfit.models.classifier import Classifier
+from fleetfit.records import DataSummary
 
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
+DATA_FILE = "data.json"
 KEEP_TRAINING_SECONDS = 120.0
 AT_THE_DOOR = "_wire"  # behind the name of a link: its bytes with all that carries them, where a server counts them
 HOW = {"run", "links"}  # sections of the job that say how to run, not what: they may change when a run is gone on with
@@ -152,6 +158,44 @@ class StepFolder:
         return value
 
 
+def claim_data(path: Path, data: DataSummary, begun: bool, anew: str) -> None:
+    """Note what data something is of, or see that it still is: what was computed from other data is no answer.
+
+    Args:
+        path: The file of the note.
+        data: As it is read now.
+        begun: Whether anything has been computed.
+        anew: What to do to begin anew, for a person.
+
+    Raises:
+        ValueError: it began with other data; says what is different.
+    """
+    if path.exists() and begun:
+        try:
+            before = DataSummary.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{path} is corrupt: {first_problem(error)}") from None
+        told = changed_data(before, data)
+        if told:
+            raise ValueError(f"the data of {path.parent} changed since it began: {told}; put it back, or {anew}")
+        return
+    write_atomically(path, data.model_dump_json(indent=2) + "\n")
+
+
+def changed_data(before: DataSummary, now: DataSummary) -> str:
+    """What is different, for a person; nothing if the content is the same."""
+    if before.fingerprint == now.fingerprint:
+        return "" if before.form == now.form else "the samples are the same, but not what they become as inputs"
+    lost, new = ([n for n in a.classes if n not in b.classes] for a, b in ((before, now), (now, before)))
+    told = [
+        f"{before.num_samples:,} samples before, {now.num_samples:,} now" * (before.num_samples != now.num_samples),
+        f"no longer the classes {shown(lost)}" if lost else "",
+        f"new classes {shown(new)}" if new else "",
+    ]
+    same = f"{now.num_samples:,} samples as before, of other content"
+    return ", ".join(filter(None, told)) or same
+
+
 class MemoryFolder:
     """What one device keeps between messages: its memory after the last two steps that it did not miss."""
 
@@ -239,6 +283,15 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def claim_data(self, data: DataSummary) -> None:
+        """Note what data this run is of.
+
+        Raises:
+            ValueError: it began with other data.
+        """
+        begun = next((self.path / "steps").rglob("*.safetensors"), None) is not None
+        claim_data(self.path / DATA_FILE, data, begun, "choose another --out, or delete the folder, to begin anew")
 
     def _note(self, name: str, seconds: float, traffic: Mapping[str, int], value: Message) -> None:
         fields = json.loads(value.model_dump_json())

@@ -5,6 +5,7 @@ to the paper's own; a key that a job states itself wins over both.
 """
 
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -148,6 +149,17 @@ class DataConfig(Section):
     label_column: str = Field("", description="column of labels; empty: found by its type and name")
     label_names: tuple[str, ...] = Field((), description="names of the labels 0, 1, ...; empty: as the source has them")
     user_column: str = Field("", description='with split = "natural": whose a sample is')
+    separator: str = Field(
+        "", description="of CSV files: one character, or tab; empty: found, by the header and all rows"
+    )
+    encoding: str = Field(
+        "", description="of CSV and JSON files, as Python calls it; empty: UTF-8, or what a mark says"
+    )
+    class_folder: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="of folders of images: which folder of a path is the class, 1 for the first; default: the first "
+        "whose names differ, where no deeper one could be meant",
+    )
     limit: Annotated[int, Field(ge=2)] | None = Field(
         None, description="use so many samples at most, drawn by the seed, each class by its share"
     )
@@ -158,6 +170,7 @@ class DataConfig(Section):
     )
     bad_image_share: Share = Field(0.01, description="images that cannot be read are left out, up to this share of all")
     empty_text_share: Share = Field(0.01, description="the same for texts of nothing but space")
+    missing_label_share: Share = Field(0.01, description="the same for samples without a label")
     public_share: Share = Field(0.40, description="cloud's public set D_c, of all samples")
     test_share: Share = Field(0.10, description="held-out public samples, for reporting only")
     edge_share: Share = Field(0.08, description="edges' shared sets together; the rest is the devices' private data")
@@ -478,9 +491,29 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
+    if not isinstance(parsed, str) and _is_text(key.strip()):  # a folder may be called 2024-11-25
+        parsed = value.strip()
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}
     return dict(parsed)
+
+
+def _of_windows(path: Path) -> str:
+    """A hint, if a value looks like a path of Windows in quotes in which backslashes begin signs."""
+    if re.search(rb'"[A-Za-z]:\\', path.read_bytes()):
+        return "; write a path of Windows in single quotes, or with /: in double quotes a backslash begins a sign"
+    return ""
+
+
+def _is_text(key: str) -> bool:
+    """Whether a job's key, as header.search, takes any text."""
+    fields: Any = Job
+    for name in key.split("."):
+        known = getattr(fields, "model_fields", {})
+        if name not in known:
+            return False
+        fields = known[name].annotation
+    return fields is str
 
 
 def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> Job:
@@ -494,7 +527,7 @@ def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> Job:
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not TOML: {error}") from None
+        raise ValueError(f"{path} is not TOML: {error}{_of_windows(path)}") from None
     for text in overrides:
         fields = merged(fields, parse_override(text))
     try:

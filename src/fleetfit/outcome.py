@@ -14,7 +14,7 @@ from fleetfit.device import DeviceMemory, shipped_model
 from fleetfit.model_folder import ModelCard
 from fleetfit.pipeline import FleetResult
 from fleetfit.privacy import promise
-from fleetfit.records import BackboneShape, DeviceReport, Record
+from fleetfit.records import BackboneShape, DataSummary, DeviceReport, Record
 
 
 def write_front(folder: RunFolder, result: FleetResult) -> None:
@@ -117,7 +117,9 @@ def raw_bytes(data: FleetData) -> int:
     )
 
 
-def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult) -> dict[str, Any]:
+def summarise(
+    job: Job, folder: RunFolder, raw: int | None, result: FleetResult, data: DataSummary | None
+) -> dict[str, Any]:
     """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured.
 
     Args:
@@ -125,6 +127,7 @@ def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult)
         folder: With what the run has cost.
         raw: ``raw_bytes`` of the devices, where the data is at hand.
         result: What the cloud knows.
+        data: What was read here: all of it, or in a deployment the cloud's own.
     """
     traffic = folder.ledger.traffic
     clusters = []
@@ -163,6 +166,7 @@ def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult)
     return {
         "method": job.method,
         "seed": job.seed,
+        "data": data.model_dump(mode="json") if data else None,
         "reference": {"accuracy": _known(result.reference.accuracy), "parameters": result.reference.parameters},
         "clusters": [c.model_dump() for c in clusters],
         "devices": devices,

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Operation = Literal["conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool"]
 FixedHeaderKind = Literal["linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp"]
 HeaderKind = Literal["blocks"] | FixedHeaderKind
+MOST_CLASSES = 12  # named in a line
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 FIXED_HEADERS: tuple[FixedHeaderKind, ...] = get_args(FixedHeaderKind)
 
@@ -144,6 +145,48 @@ class HeaderTrial(Record):
     loss: float
     accuracy: float
     parameters: int
+
+
+class DataSummary(Record):
+    """What was read of a source, what was left out and why, and what was found by itself."""
+
+    source: str
+    origin: str = Field(description="the file, folder, local copy, hub or function")
+    kind: Literal["image", "text"]
+    num_files: int = Field(0, ge=0, description="0: not of files")
+    num_rows: int = Field(ge=0, description="found, before any was left out")
+    num_samples: int = Field(ge=0, description="used")
+    left_out: dict[str, int] = Field(default_factory=dict, description="how many, by what they are")
+    input_column: str = ""
+    input_why: str = Field("", description="why this column was taken")
+    label_column: str = ""
+    label_why: str = ""
+    classes: dict[str, int] = Field(description="samples by class, in the order of the classes")
+    values: dict[str, float] = Field(
+        default_factory=dict, description="images: smallest and largest pixel; texts: characters and tokens"
+    )
+    notes: tuple[str, ...] = ()
+    fingerprint: str = Field("", description="changes with the content, however files are called or dated")
+    form: str = Field("", description="changes with how inputs are made of it")
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """All of it for a person, a line each; no line has a colon before its first number or name."""
+        files = f" in {self.num_files:,} file{'s' if self.num_files > 1 else ''}" if self.num_files else ""
+        used = "all used" if self.num_samples == self.num_rows else f"{self.num_samples:,} used"
+        lines = [f"{self.num_rows:,} rows{files}, {used} ({self.origin})"]
+        if self.left_out:
+            lines.append("left out " + ", ".join(f"{number:,} {why}" for why, number in self.left_out.items()))
+        if self.input_column:
+            lines.append(f"inputs from column {self.input_column!r} ({self.input_why})")
+        if self.label_column:
+            lines.append(f"labels from column {self.label_column!r} ({self.label_why})")
+        shown = [f"{name} {number:,}" for name, number in list(self.classes.items())[:MOST_CLASSES]]
+        more = f", and {len(self.classes) - MOST_CLASSES} more" if len(self.classes) > MOST_CLASSES else ""
+        lines.append(f"{len(self.classes)} classes ({', '.join(shown)}{more})")
+        if self.values:
+            lines.append(", ".join(f"{name} {value:g}" for name, value in self.values.items()))
+        return (*lines, *self.notes)
 
 
 JsonDict = dict[str, Any]

@@ -168,6 +168,9 @@ class Phases:
         self.signals.check()
         if not self.enabled:
             return
+        if total == 0:
+            self.tell(note)
+            return
         who, colon, what = note.partition(": ")
         key, what = (phase, who if colon else ""), what if colon else note
         if key == self.finished and done >= self.done:
@@ -190,6 +193,9 @@ class Phases:
     def tell(self, text: str) -> None:
         """A line of its own, above the bar."""
         if self.enabled:
+            if self.opening:
+                self.console.print(self.opening, style="dim")
+                self.opening = ""
             self.console.print(f"· {text}", style="dim")
 
     def _left(self, now: float, done: int, total: int) -> str:

@@ -7,7 +7,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
 from fleetfit.config import DataConfig
-from fleetfit.data.columns import Kind, draw_by_class, find_columns, read_labels, read_users
+from fleetfit.data.columns import Kind, draw_by_class, find_columns, read_users
 from fleetfit.data.tables import Table
 from fleetfit.randomness import named_generator
 
@@ -28,6 +28,11 @@ def table(**columns: str) -> Table:
     return Table(Dataset.from_dict({name: [] for name in columns}, features=features), "", "")
 
 
+def names(of: Table, config: DataConfig, kind: Kind) -> tuple[str, str]:
+    column, label = find_columns(of, config, kind)
+    return column.name, label.name
+
+
 @pytest.mark.parametrize(
     ("kind", "columns", "found"),
     [
@@ -45,17 +50,17 @@ def table(**columns: str) -> Table:
     ],
 )
 def test_columns_are_found_by_type_and_name(kind: Kind, columns: dict[str, str], found: tuple[str, str]) -> None:
-    assert find_columns(table(**columns), DataConfig(), kind) == found
+    assert names(table(**columns), DataConfig(), kind) == found
 
 
 def test_given_columns_win_and_users_are_no_texts() -> None:
     columns = {"text": "text", "title": "text", "label": "class", "topic": "text", "who": "text"}
     given = DataConfig(input_column="title", label_column="topic")
-    assert find_columns(table(**columns), given, "text") == ("title", "topic")
+    assert names(table(**columns), given, "text") == ("title", "topic")
     own = DataConfig(user_column="who")
-    assert find_columns(table(words="text", who="text", label="class"), own, "text") == ("words", "label")
+    assert names(table(words="text", who="text", label="class"), own, "text") == ("words", "label")
     # A label that is a text is not the input, nor the other way round.
-    assert find_columns(table(first="text", second="text"), DataConfig(label_column="first"), "text")[0] == "second"
+    assert names(table(first="text", second="text"), DataConfig(label_column="first"), "text")[0] == "second"
     assert find_columns(table(text="text", label="text"), DataConfig(input_column="label", label_column="text"), "text")
 
 
@@ -108,62 +113,6 @@ def test_what_is_not_clear_is_asked_for(kind: Kind, columns: dict[str, str], key
     with pytest.raises(ValueError, match=r".") as caught:
         find_columns(table(**columns), DataConfig(**keys), kind)
     assert str(caught.value) == says
-
-
-# -- labels -----------------------------------------------------------------------------------------------------------
-
-
-def labels(values: list[Any], names: tuple[str, ...] = (), of: Any = None) -> tuple[list[int], tuple[str, ...]]:
-    features = Features({"label": of}) if of is not None else None
-    rows = Dataset.from_dict({"label": values}, features=features)
-    numbers, found = read_labels(Table(rows, "", ""), "label", DataConfig(label_names=names))
-    assert numbers.dtype == torch.long
-    return numbers.tolist(), found
-
-
-def test_labels_become_numbers_with_names() -> None:
-    assert labels([1, 0, 1], of=ClassLabel(names=["cat", "dog"])) == ([1, 0, 1], ("cat", "dog"))
-    assert labels([1, 0, 1], ("x", "y"), ClassLabel(names=["cat", "dog"])) == ([1, 0, 1], ("x", "y"))
-    assert labels(["dog", "cat", "dog"]) == ([1, 0, 1], ("cat", "dog"))
-    assert labels(["dog", "cat", "dog"], ("dog", "owl", "cat")) == ([0, 2, 0], ("dog", "owl", "cat"))
-    assert labels([7, 3, 10, 7]) == ([1, 0, 2, 1], ("3", "7", "10"))
-    assert labels([1, 0, 1], ("no", "yes", "perhaps")) == ([1, 0, 1], ("no", "yes", "perhaps"))
-    assert labels([1.0, 0.0]) == ([1, 0], ("0", "1"))
-    assert labels([True, False]) == ([1, 0], ("False", "True"))
-    # A class that no sample has is one all the same.
-    assert labels([2, 0], of=ClassLabel(names=["a", "b", "c"])) == ([2, 0], ("a", "b", "c"))
-
-
-MISSING = "labels are missing, the first in row {}; if a split has none, leave it out with data.splits"
-
-
-@pytest.mark.parametrize(
-    ("values", "names", "of", "says"),
-    [
-        ([1, None, 0, None], (), None, f": 2 of 4 {MISSING.format(1)}"),
-        ([1, 0, -1], (), ClassLabel(names=["a", "b"]), f": 1 of 3 {MISSING.format(2)}"),
-        (["a", "", "b"], (), None, f": 1 of 3 {MISSING.format(1)}"),
-        ([1.0, float("nan")], (), None, f": 1 of 2 {MISSING.format(1)}"),
-        ([0.5, 1.0], (), None, " must hold whole numbers or texts, got 0.5 among them"),
-        ([[1], [2]], (), None, " must hold whole numbers or texts, got [1] among them"),
-        ([0, 1, 5, -2], ("a", "b"), None, " must be in 0..1, for 2 names, got -2, 5"),
-        (["a", "c", "d"], ("a", "b"), None, " holds 'c', 'd', which data.label_names does not have"),
-        (list(range(20)), (), None, " holds 20 different numbers in 20 rows: is it the label?"),
-        ([3, 3, 3], (), None, ": all 3 samples are of one class, '3'"),
-        (["x", "x"], ("x", "y"), None, ": all 2 samples are of one class, 'x'"),
-    ],
-)
-def test_labels_that_do_not_do(values: list[Any], names: tuple[str, ...], of: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=r".") as caught:
-        labels(values, names, of)
-    assert str(caught.value) == f"data.label_column = 'label'{says}"
-
-
-def test_as_many_names_as_classes() -> None:
-    with pytest.raises(
-        ValueError, match=r"^data\.label_names has 3 names, but data\.label_column = 'label' has 2 class"
-    ):
-        labels([0, 1], ("a", "b", "c"), ClassLabel(names=["a", "b"]))
 
 
 def test_users_are_numbered_whatever_they_are_called() -> None:

@@ -231,6 +231,7 @@ def test_fewer_users_than_devices() -> None:
 
 
 def test_classes_that_no_device_has_are_noted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fleetfit")
     data = share_out(make_samples(), DataConfig(split="classes", classes_per_device=2), make_fleet(2), 0)
     there = {int(label) for split in data.devices.values() for label in split.train.labels}
     left = [name for i, name in enumerate("abcdef") if i not in there]

@@ -140,7 +140,8 @@ def test_texts_that_are_too_long_are_cut_and_counted(tmp_path: Path, cache: Path
     long = sum(len(tokenizer.encode(text).ids) > 6 for text in text_rows(96)["text"])
     assert 0 < long < 96
     assert form.num_tokens == 6
-    assert samples.notes[1] == f"{long} texts are cut to 6 tokens"
+    assert samples.summary is not None
+    assert samples.summary.notes == (f"{long} texts are cut to 6 tokens",)
     assert samples.inputs.shape == (6,)
 
 
@@ -153,7 +154,8 @@ def test_the_length_is_that_of_the_public_texts_but_of_one_in_a_hundred(tmp_path
         rows["text"][i] = "my card is gone " * 20
     Dataset.from_dict(rows).to_csv(str(tmp_path / "a.csv"))
     samples = load_samples(job_of(tmp_path / "a.csv", cache))
-    assert samples.notes[1:] == (f"4 texts are cut to {samples.inputs.shape[0]} tokens",)
+    assert samples.summary is not None
+    assert samples.summary.notes == (f"4 texts are cut to {samples.inputs.shape[0]} tokens",)
     assert samples.inputs.shape[0] < 18
     for i in public[4:10]:
         rows["text"][i] = "my card is gone " * 20
@@ -167,6 +169,7 @@ def test_empty_texts_are_left_out_up_to_a_share(
 ) -> None:
     from datasets import Dataset
 
+    caplog.set_level("INFO", "fleetfit")
     rows = text_rows(96)
     for i in (3, 50):
         rows["text"][i] = empty
@@ -176,18 +179,26 @@ def test_empty_texts_are_left_out_up_to_a_share(
     assert [INTENTS[i] for i in samples.labels.tolist()] == [
         n for i, n in enumerate(rows["intent"]) if i not in (3, 50)
     ]
-    assert samples.notes[1] == "2 empty texts are left out"
-    assert "2 of 96 texts are empty and left out" in caplog.text
+    assert samples.summary is not None
+    assert samples.summary.left_out == {"empty texts": 2}
+    assert "left out 2 empty texts" in caplog.text
     with pytest.raises(
-        ValueError, match=r"^data\.input_column = 'text': 2 of 96 texts are empty, and data\.empty_text_"
+        ValueError, match=r"data\.input_column = 'text': 2 of 96 texts are empty, and data\.empty_text_"
     ):
         load_samples(job_of(tmp_path / "a.parquet", cache))
 
 
-def test_numbers_are_no_texts(tmp_path: Path, cache: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\n1,a\n2,b\n3,a\n")
-    with pytest.raises(ValueError, match=r"^data\.input_column = 'text' must hold texts, got 1 in row 0$"):
-        load_samples(job_of(tmp_path / "a.csv", cache, input_column="text"))
+def test_numbers_are_texts_where_the_job_says_so(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n" + "01,a\n2,b\n" * 20)
+    with pytest.raises(
+        ValueError, match=r"text is all numbers: naming it says that they are texts\. The data has text"
+    ):
+        load_samples(job_of(tmp_path / "a.csv", cache))
+    assert words_of(load_samples(job_of(tmp_path / "a.csv", cache, input_column="text")))[:2] == ["01", "2"]
+    from datasets import Dataset
+
+    Dataset.from_dict({"text": [7, 8] * 20, "label": ["a", "b"] * 20}).to_parquet(str(tmp_path / "a.parquet"))
+    assert words_of(load_samples(job_of(tmp_path / "a.parquet", cache, input_column="text")))[:2] == ["7", "8"]
 
 
 def test_a_text_model_does_not_read_digits_nor_an_image_model_texts(tmp_path: Path, cache: Path) -> None:

@@ -1,6 +1,14 @@
-"""Which column holds inputs and which labels, and labels as numbers with names. What is not clear is asked for."""
+"""Which column holds inputs and which labels. What is not clear is asked for; what was taken is told, and why.
 
-from collections.abc import Sequence
+The rule. Labels: the column that the job names; else one called "label"; else the only one with a name as labels have
+it (``LABEL_NAMES``); else the only one of a type that lists its classes. Inputs: the column that the job names; else
+the only one of the right type; else one called "image" or "text"; else the only one with a name as inputs have it
+(``INPUT_NAMES``). Names are compared without regard to case. Two that are equally likely are an error.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -8,125 +16,139 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fleetfit.config import DataConfig
+from fleetfit.data.file_tables import LABEL_NAMES
 from fleetfit.data.tables import GIVEN, Table
 
 Kind = Literal["image", "text"]
 
-# In the order of preference; compared without regard to case.
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "intent", "category", "target", "y")
 INPUT_NAMES: dict[Kind, tuple[str, ...]] = {
     "image": ("image", "img", "images", "pixels", "pixel_values", "picture", "photo", "file_name", "path"),
     "text": ("text", "sentence", "utterance", "query", "question", "content", "review"),
 }
-SHOWN = 5
+NUMBER = re.compile(r"\s*[-+]?(\d+[.,]?\d*|[.,]\d+)([eE][-+]?\d+)?\s*")
+INDEX = "__index_level_0__"  # pandas' row numbers in Parquet
+LOOKED_AT = 1000  # values of a column of text, to tell numbers from texts
 
 
-def find_columns(table: Table, config: DataConfig, kind: Kind) -> tuple[str, str]:
-    """The names of the columns of inputs and of labels: those that the job gives, else found by type and name.
+@dataclass(frozen=True)
+class Column:
+    """A column that was taken, and why, for a person."""
+
+    name: str
+    why: str
+
+
+def find_columns(table: Table, config: DataConfig, kind: Kind) -> tuple[Column, Column]:
+    """The columns of inputs and of labels, by the rule above.
 
     Raises:
-        ValueError: a column that is not there, none that would do, or several; names all columns.
+        ValueError: columns that are not there, none that would do, or several; tells all that is to be said at once,
+            and all columns.
     """
-    there = {name: _type(feature) for name, feature in table.rows.features.items()} | dict.fromkeys(table.given, "any")
+    there = {name: _type(table, name) for name in table.rows.features if name != INDEX}
+    there |= dict.fromkeys(table.given, "any") | {name: f"mixed: {kinds}" for name, kinds in table.mixed.items()}
     listed = ", ".join(f"{name} ({found})" for name, found in there.items())
     for key in ("input_column", "label_column", "user_column"):
         name = getattr(config, key)
         if name and name not in there:
             raise ValueError(f"data.{key} = {name!r} is no column of the data; there are {listed}")
-    users = config.user_column
-    label = config.label_column
-    if not label:
-        others = {n: t for n, t in there.items() if n not in (config.input_column, users) and n not in table.given}
-        classes = [name for name, found in others.items() if found == "class label"]
-        named = [n for wanted in LABEL_NAMES for n, t in others.items() if n.lower() == wanted and t != "other"]
-        candidates = classes if len(classes) == 1 else [n for n in named if not classes or n in classes][:1] or classes
-        label = _only(candidates, "label", listed)
-    if config.input_column or table.given:
-        return config.input_column or GIVEN, label
-    others = {name: found for name, found in there.items() if name not in (label, users)}
+        if name in table.mixed:
+            raise ValueError(f"data.{key} = {name!r} holds values of several types: {table.mixed[name]}")
+    problems: list[str] = []
+    label = _label(table, config, there, problems)
+    found = _input(table, config, kind, there, label, problems)
+    if problems or label is None or found is None:
+        raise ValueError(f"{'; '.join(problems)}. The data has {listed}")
+    return found, label
+
+
+def _label(table: Table, config: DataConfig, there: Mapping[str, str], problems: list[str]) -> Column | None:
+    if config.label_column:
+        return Column(config.label_column, "data.label_column")
+    others = {n: t for n, t in there.items() if n not in (config.input_column, config.user_column, *table.given)}
+    usable = {n: t for n, t in others.items() if t in ("class label", "text", "number")}
+    called = [n for n in others if n.lower() == "label" and (n in usable or n in table.mixed)]
+    named = [n for n in usable if n.lower() in LABEL_NAMES]
+    typed = [n for n, t in usable.items() if t == "class label"]
+    if len(called) == 1:
+        if called[0] in table.mixed:
+            problems.append(f"the column {called[0]!r} holds values of several types: {table.mixed[called[0]]}")
+            return None
+        return Column(called[0], table.class_rule or "its name")
+    for candidates, why in ((called, ""), (_best(named, typed), "its name"), (typed, "its type")):
+        if len(candidates) == 1:
+            return Column(candidates[0], why)
+        if candidates:
+            problems.append(_several("label", "labels", candidates))
+            return None
+    problems.append("data.label_column must be given: no column holds labels")
+    if table.class_rule:
+        problems[-1] += f" (pictures: {table.class_rule})"
+    return None
+
+
+def _best(named: Sequence[str], typed: Sequence[str]) -> list[str]:
+    """Columns with a name of labels; those among them whose type lists classes, if there are any."""
+    return [n for n in named if n in typed] or list(named)
+
+
+def _input(
+    table: Table, config: DataConfig, kind: Kind, there: Mapping[str, str], label: Column | None, problems: list[str]
+) -> Column | None:
+    if config.input_column:
+        return Column(config.input_column, "data.input_column")
+    if table.given:
+        return Column(GIVEN, "what the function gave")
+    taken = (label.name if label else "", config.user_column)
+    others = {name: found for name, found in there.items() if name not in taken}
     right = [name for name, found in others.items() if found == kind]
     names = INPUT_NAMES[kind]
     if not right and kind == "image":  # paths, or arrays
-        right = [name for name in others if name.lower() in names]
-    named = [name for wanted in names for name in right if name.lower() == wanted]
-    return _only(right if len(right) == 1 else named[:1] or right, "input", listed, kind), label
+        right = [name for name, found in others.items() if name.lower() in names and not found.startswith("mixed")]
+    if label is None:  # it may be one of these
+        right = [n for n in right if n.lower() not in LABEL_NAMES]
+    called = [name for name in right if name.lower() == kind]
+    named = [name for name in right if name.lower() in names]
+    if len(right) == 1:
+        return Column(right[0], "its name" if named else f"the only column of {kind}s")
+    for candidates in (called, named, right):
+        if len(candidates) == 1:
+            return Column(candidates[0], "its name")
+        if candidates:
+            problems.append(_several("input", f"{kind}s", candidates))
+            return None
+    numbers = [n for n, t in others.items() if t == "number" and n.lower() in names]
+    hint = f"; {numbers[0]} is all numbers: naming it says that they are texts" if numbers and kind == "text" else ""
+    problems.append(f"data.input_column must be given: no column holds {kind}s; the model reads {kind}s{hint}")
+    return None
 
 
-def _only(candidates: Sequence[str], role: str, listed: str, kind: str = "") -> str:
-    if len(candidates) == 1:
-        return candidates[0]
-    what = {"label": "labels", "input": f"{kind}s"}[role]
-    found = f"several columns may hold {what}: {', '.join(candidates)}" if candidates else f"no column holds {what}"
-    reads = f"; the model reads {kind}s" if kind and not candidates else ""
-    raise ValueError(f"data.{role}_column must be given: {found}{reads}. The data has {listed}")
+def _several(role: str, what: str, candidates: Sequence[str]) -> str:
+    return f"data.{role}_column must be given: several columns may hold {what}: {', '.join(candidates)}"
 
 
-def _type(feature: Any) -> str:
-    """A feature in words: 'image', 'class label', 'text', 'number', or 'other'."""
+def _type(table: Table, name: str) -> str:
+    """A column's type in words: 'image', 'class label', 'text', 'number', or 'other'."""
     from datasets import ClassLabel, Image, Value
 
+    feature = table.rows.features[name]
     if isinstance(feature, Image):
         return "image"
     if isinstance(feature, ClassLabel):
         return "class label"
     if isinstance(feature, Value):
         if feature.dtype in ("string", "large_string"):
-            return "text"
-        if feature.dtype.startswith(("int", "uint", "float", "bool")):
+            return "number" if table.as_text and _are_numbers(table, name) else "text"
+        if feature.dtype.startswith(("int", "uint", "float", "bool", "decimal")):
             return "number"
     return "other"
 
 
-def read_labels(table: Table, column: str, config: DataConfig) -> tuple[Int[Tensor, " sample"], tuple[str, ...]]:
-    """Labels as numbers of classes, and the classes' names.
-
-    Numbers without names, and texts, are put into order.
-
-    Raises:
-        ValueError: labels are missing, are no whole numbers or texts, do not match the names, or are all the same.
-    """
-    from datasets import ClassLabel
-
-    said = f"data.label_column = {column!r}"
-    values = table.column(column)
-    feature = table.rows.features.get(column)
-    known = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-    missing = [row for row, v in enumerate(values) if v is None or v != v or v == "" or (known and v == -1)]
-    if missing:
-        raise ValueError(
-            f"{said}: {len(missing):,} of {len(values):,} labels are missing, the first in row {missing[0]}; if a "
-            "split has none, leave it out with data.splits"
-        )
-    values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-    odd = next((v for v in values if not isinstance(v, (bool, int, str))), None)
-    if odd is not None or len({isinstance(v, str) for v in values}) > 1:
-        example = odd if odd is not None else next(v for v in values if isinstance(v, str))
-        raise ValueError(f"{said} must hold whole numbers or texts, got {example!r} among them")
-    names = config.label_names
-    if known and names and len(names) != len(known):
-        raise ValueError(f"data.label_names has {len(names)} names, but {said} has {len(known)} classes")
-    if isinstance(values[0], str):
-        names = names or tuple(sorted(set(values)))
-        number = {name: i for i, name in enumerate(names)}
-        if unknown := sorted(set(values) - set(number)):
-            raise ValueError(f"{said} holds {_some(unknown)}, which data.label_names does not have")
-        numbers = [number[v] for v in values]
-    elif names or known:
-        names = names or known
-        wrong = sorted({v for v in values if not 0 <= v < len(names)})
-        if wrong:
-            raise ValueError(f"{said} must be in 0..{len(names) - 1}, for {len(names)} names, got {_some(wrong)}")
-        numbers = values
-    else:
-        there = sorted(set(values))
-        if len(there) > len(values) / 2 and len(values) > 10:
-            raise ValueError(f"{said} holds {len(there):,} different numbers in {len(values):,} rows: is it the label?")
-        names = tuple(str(v) for v in there)
-        place = {v: i for i, v in enumerate(there)}
-        numbers = [place[v] for v in values]
-    if len(set(numbers)) < 2:
-        raise ValueError(f"{said}: all {len(numbers):,} samples are of one class, {names[numbers[0]]!r}")
-    return torch.tensor(numbers, dtype=torch.long), names
+def _are_numbers(table: Table, name: str) -> bool:
+    """Whether a column of a file without types looks as if it had one; nothing is read by it."""
+    some = table.rows.select_columns([name])[:LOOKED_AT][name]
+    filled = [value for value in some if value and value.strip()]
+    return bool(filled) and all(NUMBER.fullmatch(value) for value in filled)
 
 
 def read_users(table: Table, column: str) -> Int[Tensor, " sample"]:
@@ -136,16 +158,11 @@ def read_users(table: Table, column: str) -> Int[Tensor, " sample"]:
         ValueError: it is not said of every sample.
     """
     values = table.column(column)
-    missing = sum(v is None or v != v for v in values)
+    missing = sum(v is None or v != v or v == "" for v in values)
     if missing:
         raise ValueError(f"data.user_column = {column!r}: {missing:,} of {len(values):,} values are missing")
     number = {user: i for i, user in enumerate(sorted(set(values), key=lambda user: (str(type(user)), user)))}
     return torch.tensor([number[v] for v in values], dtype=torch.long)
-
-
-def _some(values: Sequence[object]) -> str:
-    more = f" and {len(values) - SHOWN} more" if len(values) > SHOWN else ""
-    return ", ".join(repr(v) for v in values[:SHOWN]) + more
 
 
 def draw_by_class(labels: Int[Tensor, " sample"], limit: int, generator: torch.Generator) -> Int[Tensor, " row"]:
@@ -156,3 +173,8 @@ def draw_by_class(labels: Int[Tensor, " sample"], limit: int, generator: torch.G
         rows = order[labels[order] == label]
         place[rows] = (torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows)
     return order[place[order].argsort(stable=True)[:limit]].sort().values
+
+
+def as_texts(values: Sequence[Any]) -> list[Any]:
+    """Values of a column that the job says holds texts: whole numbers as they are written, all others as they are."""
+    return [str(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in values]

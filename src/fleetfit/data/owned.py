@@ -3,33 +3,31 @@
 What labels there are, and how inputs are made, is decided for the whole fleet and given; no owner decides it alone.
 """
 
-import hashlib
 import io
-import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Int
-from torch import Tensor
 
 from fleetfit.config import Job
 from fleetfit.data.columns import Kind, find_columns
+from fleetfit.data.inputs import make_images, make_texts, read_texts
+from fleetfit.data.labels import read_known_labels
 from fleetfit.data.partition import Split, split_rows
-from fleetfit.data.pixel_store import pixel_store
 from fleetfit.data.pixels import as_image
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
-from fleetfit.data.samples import Inputs, Samples
-from fleetfit.data.sources import Origin
-from fleetfit.data.tables import Table, open_table
+from fleetfit.data.samples import Samples
+from fleetfit.data.sources import Origin, summary_of
+from fleetfit.data.tables import open_table
+from fleetfit.files import content_hash
 from fleetfit.messages import Progress, silent
 from fleetfit.models.families import family_of
+from fleetfit.records import DataSummary
 
 Cut = Literal["given", "own"]
 PARTS = ("train", "validation", "test")
-SHOWN = 5
 INPUT_COLUMN: dict[Kind, str] = {"image": "image", "text": "text"}
 
 
@@ -62,13 +60,16 @@ def load_owned(
     """
     if cut == "own":
         samples = _part(job, source, (), labels, form, progress)
-        return split_rows(samples, torch.arange(len(samples)), job.data, test_share, job.seed, *names)
+        split = split_rows(samples, torch.arange(len(samples)), job.data, test_share, job.seed, *names)
+        return replace(split, summary=samples.summary)
     there = _splits_of(Path(source))
     if "train" not in there:
         raise ValueError(f"data.source = {source!r} must have a split train, with data.cut = 'given'")
     parts = {name: _part(job, source, (name,), labels, form, progress) for name in PARTS if name in there}
     nothing = parts["train"].rows(torch.arange(0))
-    return Split(*(parts.get(name, nothing) for name in PARTS))
+    summary = _joined([part.summary for part in parts.values() if part.summary is not None])
+    train, validation, test = (parts.get(name, nothing) for name in PARTS)
+    return Split(train, validation, test, summary)
 
 
 def write_owned(folder: Path, job: Job, split: Split, origin: Origin) -> None:
@@ -110,81 +111,47 @@ def _part(
     form: Preprocessing | TextPreprocessing,
     progress: Progress,
 ) -> Samples:
-    given = {"source": source, "root": "", "subset": "", "splits": splits, "user_column": "", "label_names": ()}
+    given = {"source": source, "root": "", "subset": "", "splits": splits, "user_column": ""}
     config = job.data.model_copy(update=given)
     cache = Path(job.run.cache).expanduser()
     table = open_table(config, cache, lambda words: progress("data", 0, 1, words))
     kind: Kind = "text" if isinstance(form, TextPreprocessing) else "image"
     column, label_column = find_columns(table, config, kind)
-    numbers = _labels(table, label_column, labels)
-    inputs, index, weight = _inputs(job, table, column, form, cache)
-    content = (table.fingerprint, column, index.tolist(), numbers.tolist(), labels, form.model_dump())
+    found = read_known_labels(table, label_column.name, labels, config)
+    rows = (found.numbers >= 0).nonzero().flatten()
+
+    def told(done: int, total: int, words: str) -> None:
+        progress("data", done, total, words)
+
+    if isinstance(form, Preprocessing):
+        made = make_images(job, table, column, rows, form, cache, told)
+    else:
+        made = make_texts(read_texts(job, table, column, rows), form, told)
+    used = rows[made.rows]
+    summary = summary_of(source, kind, table, (column, label_column), found, used, made)
+    fingerprint = content_hash(summary.fingerprint, summary.form)
     return Samples(
-        inputs,
-        numbers[index],
-        labels,
-        weight,
-        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-        notes=(f"from {table.origin}",),
+        made.inputs, found.numbers[used], labels, made.bytes_per_sample, fingerprint=fingerprint, summary=summary
     )
 
 
-def _inputs(
-    job: Job, table: Table, column: str, form: Preprocessing | TextPreprocessing, cache: Path
-) -> tuple[Inputs, Int[Tensor, " row"], int]:
-    """Inputs, the rows that they are of, and what one weighs."""
-    rows = list(range(len(table.rows)))
-    if isinstance(form, Preprocessing):
-        threads, share = job.run.threads, job.data.bad_image_share
-        try:
-            store = pixel_store(table, column, rows, form, cache, share, threads, lambda done, total: None)
-        except ValueError as error:
-            raise ValueError(f"data.source = {table.origin}: {error}") from error
-        good = torch.ones(len(rows), dtype=torch.bool)
-        good[list(store.bad)] = False
-        index = good.nonzero().flatten()
-        return Inputs(store.pixels, index, form), index, store.bytes_per_image
-    texts = [text for part in table.chunks(column, rows, 1000) for text in part]
-    index = torch.tensor([row for row, text in enumerate(texts) if isinstance(text, str) and text.strip()])
-    missing = len(texts) - len(index)
-    if missing > job.data.empty_text_share * len(texts):
-        raise ValueError(
-            f"data.source = {table.origin}: {missing:,} of {len(texts):,} rows hold no text, and data.empty_text_share "
-            f"= {job.data.empty_text_share:g} of all is the most"
-        )
-    kept = [texts[row] for row in index.tolist()]
-    store_of_texts = torch.from_numpy(form.apply(kept).astype(np.int32))
-    return Inputs.of(store_of_texts, form), index, round(sum(len(t.encode()) for t in kept) / max(1, len(kept)))
-
-
-def _labels(table: Table, column: str, names: tuple[str, ...]) -> Int[Tensor, " row"]:
-    """Labels as numbers of the fleet's classes: from names; from numbers that are names, or else count the classes.
-
-    Raises:
-        ValueError: labels that are missing, or that the fleet does not know.
-    """
-    from datasets import ClassLabel
-
-    said = f"data.source = {table.origin}: the labels in column {column!r}"
-    feature = table.rows.features.get(column)
-    values: list[Any] = table.column(column)
-    if isinstance(feature, ClassLabel):
-        values = [feature.names[v] if v is not None and v >= 0 else None for v in values]
-    missing = sum(v is None or v != v or v == "" for v in values)
-    if missing:
-        raise ValueError(f"{said}: {missing:,} of {len(values):,} are missing")
-    number: Mapping[Any, int] = {name: i for i, name in enumerate(names)}
-    if not any(isinstance(v, str) for v in values):
-        numbered = all(name.removeprefix("-").isdecimal() for name in names)
-        place = {int(name): i for i, name in enumerate(names)} if numbered else {i: i for i in range(len(names))}
-        number = {v: place[int(v)] for v in values if v == int(v) and int(v) in place}
-    unknown = sorted({str(v) for v in values if v not in number})
-    if unknown:
-        more = f" and {len(unknown) - SHOWN} more" if len(unknown) > SHOWN else ""
-        listed = ", ".join(repr(v) for v in unknown[:SHOWN])
-        known = ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-        raise ValueError(f"{said} have {listed}{more}, which the job does not know; its {len(names)} are {known}")
-    return torch.tensor([number[v] for v in values], dtype=torch.long)
+def _joined(parts: Sequence[DataSummary]) -> DataSummary:
+    """What was read of an owner's files together."""
+    first = parts[0]
+    left_out: dict[str, int] = {}
+    for part in parts:
+        left_out = {why: left_out.get(why, 0) + part.left_out.get(why, 0) for why in {**left_out, **part.left_out}}
+    return first.model_copy(
+        update={
+            "num_files": len(parts),
+            "num_rows": sum(part.num_rows for part in parts),
+            "num_samples": sum(part.num_samples for part in parts),
+            "left_out": left_out,
+            "classes": {name: sum(part.classes[name] for part in parts) for name in first.classes},
+            "notes": tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+            "fingerprint": content_hash(*(part.fingerprint for part in parts)),
+        }
+    )
 
 
 def _encoded(value: Any, folder: Path | None) -> bytes:

@@ -14,6 +14,7 @@ from torch import Tensor
 from fleetfit.config import DataConfig
 from fleetfit.data.samples import Samples
 from fleetfit.randomness import derive_seed, named_generator
+from fleetfit.records import DataSummary
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +25,19 @@ SHOWN = 5  # of the classes that no device has
 class Split:
     """Training, validation and test samples of one owner. All choices are made on validation; test is only reported.
 
-    Training holds at least one sample; of very few samples none is left for the others.
+    Training holds at least one sample; of very few samples none is left for the others. ``summary`` tells what was read
+    for an owner with files of its own.
     """
 
     train: Samples
     validation: Samples
     test: Samples
+    summary: DataSummary | None = None
 
     def to(self, torch_device: torch.device) -> "Split":
         """The same for a model on this hardware."""
-        return Split(self.train.to(torch_device), self.validation.to(torch_device), self.test.to(torch_device))
+        train, validation, test = (part.to(torch_device) for part in (self.train, self.validation, self.test))
+        return Split(train, validation, test, self.summary)
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,37 @@ def share_out(
         name: split_rows(samples, private[part], config, config.device_test_share, seed, "device", name)
         for name, part in zip(names, parts, strict=True)
     }
-    return FleetData(public_split, edges, devices, _not_shared_out(samples, private, parts))
+    notes = (*_not_shared_out(samples, private, parts), *_rare(samples, public_split, devices))
+    return FleetData(public_split, edges, devices, notes)
+
+
+def _rare(samples: Samples, public: Split, devices: Mapping[str, Split]) -> tuple[str, ...]:
+    """Classes that are too rare to be where they should be, in words: nobody's score can speak for them."""
+    notes = []
+    places = {
+        "on any device": [part for s in devices.values() for part in (s.train, s.validation, s.test)],
+        "in what the cloud trains on": [public.train],
+        "in the cloud's test split": [public.test],
+        "in any device's test split": [split.test for split in devices.values()],
+    }
+    total = torch.bincount(samples.labels, minlength=samples.num_classes)
+    told: set[int] = set()
+    for where, parts in places.items():
+        if not any(map(len, parts)):
+            continue
+        there = sum(torch.bincount(part.labels, minlength=samples.num_classes) for part in parts)
+        absent = ((total > 0) & (torch.as_tensor(there) == 0)).nonzero().flatten().tolist()
+        if where == "in any device's test split":
+            absent = [c for c in absent if c not in told]
+        if where == "on any device":
+            told |= set(absent)
+        if absent:
+            listed = ", ".join(f"{samples.label_names[c]!r} ({int(total[c])} samples)" for c in absent[:SHOWN])
+            more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+            notes.append(f"{'class' if len(absent) == 1 else 'classes'} {listed}{more} not {where}")
+    for note in notes:
+        log.info("data: %s", note)
+    return tuple(notes)
 
 
 def _not_shared_out(samples: Samples, private: Tensor, parts: Sequence[Tensor]) -> tuple[str, ...]:
@@ -235,5 +269,5 @@ def _not_shared_out(samples: Samples, private: Tensor, parts: Sequence[Tensor]) 
         more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
         are = "class is" if len(classes) == 1 else "classes are"
         notes.append(f"{len(classes)} {are} on no device ({listed}{more})")
-    log.warning("data.split: %s", "; ".join(notes))
+    log.info("data.split: %s", "; ".join(notes))
     return tuple(notes)

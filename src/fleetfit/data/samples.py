@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.hardware import fits_on, moved
+from fleetfit.records import DataSummary
 
 BATCH = 256
 
@@ -97,7 +98,7 @@ class Samples:
         raw_bytes_per_sample: What a sample weighs at rest in its source, on average.
         users: Whose each sample is, as numbers; None: not known.
         fingerprint: Changes with the content of the source, and with how inputs and labels are made of it.
-        notes: Where the samples came from and what was left out, for a person.
+        summary: What was read, what was left out and why; of a whole source, not of a part of it.
     """
 
     inputs: Inputs
@@ -106,7 +107,7 @@ class Samples:
     raw_bytes_per_sample: int
     users: Int[Tensor, " sample"] | None = None
     fingerprint: str = ""
-    notes: tuple[str, ...] = ()
+    summary: DataSummary | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -124,4 +125,4 @@ class Samples:
         """Some of the samples."""
         here = moved(rows, self.labels.device)
         users = None if self.users is None else self.users[rows]
-        return replace(self, inputs=self.inputs.only(rows), labels=self.labels[here], users=users)
+        return replace(self, inputs=self.inputs.only(rows), labels=self.labels[here], users=users, summary=None)

@@ -13,22 +13,23 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fleetfit.config import Job
-from fleetfit.data.columns import Kind, draw_by_class, find_columns, read_labels, read_users
+from fleetfit.data.columns import Column, Kind, draw_by_class, find_columns, read_users
 from fleetfit.data.image_forms import image_form
+from fleetfit.data.inputs import CHUNK, Made, make_images, make_texts, read_texts
+from fleetfit.data.labels import Labels, read_labels
 from fleetfit.data.partition import cut_tiers
-from fleetfit.data.pixel_store import pixel_store
 from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.tables import Table, open_table
 from fleetfit.data.text_forms import text_form
+from fleetfit.files import content_hash
 from fleetfit.messages import Progress, silent
 from fleetfit.models.families import family_of
 from fleetfit.models.pretrained import read_config_of
 from fleetfit.randomness import named_generator
+from fleetfit.records import DataSummary
 
 log = logging.getLogger(__name__)
-
-CHUNK = 1000
 
 
 @dataclass(frozen=True)
@@ -81,111 +82,124 @@ def load_source(job: Job, progress: Progress = silent) -> tuple[Samples, Origin]
     cache = Path(job.run.cache).expanduser()
     table = open_table(job.data, cache, lambda words: progress("data", 0, 1, words))
     column, label_column = find_columns(table, job.data, kind)
-    labels, names = read_labels(table, label_column, job.data)
+    labels = read_labels(table, label_column.name, job.data)
     users = read_users(table, job.data.user_column) if job.data.user_column else None
-    rows = _drawn(labels, job)
+    rows = _drawn(labels.numbers, job)
     found = MADE[kind](job, table, column, rows, cache, progress)
     used = rows[found.rows]
-    if len(set(labels[used].tolist())) < 2:
+    if len(set(labels.numbers[used].tolist())) < 2:
         raise ValueError(f"data.source = {job.data.source!r}: the samples that are left are of one class")
-    form = found.inputs.form
-    content = (table.fingerprint, column, used.tolist(), labels[used].tolist(), names, form and form.model_dump())
+    summary = summary_of(job.data.source, kind, table, (column, label_column), labels, used, found)
+    undrawn = len(labels.numbers) - labels.num_missing - len(rows)
+    if undrawn:
+        summary = summary.model_copy(update={"left_out": {**summary.left_out, "not drawn (data.limit)": undrawn}})
     samples = Samples(
         found.inputs,
-        labels[used],
-        names,
+        labels.numbers[used],
+        labels.names,
         found.bytes_per_sample,
         users=None if users is None else users[used],
-        fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-        notes=(f"from {table.origin}", *found.notes),
+        fingerprint=content_hash(summary.fingerprint, summary.form),
+        summary=summary,
     )
     stored = torch.zeros(len(found.inputs.store), dtype=torch.long)
     stored[found.inputs.index] = used
-    return samples, Origin(lambda chosen: table.chunks(column, chosen, CHUNK), stored, table.folder)
+    return samples, Origin(lambda chosen: table.chunks(column.name, chosen, CHUNK), stored, table.folder)
 
 
-@dataclass(frozen=True)
-class _Made:
-    """What became of the rows that were asked for: inputs, and which of the rows they are; the others are no good."""
+def summary_of(
+    source: str,
+    kind: Kind,
+    table: Table,
+    columns: tuple[Column, Column],
+    labels: Labels,
+    used: Int[Tensor, " row"],
+    made: Made,
+) -> DataSummary:
+    """What was read of a table, and what was left out and why; logged, too."""
+    column, label_column = columns
+    left_out = dict(table.left_out)
+    if labels.num_missing:
+        left_out["samples without a label"] = labels.num_missing
+    left_out |= made.left_out
+    counts = torch.bincount(labels.numbers[used], minlength=len(labels.names)).tolist()
+    content = [table.fingerprint, column.name, label_column.name, used.tolist(), labels.numbers[used].tolist()]
+    summary = DataSummary(
+        source=source,
+        origin=table.origin,
+        kind=kind,
+        num_files=table.num_files,
+        num_rows=len(table.rows) + table.left_out.get("blank rows", 0),
+        num_samples=len(used),
+        left_out=left_out,
+        input_column=column.name,
+        input_why=column.why,
+        label_column=label_column.name,
+        label_why=label_column.why,
+        classes=dict(zip(labels.names, counts, strict=True)),
+        values=made.values,
+        notes=(*table.notes, *labels.notes, *made.notes),
+        fingerprint=hashlib.sha256(json.dumps([content, labels.names]).encode()).hexdigest(),
+        form=content_hash(made.inputs.form and made.inputs.form.model_dump()),
+    )
+    for why, number in left_out.items():
+        log.info("%s: left out %d %s", table.origin, number, why)
+    for note in summary.notes:
+        log.info("%s: %s", table.origin, note)
+    return summary
 
-    inputs: Inputs
-    rows: Int[Tensor, " row"]
-    bytes_per_sample: int
-    notes: tuple[str, ...]
+
+def _images(job: Job, table: Table, column: Column, rows: Int[Tensor, " row"], cache: Path, progress: Progress) -> Made:
+    return make_images(job, table, column, rows, image_form(job.model), cache, _told(progress))
 
 
-def _images(job: Job, table: Table, column: str, rows: Int[Tensor, " row"], cache: Path, progress: Progress) -> _Made:
-    form = image_form(job.model)
-
-    def tell(done: int, total: int) -> None:
-        progress("data", done, total + 1, f"{done:,} of {total:,} images decoded")
-
-    share, threads = job.data.bad_image_share, job.run.threads
-    try:
-        store = pixel_store(table, column, rows.tolist(), form, cache, share, threads, tell)
-    except ValueError as error:
-        raise ValueError(f"data.source = {job.data.source!r}: {error}") from error
-    good = torch.ones(len(rows), dtype=torch.bool)
-    good[list(store.bad)] = False
-    index = good.nonzero().flatten()
-    notes = (f"{len(store.bad):,} images that cannot be read are left out",) if store.bad else ()
-    return _Made(Inputs(store.pixels, index, form, path=store.path), index, store.bytes_per_image, notes)
-
-
-def _texts(job: Job, table: Table, column: str, rows: Int[Tensor, " row"], cache: Path, progress: Progress) -> _Made:
+def _texts(job: Job, table: Table, column: Column, rows: Int[Tensor, " row"], cache: Path, progress: Progress) -> Made:
     """Token numbers of all texts; how they are made is decided on the public ones alone."""
-    texts, good = [], []
-    for number, text in enumerate(text for part in table.chunks(column, rows.tolist(), CHUNK) for text in part):
-        if not isinstance(text, str | None):
-            raise ValueError(f"data.input_column = {column!r} must hold texts, got {text!r} in row {int(rows[number])}")
-        if text is not None and text.strip():
-            texts.append(text)
-            good.append(number)
-    empty = len(rows) - len(good)
-    if empty > job.data.empty_text_share * len(rows):
-        raise ValueError(
-            f"data.input_column = {column!r}: {empty:,} of {len(rows):,} texts are empty, and data.empty_text_share = "
-            f"{job.data.empty_text_share:g} of all is the most"
-        )
-    public = cut_tiers(texts, job.data, job.seed)[1]
-    progress("data", 0, len(texts) + 1, "making the tokenizer")
-    form = text_form(job.model, [texts[row] for row in public], job.data.max_tokens)
-    store = torch.empty(len(texts), form.num_tokens, dtype=torch.int32)
-    num_cut = 0
-    for start in range(0, len(texts), CHUNK):
-        part = texts[start : start + CHUNK]
-        store[start : start + len(part)] = torch.from_numpy(form.apply(part))
-        num_cut += form.num_too_long(part)
-        progress("data", start + len(part), len(texts) + 1, f"{start + len(part):,} of {len(texts):,} texts encoded")
-    notes = []
-    if empty:
-        notes.append(f"{empty:,} empty texts are left out")
-        log.warning("%d of %d texts are empty and left out", empty, len(rows))
-    if num_cut:
-        notes.append(f"{num_cut:,} texts are cut to {form.num_tokens} tokens")
-    weight = round(sum(len(text.encode()) for text in texts) / len(texts))
-    return _Made(Inputs.of(store, form), torch.tensor(good, dtype=torch.long), weight, tuple(notes))
+    read = read_texts(job, table, column, rows)
+    public = cut_tiers(read.texts, job.data, job.seed)[1]
+    progress("data", 0, len(read.texts) + 1, "making the tokenizer")
+    form = text_form(job.model, [read.texts[row] for row in public], job.data.max_tokens)
+    return make_texts(read, form, _told(progress))
 
 
-MADE: dict[Kind, Callable[[Job, Table, str, Int[Tensor, " row"], Path, Progress], _Made]] = {
+def _told(progress: Progress) -> Callable[[int, int, str], None]:
+    return lambda done, total, words: progress("data", done, total, words)
+
+
+MADE: dict[Kind, Callable[[Job, Table, Column, Int[Tensor, " row"], Path, Progress], Made]] = {
     "image": _images,
     "text": _texts,
 }
 
 
 def _drawn(labels: Int[Tensor, " sample"], job: Job) -> Int[Tensor, " row"]:
-    if job.data.limit is None or job.data.limit >= len(labels):
-        return torch.arange(len(labels))
-    return draw_by_class(labels, job.data.limit, named_generator(job.seed, "data", "limit"))
+    """Rows with a label, or some of them."""
+    there = (labels >= 0).nonzero().flatten()
+    if job.data.limit is None or job.data.limit >= len(there):
+        return there
+    return there[draw_by_class(labels[there], job.data.limit, named_generator(job.seed, "data", "limit"))]
 
 
 def _some(digits: Samples, job: Job) -> Samples:
     for key in ("input_column", "label_column", "user_column"):
         if getattr(job.data, key):
             raise ValueError(f"data.{key} = {getattr(job.data, key)!r}: data.source = 'digits' has no columns")
-    if job.data.limit is None:
-        return digits
-    return replace(digits.rows(_drawn(digits.labels, job)), fingerprint=f"digits {job.data.limit} {job.seed}")
+    some = digits
+    if job.data.limit is not None:
+        some = replace(digits.rows(_drawn(digits.labels, job)), fingerprint=f"digits {job.data.limit} {job.seed}")
+    left_out = {"not drawn (data.limit)": len(digits) - len(some)} if len(some) < len(digits) else {}
+    summary = DataSummary(
+        source="digits",
+        origin="scikit-learn's handwritten digits",
+        kind="image",
+        num_rows=len(digits),
+        num_samples=len(some),
+        left_out=left_out,
+        classes=dict(zip(some.label_names, torch.bincount(some.labels, minlength=10).tolist(), strict=True)),
+        values={"smallest pixel": 0, "largest": 16},
+        fingerprint=some.fingerprint,
+    )
+    return replace(some, summary=summary)
 
 
 def _digits() -> Samples:

@@ -1,6 +1,5 @@
 """Where rows come from: files and folders, a local copy of a data set of the hub, the hub, or a Python function."""
 
-import glob
 import hashlib
 import importlib
 import json
@@ -8,8 +7,6 @@ import logging
 import os
 import re
 import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,26 +16,13 @@ from typing import Any
 import numpy as np
 
 from fleetfit.config import DataConfig
+from fleetfit.data.file_tables import READERS, Read, as_dataset, as_written, first_line, is_plain_csv, read_files
 
 log = logging.getLogger(__name__)
 
-READERS = {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".arrow": "arrow",
-}
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-SHOWN = 5
 ROOT_VARIABLE = "FLEETFIT_DATA"
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/\t\n\r\f\v\b\a].*|[A-Za-z]:$", re.DOTALL)
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 GIVEN = "input"  # the column that a function's inputs become
 
@@ -50,11 +34,17 @@ class Table:
     """Rows of a source.
 
     Attributes:
-        rows: A ``datasets.Dataset``, memory-mapped where it comes from files.
+        rows: A ``datasets.Dataset``, memory-mapped where it comes from typed files.
         fingerprint: Changes with the content, whatever the files are called and wherever they are.
         origin: Where the rows came from, for a person.
         folder: What relative paths in the rows start from.
         given: Columns that a function gave as they are.
+        as_text: Values are text as it is written in a file without types.
+        mixed: Columns that are not in the rows, since they hold values of several types, and which.
+        class_rule: How the classes of a folder of images were found.
+        num_files: How many files the rows are of.
+        left_out: What of the source is not in the rows, by why.
+        notes: How it was read, for a person.
     """
 
     rows: Any
@@ -62,6 +52,12 @@ class Table:
     origin: str
     folder: Path | None = None
     given: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    as_text: bool = False
+    mixed: Mapping[str, str] = field(default_factory=dict)
+    class_rule: str = ""
+    num_files: int = 0
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def column(self, name: str) -> list[Any]:
         """A whole column of small values."""
@@ -92,11 +88,12 @@ def open_table(config: DataConfig, cache: Path, tell: Tell) -> Table:
 
     Args:
         config: The job's data.
-        cache: Where tables that were read from files are kept, memory-mapped.
+        cache: Where tables of typed files are kept, memory-mapped, by their content.
         tell: Told in words what takes long.
 
     Raises:
         ValueError: no such file, folder or function, no such data set, no network; rows that cannot be read or joined.
+        ImportError: a spreadsheet, and no reader for it is installed.
     """
     said = f"data.source = {config.source!r}"
     with _calm():
@@ -105,14 +102,25 @@ def open_table(config: DataConfig, cache: Path, tell: Tell) -> Table:
         place, origin = _find(config, said)
         if place:
             tell(f"reading {origin}")
-            splits, digest, folder = _of_files(place, config, cache, said)
+            read, digest, folder = read_files(place, config, cache, said)
         else:
             tell("asking the Hugging Face hub")
-            splits, digest, folder = _of_hub(config, said)
+            (read, digest), folder = _of_hub(config, said), None
             origin = f"the Hugging Face hub ({config.source})"
         log.info("%s: taken from %s", said, origin)
-        rows, chosen = _joined(splits, config.splits, said)
-        return Table(rows, _hash([digest, chosen]), origin, folder)
+        rows, chosen = _joined(read.splits, config.splits, said)
+        return Table(
+            rows,
+            _hash([digest, chosen, config.separator, config.encoding, config.class_folder]),
+            origin,
+            folder,
+            as_text=read.as_text,
+            mixed=read.mixed,
+            class_rule=read.class_rule,
+            num_files=read.num_files,
+            left_out=read.left_out.counts,
+            notes=tuple(read.notes),
+        )
 
 
 # -- what is meant ----------------------------------------------------------------------------------------------------
@@ -138,6 +146,11 @@ def _find(config: DataConfig, said: str) -> tuple[list[Path], str]:
             if HUB_ID.fullmatch(name) and (base / name).exists():
                 return [base / name], f"the local copy {base / name} ({named})"
         log.info("%s: no copy of it in %s (%s)", said, base, named)
+    if WINDOWS_PATH.fullmatch(config.source):
+        raise ValueError(
+            f"{said} is a path of Windows, and not here; in a job's double quotes a backslash begins a sign such as "
+            "\\n: write it in single quotes, or with /"
+        )
     if path.suffix in READERS or not HUB_ID.fullmatch(config.source):
         raise ValueError(
             f"{said} is no file or folder here, no module:function, and cannot be the id of a data set on the hub"
@@ -161,117 +174,22 @@ def _joined(splits: Mapping[str, Any], wanted: Sequence[str], said: str) -> tupl
     return rows, chosen
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def _of_files(
-    places: list[Path], config: DataConfig, cache: Path, said: str
-) -> tuple[Mapping[str, Any], str, Path | None]:
-    place, subset = places[0], config.subset
-    if place.is_dir() and subset and (place / subset).is_dir():
-        place, subset = place / subset, ""
-    folder = place if place.is_dir() else place.parent
-    files = sorted(_seen(place)) if place.is_dir() else places
-    if not files:
-        raise ValueError(f"{said}: {place} is empty")
-    digest = _digest(files, folder, cache)
-    try:
-        return _read(place, files, subset, str(cache / "tables" / digest[:16])), f"{digest} {subset}", folder
-    except Exception as error:  # of datasets, of pyarrow, of pandas
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{said}: {place} cannot be read: {_first_line(error)}") from error
-
-
-def _seen(folder: Path) -> Iterator[Path]:
-    """All files below a folder, but hidden ones."""
-    for path in folder.rglob("*"):
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
-            yield path
-
-
-def _read(place: Path, files: Sequence[Path], subset: str, tables: str) -> Mapping[str, Any]:
-    """Splits by name: of a folder that ``save_to_disk`` wrote, of a copy of a hub repository, or of plain files."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    if any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json")):
-        saved = load_from_disk(str(place))
-        return saved if isinstance(saved, DatasetDict) else {"all": saved}
-    page = place / "README.md"
-    if page.exists() and page.read_text(encoding="utf-8", errors="replace").startswith("---"):
-        described: Mapping[str, Any] = load_dataset(str(place), subset or None, cache_dir=tables)
-        return described  # by the repository's own description of its files
-    kind, readable = _kind(place, files)
-    splits: dict[str, list[str]] = {name: [] for name in ("train", "validation", "test")}
-    for file in readable:
-        splits[_split_of(file, place, readable, kind)].append(glob.escape(str(file)))
-    splits = {name: there for name, there in splits.items() if there}
-    more = {"sep": "\t"} if readable[0].suffix.lower() == ".tsv" else {}
-    # Ours, not those that datasets finds: it takes /home/test/data/train.csv for a test split.
-    found: Mapping[str, Any] = load_dataset(kind, data_files=splits, cache_dir=tables, **more)
-    return found
-
-
-def _kind(place: Path, files: Sequence[Path]) -> tuple[str, list[Path]]:
-    """How to read some files, and which of them: of a folder those of the commonest kind."""
-    from PIL import Image
-
-    pictures = dict.fromkeys(Image.registered_extensions(), "imagefolder")
-    kinds = [(pictures | READERS).get(file.suffix.lower(), "") for file in files]
-    known = Counter(kind for kind in kinds if kind)
-    if not known or (not place.is_dir() and len(set(kinds)) > 1):
-        names = ", ".join(sorted({file.suffix or file.name for file in files})[:SHOWN])
-        raise ValueError(f"files must be images, or of one kind of {', '.join(READERS)}, got {names}")
-    ((kind, _),) = known.most_common(1)
-    also = METADATA if kind == "imagefolder" else ()
-    return kind, [file for file, its in zip(files, kinds, strict=True) if its == kind or file.name in also]
-
-
-def _split_of(file: Path, place: Path, files: Sequence[Path], kind: str) -> str:
-    """The split that a file belongs to by its name or its folder's; folders of images may also be classes."""
-    if not place.is_dir():
-        return "train"  # as datasets calls what is not split
-    inside = file.relative_to(place).parts
-    if kind == "imagefolder":
-        first = {f.relative_to(place).parts[0] for f in files}
-        return SPLIT_WORDS[inside[0].lower()] if all(n.lower() in SPLIT_WORDS for n in first) else "train"
-    words = [word for part in reversed(inside) for word in re.split(r"[^a-z]+", part.lower())]
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
-
-
-def _digest(files: Sequence[Path], folder: Path, cache: Path) -> str:
-    """Of the content of files and their names in the folder; remembered for files that did not change since."""
-    stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    note = cache / "digests" / _hash(stats)
-    if note.exists():
-        return note.read_text()
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            name = path.relative_to(folder) if len(files) > 1 else ""  # it may be a class, or say the order
-            digest.update(f"{name}\n".encode() + hashlib.file_digest(file, "sha256").digest())
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=note.parent, delete=False) as temporary:
-        temporary.write(digest.hexdigest())
-    os.replace(temporary.name, note)
-    return digest.hexdigest()
-
-
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _of_hub(config: DataConfig, said: str) -> tuple[Mapping[str, Any], str, Path | None]:
+def _of_hub(config: DataConfig, said: str) -> tuple[Read, str]:
     from datasets import load_dataset_builder
 
     try:
-        builder = load_dataset_builder(config.source, config.subset or None)
+        builder = as_written(lambda **more: load_dataset_builder(config.source, config.subset or None, **more))
         builder.download_and_prepare()
-        return builder.as_dataset(), f"{config.source} {builder.config.name} {builder.hash}", None
+        read = Read(builder.as_dataset(), 0, as_text=is_plain_csv(builder))
+        return read, f"{config.source} {builder.config.name} {builder.hash}"
     except Exception as error:  # of datasets, of the hub's client, of the network
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ValueError(
-            f"{said} is no file or folder here, and could not be had from the Hugging Face hub: {_first_line(error)}. "
+            f"{said} is no file or folder here, and could not be had from the Hugging Face hub: {first_line(error)}. "
             f"{_offline(config)}"
         ) from error
 
@@ -315,11 +233,15 @@ def _of_function(config: DataConfig, said: str) -> Table:
     inputs, labels = result
     if len(inputs) != len(labels):
         raise ValueError(f"{said} returned {len(inputs)} inputs and {len(labels)} labels")
-    rows = Dataset.from_dict({"label": np.asarray(labels).tolist()})
-    digest = hashlib.sha256(json.dumps(rows[:]["label"]).encode())
+    # One by one: an array of 1 and "1" would make them alike.
+    plain = [value.item() if isinstance(value, np.generic | np.ndarray) else value for value in labels]
+    rows, mixed = as_dataset({"label": plain, "row": range(len(plain))}, as_text=False)
+    digest = hashlib.sha256(json.dumps([repr(value) for value in plain]).encode())
     for value in inputs:
-        digest.update(value.encode() if isinstance(value, str) else np.asarray(value).tobytes())
-    return Table(rows, digest.hexdigest(), origin, Path.cwd(), {GIVEN: inputs})
+        array = value if isinstance(value, str) else np.asarray(value)
+        digest.update(repr(value).encode() if isinstance(array, str) else f"{array.dtype}{array.shape}".encode())
+        digest.update(b"" if isinstance(array, str) else array.tobytes())
+    return Table(rows, digest.hexdigest(), origin, Path.cwd(), {GIVEN: inputs}, mixed=mixed)
 
 
 def _digest_of_rows(rows: Any) -> str:
@@ -354,14 +276,6 @@ def _digest_of_rows(rows: Any) -> str:
 
 def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong in the end: datasets wraps it in sentences that say nothing."""
-    while error.__cause__ is not None and type(error).__name__.startswith("DatasetGeneration"):
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 @contextmanager

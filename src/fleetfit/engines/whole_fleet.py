@@ -140,11 +140,16 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
         data = share_out(
             samples, job.data, {c: [a.device_id for a in members] for c, members in fleet.items()}, job.seed
         )
-        progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *data.notes)))
+        assert samples.summary is not None, "it is of a whole source"
+        read = samples.summary.model_copy(update={"notes": (*samples.summary.notes, *data.notes)})
+        folder.claim_data(read)
+        progress("data", 1, 1, f"{len(samples):,} samples")
+        for line in read.lines:
+            progress("data", 0, 0, line)
         known = {cluster: tuple(counted(a, data) for a in members) for cluster, members in fleet.items()}
         with connect(folder, known, data) as links:
             result = _run_tiers(job, folder, links, data, progress)
-        summary = summarise(job, folder, raw_bytes(data), result)
+        summary = summarise(job, folder, raw_bytes(data), result, read)
         write_front(folder, result)
         write_models(job, folder, result, samples)
         folder.write_json("summary.json", summary)

@@ -27,6 +27,7 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
 from fleetfit.outcome import device_card, summarise, write_front
 from fleetfit.pipeline import FleetResult, run_cloud
+from fleetfit.records import DataSummary
 
 LOOK_SECONDS = 0.5
 
@@ -57,6 +58,10 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
         shares = job.data.test_share, job.data.public_share
         public = load_data(kit, shares[0] / (sum(shares) or 1.0), ("public",))
         progress("data", 1, 1, f"{len(public.train)} public samples to train on")
+        assert public.summary is not None, "it is of files"
+        folder.claim_data(public.summary)
+        for line in public.summary.lines:
+            progress("data", 0, 0, line)
         with _server(kit, tell) as server, _alone(kit):
             _wait_for_edges(server, progress)
             carrier = server.carrier(_run_id(out))
@@ -79,7 +84,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                 carrier.close()
         if isinstance(server, Hub):
             edges.book()  # what passed until its door was shut
-        return _results(job, kit, folder, result)
+        return _results(job, kit, folder, result, public.summary)
 
 
 @contextmanager
@@ -149,14 +154,14 @@ class _Show:
         self.progress("edges at work", round(100 * share), 100, " | ".join(words))
 
 
-def _results(job: Job, kit: Kit, folder: RunFolder, result: FleetResult) -> dict[str, Any]:
+def _results(job: Job, kit: Kit, folder: RunFolder, result: FleetResult, data: DataSummary) -> dict[str, Any]:
     """What the cloud keeps: figures, of the devices too; and models, if the job lets devices send them up."""
     raw = 0
     for cluster, report in result.reports.items():
         folder.steps.step(f"finish/{cluster}", ClusterReport, _booked(folder, report))
         validation = int(report.rounds[0]["num_samples"]) if report.rounds else 0
         raw += (sum(d.num_train + d.num_test for d in report.devices) + validation) * kit.task.raw_bytes_per_sample
-    summary = summarise(job, folder, raw or None, result)
+    summary = summarise(job, folder, raw or None, result, data)
     write_front(folder, result)
     if job.links.send_models:
         _write_models(kit, folder, result)

@@ -98,7 +98,9 @@ def read_device(folder: Path, number: int) -> SimulatedDevice:
         return Samples(inputs, tensors[f"{name}.labels"], shared.label_names, shared.raw_bytes_per_sample)
 
     attributes = DeviceAttributes.model_validate_json(metadata["attributes"])
-    return SimulatedDevice(attributes, Split(*map(split, SPLITS)), Path(metadata["memory"]))
+    return SimulatedDevice(
+        attributes, Split(split("train"), split("validation"), split("test")), Path(metadata["memory"])
+    )
 
 
 @functools.cache

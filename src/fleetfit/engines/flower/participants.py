@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fleetfit.artifacts import Ledger, MemoryFolder, StepFolder
+from fleetfit.artifacts import DATA_FILE, Ledger, MemoryFolder, StepFolder, claim_data
 from fleetfit.data.owned import load_owned
 from fleetfit.data.partition import Split
 from fleetfit.device import DeviceMemory, shipped_model
@@ -114,7 +114,7 @@ class _Edge:
 
     def handle(self, run: str, message: Message) -> Message:
         """Answer the cloud, by asking the devices; from finished steps as far as there are any."""
-        folder = _folder_of(self.kit, run)
+        folder = _folder_of(self.kit, run, self.data, self._tell)
         ledger = Ledger()
         links, heard = self.kit.job.links, Heard(self._progress)
         carrier = self._carrier_of(run)
@@ -218,7 +218,7 @@ class _Device:
 
     def handle(self, run: str, message: Message) -> Message:
         """Answer the edge."""
-        memories = MemoryFolder(_folder_of(self.kit, run) / "memory")
+        memories = MemoryFolder(_folder_of(self.kit, run, self._data, self._tell) / "memory")
         attributes = self.kit.attributes(len(self._data.train) + len(self._data.validation))
         handler: Handler = device_handler(
             attributes, self._data, memories, self._torch_device, ledger_of(memories.folder, self.kit.job)
@@ -279,16 +279,29 @@ def _load(kit: Kit, member: Member, test_share: float, names: tuple[str, ...], t
     except (ValueError, OSError):
         member.give_up("its data are missing, cannot be read, or have labels that the job does not know")
         raise
+    for line in data.summary.lines if data.summary else ():
+        tell(f"data: {line}")
     tell(f"data: {len(data.train)} training, {len(data.validation)} validation, {len(data.test)} test samples")
     return data
 
 
-def _folder_of(kit: Kit, run: str) -> Path:
-    """What is kept of one run. When a new one begins, all are forgotten but it and the one before it."""
+def _folder_of(kit: Kit, run: str, data: Split, tell: Tell) -> Path:
+    """What is kept of one run. When a new one begins, all are forgotten but it and the one before it.
+
+    Raises:
+        ValueError: the run began with other data.
+    """
     folder = kit.of_run(run)
     if not folder.exists():
         folder.mkdir(parents=True)
         known = sorted(folder.parent.iterdir(), key=lambda f: f.stat().st_mtime)
         for old in known[:-KEPT_RUNS]:
             shutil.rmtree(old)
+    if data.summary is not None:
+        begun = next(folder.rglob("*.safetensors"), None) is not None
+        try:
+            claim_data(folder / DATA_FILE, data.summary, begun, "start another run from the cloud (another --out)")
+        except ValueError as error:
+            tell(str(error))
+            raise ValueError("its data changed since the run began") from None  # what is different stays here
     return folder

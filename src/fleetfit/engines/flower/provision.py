@@ -105,7 +105,9 @@ def provision(
     task = Task(labels=samples.label_names, form=samples.inputs.form, raw_bytes_per_sample=samples.raw_bytes_per_sample)
     names = {cluster: [d.device_id for d in members] for cluster, members in devices.items()}
     split = share_out(samples, job.data, names, job.seed) if split_data else None
-    progress("data", 1, 1, ", ".join((f"{len(samples)} samples", *samples.notes, *(split.notes if split else ()))))
+    progress("data", 1, 1, f"{len(samples):,} samples")
+    for line in (*(samples.summary.lines if samples.summary else ()), *(split.notes if split else ())):
+        progress("data", 0, 0, line)
     days = fleet.certificates.days
     made_id = secrets.token_hex(8)
     with whole_folder(out, MARK) as folder:

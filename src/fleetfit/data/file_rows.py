@@ -1,0 +1,118 @@
+"""What the reader of one file of rows gives, and how the file's bytes become text."""
+
+import codecs
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+BOMS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),  # begins as UTF-16's does
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+WESTERN = "cp1252"
+MOST_FOREIGN = 0.25  # share of letters outside ASCII in Western languages: below a sixth in all that were looked at
+EXAMPLE = 12  # characters shown on either side
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Rows of one file by column, as they are written there.
+
+    Attributes:
+        columns: Values of all rows, by the column's name.
+        as_text: Every value is text, whatever it looks like: the file has no types.
+        blank_rows: How many rows without any value were left out.
+        notes: How the file was read, for a person.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    as_text: bool
+    blank_rows: int = 0
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+
+def read_text(path: Path, encoding: str = "") -> tuple[str, str]:
+    """The text of a file, and its encoding in words; line ends stay as they are.
+
+    Without ``encoding``: what a byte order mark says, else UTF-8, else cp1252 if most letters are ASCII then, as in
+    Western languages; nothing else can be told from it.
+
+    Raises:
+        ValueError: no text, or of an encoding that has to be given; names the file.
+        OSError: the file cannot be read.
+    """
+    content = path.read_bytes()
+    if encoding:
+        text = _decoded(content, encoding, path)
+        return text.removeprefix("\ufeff"), encoding
+    named = next((name for mark, name in BOMS if content.startswith(mark)), "")
+    if named:
+        return _decoded(content, named, path), "UTF-8 with BOM" if named == "utf-8-sig" else named.upper()
+    if b"\0" in content:
+        return _without_mark(content, path), "UTF-16 without BOM"
+    try:
+        return content.decode("utf-8"), "UTF-8"
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+    said = f"{path} is not UTF-8 (line {line})"
+    try:
+        text = content.decode(WESTERN)
+    except UnicodeDecodeError:
+        raise ValueError(f"{said}, and not {WESTERN}; say what it is with data.encoding") from None
+    letters = sum(character.isalpha() for character in text)
+    foreign = sum(character.isalpha() and not character.isascii() for character in text)
+    if foreign > MOST_FOREIGN * letters:
+        raise ValueError(
+            f"{said}; as {WESTERN} {foreign / letters:.0%} of its letters are accented ({_example(text)!r}), as no "
+            "Western language has them; say what it is with data.encoding"
+        )
+    return text, f"{WESTERN}, for want of a mark ({_example(text)!r} in line {line})"
+
+
+def _decoded(content: bytes, encoding: str, path: Path) -> str:
+    try:
+        return content.decode(encoding)
+    except LookupError:
+        raise ValueError(f"data.encoding = {encoding!r} is no encoding that Python knows") from None
+    except UnicodeError as error:
+        raise ValueError(f"{path} is not {encoding}: {error}") from None
+
+
+def _without_mark(content: bytes, path: Path) -> str:
+    """UTF-16 that does not say so has a zero in nearly every second byte of Western text."""
+    zeros = [content[start::2].count(0) / max(1, len(content) // 2) for start in (0, 1)]
+    for share, other, encoding in ((zeros[1], zeros[0], "utf-16-le"), (zeros[0], zeros[1], "utf-16-be")):
+        if share > 0.5 and other < 0.05 and len(content) % 2 == 0:
+            return _decoded(content, encoding, path)
+    raise ValueError(f"{path} is no text: it has zero bytes; if it is one, say how with data.encoding")
+
+
+def _example(text: str) -> str:
+    """The first characters outside ASCII, with their neighbours."""
+    place = next(i for i, character in enumerate(text) if not character.isascii())
+    return " ".join(text[max(0, place - EXAMPLE) : place + EXAMPLE].split())
+
+
+def shown(values: Sequence[object], most: int = 5) -> str:
+    """Some of the values, for a message."""
+    more = f" and {len(values) - most} more" if len(values) > most else ""
+    return ", ".join(repr(v) for v in values[:most]) + more
+
+
+@dataclass
+class LeftOut:
+    """Counts of what is not used, by why."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, why: str, number: int) -> None:
+        """Count some more; none leaves no trace."""
+        if number:
+            self.counts[why] = self.counts.get(why, 0) + number
