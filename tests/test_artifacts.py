@@ -16,8 +16,8 @@ from fleetfit.artifacts import Ledger, MemoryFolder, RunFolder, StepFolder
 from fleetfit.config import Job, make_job
 from fleetfit.edge import EdgeState
 from fleetfit.files import read_json
-from fleetfit.messages import ClusterReport, StatsRequest, encode
-from fleetfit.records import HeaderSpec, ValidationScores
+from fleetfit.messages import ClusterReport, ClusterStats, StatsRequest, encode
+from fleetfit.records import DataSummary, HeaderSpec, ValidationScores
 
 torch.set_num_threads(1)
 
@@ -285,3 +285,49 @@ def test_tables_and_json(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):
             folder.write_json("j.json", {"a": float("nan")})
         assert read_json(tmp_path / "j.json") == {"a": [1, None], "ü": 0.1}
+
+
+# -- the data of a run ------------------------------------------------------------------------------------------------
+
+
+def data_of(*labels: str, fingerprint: str = "one", form: str = "") -> DataSummary:
+    classes = {name: labels.count(name) for name in sorted(set(labels))}
+    return DataSummary(
+        source="a.csv",
+        origin="a.csv",
+        kind="text",
+        num_rows=len(labels),
+        num_samples=len(labels),
+        classes=classes,
+        fingerprint=fingerprint,
+        form=form,
+    )
+
+
+@pytest.mark.parametrize(
+    ("now", "says"),
+    [
+        (data_of("cow", "pig", fingerprint="two"), "no longer the classes 'cat', 'dog', new classes 'cow', 'pig'"),
+        (data_of("cat", fingerprint="two"), "2 samples before, 1 now, no longer the classes 'dog'"),
+        (data_of("cat", "dog", fingerprint="two"), "2 samples as before, of other content"),
+        (data_of("cat", "dog", form="else"), "the samples are the same, but not what they become as inputs"),
+    ],
+)
+def test_a_run_whose_data_changed_is_refused_once_it_has_begun(tmp_path: Path, now: DataSummary, says: str) -> None:
+    with RunFolder(tmp_path / "run", Job()) as folder:
+        folder.claim_data(data_of("owl", "emu", fingerprint="never used"))
+        folder.claim_data(data_of("cat", "dog"))  # nothing has been computed: it may still change
+        folder.steps.step("a/b", ClusterStats, lambda: ClusterStats(devices=()))
+        folder.claim_data(data_of("cat", "dog"))
+        with pytest.raises(ValueError, match=r"the data of .*run changed since it began: ") as caught:
+            folder.claim_data(now)
+    assert says in str(caught.value)
+    assert "put it back, or choose another --out, or delete the folder, to begin anew" in str(caught.value)
+
+
+def test_a_damaged_note_of_the_data_is_named(tmp_path: Path) -> None:
+    with RunFolder(tmp_path / "run", Job()) as folder:
+        folder.steps.step("a/b", ClusterStats, lambda: ClusterStats(devices=()))
+        (tmp_path / "run" / "data.json").write_text("{}")
+        with pytest.raises(ValueError, match=r"data\.json is corrupt"):
+            folder.claim_data(data_of("cat", "dog"))

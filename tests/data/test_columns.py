@@ -46,11 +46,37 @@ def names(of: Table, config: DataConfig, kind: Kind) -> tuple[str, str]:
         ("text", {"anything": "long text", "intent": "text"}, ("anything", "intent")),
         ("text", {"id": "text", "sentence": "text", "Label": "int"}, ("sentence", "Label")),
         ("text", {"question": "text", "text": "text", "category": "text", "class": "class"}, ("text", "class")),
+        ("text", {"text": "text", "label": "text", "class": "class", "intent": "text"}, ("text", "label")),
+        ("text", {"title": "text", "text": "text", "Label": "int"}, ("text", "Label")),
+        ("text", {"__index_level_0__": "text", "words": "text", "y": "int"}, ("words", "y")),
         ("text", {"title": "text", "label": "list", "class": "int"}, ("title", "class")),
     ],
 )
 def test_columns_are_found_by_type_and_name(kind: Kind, columns: dict[str, str], found: tuple[str, str]) -> None:
     assert names(table(**columns), DataConfig(), kind) == found
+
+
+def test_what_was_taken_says_why() -> None:
+    for config, columns, why in (
+        (DataConfig(), {"text": "text", "label": "text"}, ("its name", "its name")),
+        (DataConfig(), {"a": "text", "b": "class"}, ("the only column of texts", "its type")),
+        (
+            DataConfig(input_column="a", label_column="b"),
+            {"a": "text", "b": "int"},
+            ("data.input_column", "data.label_column"),
+        ),
+    ):
+        found = find_columns(table(**columns), config, "text")
+        assert tuple(column.why for column in found) == why
+
+
+def test_values_of_several_types_are_no_labels() -> None:
+    rows = Dataset.from_dict({"text": ["a"]})
+    mixed = Table(rows, "", "", mixed={"label": "int (1) and str ('1')"})
+    with pytest.raises(ValueError, match=r"the column 'label' holds values of several types: int \(1\) and str"):
+        find_columns(mixed, DataConfig(), "text")
+    with pytest.raises(ValueError, match=r"data\.label_column = 'label' holds values of several types"):
+        find_columns(mixed, DataConfig(label_column="label"), "text")
 
 
 def test_given_columns_win_and_users_are_no_texts() -> None:
@@ -104,6 +130,20 @@ CLEAR_HAS = "there are image (image), label (class label)"
             {},
             "data.label_column must be given: several columns may hold labels: a, b. "
             "The data has image (image), a (class label), b (class label)",
+        ),
+        (
+            "text",
+            {"text": "text", "intent": "text", "category": "text"},
+            {},
+            "data.label_column must be given: several columns may hold labels: intent, category. "
+            "The data has text (text), intent (text), category (text)",
+        ),
+        (
+            "text",
+            {"question": "text", "sentence": "text", "note": "text"},
+            {},
+            "data.label_column must be given: no column holds labels; data.input_column must be given: several columns "
+            "may hold texts: question, sentence. The data has question (text), sentence (text), note (text)",
         ),
         ("image", CLEAR, {"input_column": "img"}, f"data.input_column = 'img' is no column of the data; {CLEAR_HAS}"),
         ("image", CLEAR, {"user_column": "who"}, f"data.user_column = 'who' is no column of the data; {CLEAR_HAS}"),

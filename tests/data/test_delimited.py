@@ -89,7 +89,10 @@ GOOD = "text,label\ngood,yes\nbad,no\n"
         (GOOD + "fine,yes,\nodd,no,3\n", "line 5: the row has 3 fields"),
         (GOOD + "torn by an\nend of line,yes\n", "line 4: the row has 1 field, and the header 2"),
         ("text,label\n1,good,yes\n2,bad,no\n", "line 2: the row has 3 fields"),
-        (GOOD + '"a, b",no\n"never closed,yes\nbad,no\n', "line 5: a quote opens here or in a line above and is never closed"),
+        (
+            GOOD + '"a, b",no\n"never closed,yes\nbad,no\n',
+            "line 5: a quote opens here or in a line above and is never closed",
+        ),
         (GOOD + '"open" and on,"yes"\n', "a quote inside a quoted field must be written twice"),
         ("text,label,label\na,b,c\n", "line 1: the header has 'label' more than once"),
         ("", "is empty"),

@@ -294,7 +294,9 @@ def _images(
     read.class_rule, read.notes = found.why, [*read.notes, *found.notes]
     for ending, times in sorted(Counter(p.suffix.lower() for p in pictures).items()):
         if ending not in readable_endings():
-            read.notes.append(f"{times:,} pictures end in {ending or 'nothing'}: read by what they hold, if it can be")
+            read.notes.append(
+                f"{times:,} picture{'s' * (times > 1)} end{'s' * (times == 1)} in {ending or 'nothing'}: read by what they hold, if it can be"
+            )
     rows_by_split: dict[str, list[dict[str, Any]]] = {}
     place = {os.path.abspath(path): i for i, path in enumerate(pictures)}
     named: set[int] = set()
@@ -313,7 +315,7 @@ def _images(
         if number not in named:
             rows_by_split.setdefault(found.splits[number], []).append({"image": _at(picture), **_class(found, number)})
     if described and len(named) < len(pictures):
-        read.notes.append(f"{len(pictures) - len(named):,} pictures are in no table of metadata")
+        read.notes.append(f"{len(pictures) - len(named):,} of {len(pictures):,} pictures are in no table of metadata")
     ordered = [n for n in SPLITS if n in rows_by_split]
     whole = [row for n in ordered for row in rows_by_split[n]]
     names = [n for n in dict.fromkeys(n for row in whole for n in row) if n != "image"]
