@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float32, Int64, Shaped
 from pydantic import Field
 
+from fleetfit.artifacts import DATA_FILE, claim_data
 from fleetfit.config import load_job
 from fleetfit.data.partition import public_test
 from fleetfit.data.preprocessing import TextPreprocessing
@@ -113,6 +114,7 @@ def export_devices(
         need(*PACKAGES)
     job = load_job(run / "job.toml")
     samples = load_samples(job, progress)
+    check_data(run, samples)
     samples = public_test(samples, job.data, job.seed) if job.data.test_share else samples
     samples = samples.rows(torch.arange(min(len(samples), MOST_SAMPLES)))
     exports, problems = {}, []
@@ -125,6 +127,12 @@ def export_devices(
             problems.append(f"{name}: {error}")
     progress("export", len(devices), len(devices), f"{len(exports)} models")
     return exports, problems
+
+
+def check_data(run: Path, samples: Samples) -> None:
+    """Raises ValueError if the run was of other data than is there now: a check on that would say nothing."""
+    if (run / DATA_FILE).exists() and samples.summary is not None:
+        claim_data(run / DATA_FILE, samples.summary, True, "run the job again (another --out)")
 
 
 def export_device(source: Path, folder: Path, samples: Samples, kind: Format, quantize: Quantize | None) -> Export:

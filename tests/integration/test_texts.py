@@ -75,7 +75,7 @@ def test_every_device_has_a_model_and_the_reference_has_learnt(run: Run) -> None
     assert len(run.summary["devices"]) == 4
     assert run.summary["reference"]["accuracy"] > 0.5, "of four classes"
     assert all(device["size_bytes"] <= device["limit_bytes"] for device in run.summary["devices"])
-    assert any("288 samples, from " in note for note in run.told)
+    assert any("288 rows in 1 file, all used" in note for note in run.told)
 
 
 def test_the_tokenizer_lies_beside_the_model_and_not_in_its_card(run: Run) -> None:

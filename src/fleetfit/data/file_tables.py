@@ -110,7 +110,11 @@ def _read(place: Path, files: Sequence[Path], folder: Path, subset: str, config:
         return Read(saved if isinstance(saved, DatasetDict) else {"all": saved}, len(files))
     page = place / "README.md"
     if page.exists() and page.read_text(encoding="utf-8", errors="replace").startswith("---"):
-        return _described(str(place), subset, tables, len(files))
+        read = _described(str(place), subset, tables, len(files))
+        for file in files if read.as_text else ():
+            if READERS.get(file.suffix.lower()) == "csv":
+                read_delimited(file, config.separator, config.encoding)  # an error here is one there, without a word
+        return read
     pictures = [f for f in files if is_picture(f)]
     rest = without_sidecars(files, pictures) if place.is_dir() else list(files)
     described = {f for f in rest if f.name.lower() in METADATA}
@@ -139,18 +143,28 @@ def _described(place: str, subset: str, tables: str, num_files: int) -> Read:
     """A copy of a hub repository, by its own description of its files."""
     from datasets import load_dataset_builder
 
-    builder = as_written(lambda **more: load_dataset_builder(place, subset or None, cache_dir=tables, **more))
+    def make(folder: str) -> Any:
+        return load_dataset_builder(place, subset or None, cache_dir=folder)
+
+    builder = as_written(make(tables), lambda: make(f"{tables}-as-written"))
     builder.download_and_prepare()
     return Read(builder.as_dataset(), num_files, as_text=is_plain_csv(builder))
 
 
-def as_written(make: Callable[..., Any]) -> Any:
-    """A builder of ``datasets``; of CSV files one that takes no word for a missing value, and no code for a number."""
-    builder = make()
+def as_written(builder: Any, again: Callable[[], Any]) -> Any:
+    """A builder of ``datasets``; of CSV files one that takes no word for a missing value, and no code for a number.
+
+    Args:
+        builder: As it comes.
+        again: Makes another one, which keeps what it prepares elsewhere: it would take what was prepared otherwise.
+    """
     if not _is_csv(builder):
         return builder
-    typed = {} if builder.config.features or builder.info.features else {"dtype": str}
-    return make(keep_default_na=False, na_values=[""], **typed)
+    other = again()
+    other.config.keep_default_na, other.config.na_values = False, [""]
+    if not (other.config.features or other.info.features):
+        other.config.dtype = str
+    return other
 
 
 def _is_csv(builder: Any) -> bool:
@@ -294,9 +308,8 @@ def _images(
     read.class_rule, read.notes = found.why, [*read.notes, *found.notes]
     for ending, times in sorted(Counter(p.suffix.lower() for p in pictures).items()):
         if ending not in readable_endings():
-            read.notes.append(
-                f"{times:,} picture{'s' * (times > 1)} end{'s' * (times == 1)} in {ending or 'nothing'}: read by what they hold, if it can be"
-            )
+            end = f"{times:,} pictures end" if times > 1 else "1 picture ends"
+            read.notes.append(f"{end} in {ending or 'nothing'}: read by what they hold, if it can be")
     rows_by_split: dict[str, list[dict[str, Any]]] = {}
     place = {os.path.abspath(path): i for i, path in enumerate(pictures)}
     named: set[int] = set()

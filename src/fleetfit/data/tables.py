@@ -105,7 +105,7 @@ def open_table(config: DataConfig, cache: Path, tell: Tell) -> Table:
             read, digest, folder = read_files(place, config, cache, said)
         else:
             tell("asking the Hugging Face hub")
-            (read, digest), folder = _of_hub(config, said), None
+            (read, digest), folder = _of_hub(config, cache, said), None
             origin = f"the Hugging Face hub ({config.source})"
         log.info("%s: taken from %s", said, origin)
         rows, chosen = _joined(read.splits, config.splits, said)
@@ -177,11 +177,15 @@ def _joined(splits: Mapping[str, Any], wanted: Sequence[str], said: str) -> tupl
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _of_hub(config: DataConfig, said: str) -> tuple[Read, str]:
+def _of_hub(config: DataConfig, cache: Path, said: str) -> tuple[Read, str]:
     from datasets import load_dataset_builder
 
     try:
-        builder = as_written(lambda **more: load_dataset_builder(config.source, config.subset or None, **more))
+        subset, folder = config.subset or None, str(cache / "tables" / "hub")
+        builder = as_written(
+            load_dataset_builder(config.source, subset),
+            lambda: load_dataset_builder(config.source, subset, cache_dir=folder),
+        )
         builder.download_and_prepare()
         read = Read(builder.as_dataset(), 0, as_text=is_plain_csv(builder))
         return read, f"{config.source} {builder.config.name} {builder.hash}"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from fleetfit.artifacts import AT_THE_DOOR
 from fleetfit.files import own_version
-from fleetfit.report import cloud_story, edge_story
+from fleetfit.report import cloud_story, data_story, edge_story
 from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
 from fleetfit.report.markup import (
     NOT_KNOWN,
@@ -43,6 +43,7 @@ LINKS = {
 }
 NAVIGATION = {
     "how": "How",
+    "data": "Data",
     "clusters": "Clusters",
     "front": "Choice",
     "map": "Widths and depths",
@@ -59,7 +60,8 @@ CACHED_SECONDS = 0.1  # a reference that took less was not trained but read
 
 def render(run: Run) -> str:
     """The whole page."""
-    links = [element("li", element("a", title, href=f"#{id_}")) for id_, title in NAVIGATION.items()]
+    sections = {i: title for i, title in NAVIGATION.items() if i != "data" or run.summary.data is not None}
+    links = [element("li", element("a", title, href=f"#{id_}")) for id_, title in sections.items()]
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -70,6 +72,7 @@ def render(run: Run) -> str:
     )
     story = (
         _how,
+        data_story.data,
         cloud_story.clusters,
         cloud_story.front,
         cloud_story.accuracy_map,

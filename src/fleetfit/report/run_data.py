@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fleetfit.artifacts import AT_THE_DOOR
 from fleetfit.cloud import Elastic
 from fleetfit.config import Job, load_job
 from fleetfit.files import read_json
 from fleetfit.messages import ClusterReport, Message
 from fleetfit.method.search_space import validate_blocks
-from fleetfit.records import DeviceReport, Record
+from fleetfit.records import DataSummary, DeviceReport, Record
 from fleetfit.reference import Reference
 
 M = TypeVar("M", bound=Message)
@@ -58,6 +59,7 @@ class Summary(Row):
     clusters: tuple[ClusterLine, ...]
     traffic: dict[str, float]
     seconds: dict[str, float]
+    data: DataSummary | None = None
     peak_memory_bytes: int | None = None
 
 
@@ -91,6 +93,11 @@ class Run(Record):
     reports: dict[str, ClusterReport]
     front: dict[str, tuple[FrontRow, ...]]
     bytes_by_phase: dict[str, dict[str, int]]
+
+    @property
+    def has_all_data(self) -> bool:
+        """Whether the devices' samples were in the data that was read here: not where machines are connected."""
+        return not any(AT_THE_DOOR in link for link in self.summary.traffic)
 
     @property
     def devices(self) -> list[DeviceReport]:
