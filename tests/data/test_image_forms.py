@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
 from fleetfit.config import ModelConfig
 from fleetfit.data.image_forms import image_form, image_processor
-from fleetfit.data.pixels import as_image, to_pixels
+from fleetfit.data.pixels import to_pixels
 from fleetfit.data.preprocessing import Preprocessing
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # two photographs of 427 x 640
@@ -120,17 +120,3 @@ def test_a_processor_that_cannot_be_followed(content: Any, says: str, tmp_path: 
     (tmp_path / "preprocessor_config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"model\.pretrained = .*{says}"):
         image_form(model)
-
-
-def test_arrays_as_images() -> None:
-    pixels = np.arange(4 * 6 * 3).reshape(4, 6, 3).astype(np.uint8)
-    for values in (pixels, pixels.tolist(), pixels.transpose(2, 0, 1), pixels.astype(np.int64)):
-        assert np.array_equal(np.asarray(as_image(values)), pixels)
-    for values in (pixels[..., 0], pixels[..., :1], pixels[None, ..., 0]):
-        assert np.array_equal(np.asarray(as_image(values)), pixels[..., 0])
-    for wrong in (pixels / 255, pixels.astype(np.int64) - 1, pixels.astype(np.int64) * 99):
-        with pytest.raises(ValueError, match="pixels must be whole numbers from 0 to 255"):
-            as_image(wrong)
-    for wrong in (pixels[0, 0], pixels[None], np.zeros((5, 6, 7), np.uint8)):
-        with pytest.raises(ValueError, match=r"an image must be \[row, column\]"):
-            as_image(wrong)

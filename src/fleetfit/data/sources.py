@@ -128,8 +128,7 @@ def _images(job: Job, table: Table, column: str, rows: Int[Tensor, " row"], cach
     good = torch.ones(len(rows), dtype=torch.bool)
     good[list(store.bad)] = False
     index = good.nonzero().flatten()
-    notes = (f"{len(store.bad):,} images that cannot be read are left out",) if store.bad else ()
-    return _Made(Inputs(store.pixels, index, form, path=store.path), index, store.bytes_per_image, notes)
+    return _Made(Inputs(store.pixels, index, form, path=store.path), index, store.bytes_per_image, store.notes)
 
 
 def _texts(job: Job, table: Table, column: str, rows: Int[Tensor, " row"], cache: Path, progress: Progress) -> _Made:
