@@ -15,6 +15,7 @@ from fleetfit.config import ModelConfig
 from fleetfit.data.image_forms import image_form, image_processor
 from fleetfit.data.pixels import to_pixels
 from fleetfit.data.preprocessing import Preprocessing
+from fleetfit.data.sample_files import read_samples
 
 PHOTOS = [Image.fromarray(pixels) for pixels in load_sample_images().images]  # two photographs of 427 x 640
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -45,6 +46,22 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "resample": 1,
         "do_normalize": False,
     },
+    "to -1..1 by rescaling": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "resample": 2,
+        "rescale_factor": 1 / 127.5,
+        "image_mean": [1.0, 1.0, 1.0],
+        "image_std": [1.0, 1.0, 1.0],
+    },
+    "not rescaled": {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": 32, "width": 32},
+        "resample": 2,
+        "do_rescale": False,
+        "image_mean": [120.0, 110.0, 100.0],
+        "image_std": [60.0, 58.0, 57.0],
+    },
 }
 
 
@@ -69,6 +86,10 @@ def test_images_become_what_transformers_makes_of_them(name: str, tmp_path: Path
         found = form.apply(pixels[None])
         assert found.shape == expected.shape == (1, 3, 32, 32)
         one_level = 1 / 255 / min(form.std)
+        photo.save(tmp_path / "x.png")
+        assert np.abs(form.apply(read_samples(tmp_path / "x.png", form)[0]) - found).max() <= 1e-5, (
+            "predict sees another"
+        )
         assert np.abs(found - expected).max() <= one_level * 1.01
         assert np.abs(found - expected).mean() <= one_level / 50
         assert torch.allclose(form.to_inputs(torch.tensor(pixels[None])), torch.from_numpy(found), atol=1e-6)

@@ -108,7 +108,7 @@ def to_bytes(image: "Image.Image", depth: Depth) -> "Image.Image":
     if depth.bits == 16:  # of which the upper 8 are left
         bands = zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True)
         brightest = max(int(high) for band, (_, high) in bands if band not in "Aa")
-        if brightest <= DIM_16 // 256:
+        if brightest <= DIM_16 // 256 + (depth.file == "PPM"):  # where they are rounded
             raise _too_dim(256 * brightest + 255)
     return image
 
@@ -172,7 +172,8 @@ def _limits(values: Shaped[np.ndarray, "..."], depth: Depth) -> tuple[float, flo
 def _told_limits(own_low: float, own_high: float, depth: Depth) -> tuple[float, float]:
     low, high = depth.low or 0, depth.high or 0
     said = f"it says that its values go from {low:g} to {high:g}, and they go from {own_low:g} to {own_high:g}"
-    if own_low < low or own_high > high or low >= high or (depth.number == "whole" and high >= 2**depth.bits):
+    too_high = depth.number == "whole" and not depth.exact and high >= 2**depth.bits
+    if own_low < low or own_high > high or low >= high or too_high:
         raise ValueError(f"{said} in {depth.bits} bits: {REMEDY}")
     round_number = low == 0 and (high == 1 or (high == int(high) and int(high) & (int(high) + 1) == 0))
     if not depth.exact and not round_number and (own_high == high or (low != 0 and own_low == low)):
