@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from pydantic import Field
 
-from fleetfit.data.pixels import Decoded, Pixels
+from fleetfit.data.pixels import Decoded
 from fleetfit.records import Record
 
 SHOWN = 3
@@ -124,7 +124,7 @@ class Tally:
         self._problems: list[tuple[Place, str]] = []
         self._weight = self._done = 0
         self._kinds: Counter[str] = Counter()
-        self._some: dict[str, Some] = {"frames": Some(), "on_white": Some(), "on_black": Some(), "deep": Some()}
+        self._some: dict[str, list[int]] = {"frames": [], "on_white": [], "on_black": [], "deep": []}
         self._brightest_deep = 0
         self._good: list[int] = []
         self._extremes = bytearray()
@@ -142,21 +142,20 @@ class Tally:
         if len(self._problems) < SHOWN:
             self._problems.append((place, problem))
 
-    def add(self, place: Place, found: Decoded, weight: int, extremes: bytes, digest: bytes) -> None:
-        """A picture, with ``extremes_of`` and ``digest_of`` of its pixels."""
+    def add(self, found: Decoded, weight: int, digest: bytes) -> None:
+        """A picture, what it weighed when encoded, and ``digest_of`` its pixels."""
         self._good.append(self._done)
-        self._done += 1
         self._weight += weight
         self._kinds[found.kind] += 1
-        self._extremes += extremes
+        self._extremes += found.extremes
         self._digests += digest
         deep = " 16 bit" in found.kind
         if deep:
-            self._brightest_deep = max(self._brightest_deep, max(extremes[self._channels :]))
+            self._brightest_deep = max(self._brightest_deep, *found.extremes[self._channels :])
         for name, true in (("frames", found.frames), (f"on_{found.ground}", bool(found.ground)), ("deep", deep)):
             if true:
-                some = self._some[name]
-                self._some[name] = Some(number=some.number + 1, first=some.first or (place,))
+                self._some[name].append(self._done)
+        self._done += 1
 
     def facts(self, place_at: Callable[[int], Place]) -> PictureFacts:
         """All of it.
@@ -174,17 +173,14 @@ class Tally:
         twin = sizes[group] > 1
         if len(flat) >= ENOUGH:
             self._refuse(low, high, flat, sizes)
-        some = dict(self._some)
+        good = np.array(self._good, np.int64)
+        numbers = {**self._some, "flat": good[flat].tolist(), "twins": good[twin].tolist()}
         if self._brightest_deep > DIM_DEEP:
-            some["deep"] = Some()
-        some["flat"] = some["twins"] = Some()
-        if flat.any():
-            some["flat"] = Some(number=int(flat.sum()), first=(place_at(self._good[int(flat.argmax())]),))
+            numbers["deep"] = []
+        some = {name: Some(number=len(all_), first=tuple(map(place_at, all_[:1]))) for name, all_ in numbers.items()}
         if twin.any():
-            one = int(twin.argmax())
-            other = one + 1 + int((group[one + 1 :] == group[one]).argmax())
-            pair = tuple(place_at(self._good[number]) for number in (one, other))
-            some["twins"] = Some(number=int(twin.sum()), first=pair)
+            pair = good[group == group[twin.argmax()]][:2].tolist()
+            some["twins"] = Some(number=int(twin.sum()), first=tuple(map(place_at, pair)))
         return PictureFacts(
             bad=tuple(self._bad),
             problems=tuple(self._problems),
@@ -221,12 +217,6 @@ class Tally:
                 )
 
 
-def extremes_of(pixels: Pixels) -> bytes:
-    """The smallest and the largest values of each channel."""
-    flat: np.ndarray = pixels.reshape(len(pixels), -1)
-    return bytes(flat.min(1)) + bytes(flat.max(1))
-
-
 def digest_of(pixels: bytes) -> bytes:
     """Eight bytes that no other pixels have, but by a chance of one to 2^64."""
-    return hashlib.blake2b(pixels, digest_size=8).digest()
+    return hashlib.sha1(pixels, usedforsecurity=False).digest()[:8]

@@ -23,7 +23,7 @@ from jaxtyping import UInt8
 from pydantic import ValidationError
 from torch import Tensor
 
-from fleetfit.data.pixel_facts import PictureFacts, Place, Tally, digest_of, extremes_of, place_of
+from fleetfit.data.pixel_facts import PictureFacts, Place, Tally, digest_of, place_of
 from fleetfit.data.pixels import Decoded, as_image, decode, open_image
 from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.tables import Table
@@ -149,11 +149,10 @@ def _decode(
         for chunk in table.chunks(column, rows, CHUNK):
             results = _mapped(pool, threads, lambda value: _one(value, table.folder, form, kind), chunk)
             for value, found in zip(chunk, results, strict=True):
-                place = place_of(value, rows[done], table.folder)
                 if isinstance(found, str):
-                    tally.add_bad(place, found)
+                    tally.add_bad(place_of(value, rows[done], table.folder), found)
                 else:
-                    tally.add(place, *found[:-1])
+                    tally.add(*found[:-1])
                 file.write(none if isinstance(found, str) else found[-1])
                 done += 1
             if tally.num_bad > bad_share * len(rows):
@@ -176,8 +175,8 @@ def _mapped(pool: ThreadPoolExecutor, threads: int, work: Callable[[Any], Any], 
 
 def _one(
     value: Any, folder: Path | None, form: Preprocessing, kind: np.dtype[Any] | None
-) -> tuple[Decoded, int, bytes, bytes, bytes] | str:
-    """What came out, the size of the encoded image, extremes, digest and bytes of its pixels; else what is wrong."""
+) -> tuple[Decoded, int, bytes, bytes] | str:
+    """What came out, the size of the encoded image, the digest of its pixels and their bytes; else what is wrong."""
     from PIL import Image
 
     try:
@@ -194,7 +193,7 @@ def _one(
             weight = image.width * image.height * len(image.getbands())
         found = decode(image, form)
         pixels = found.pixels.tobytes()
-        return found, weight, extremes_of(found.pixels), digest_of(pixels), pixels
+        return found, weight, digest_of(pixels), pixels
     except OSError as error:
         return error.strerror or str(error)
     except Exception as error:  # a decoder may raise anything at bytes that are no image

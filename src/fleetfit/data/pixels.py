@@ -41,12 +41,14 @@ class Decoded:
 
     Attributes:
         pixels: Its bytes.
+        extremes: The smallest value of each channel, then the largest of each.
         kind: How its file keeps it, for a person: PNG 16 bit grey.
         ground: What its transparent parts were laid on; empty: it has none.
         frames: It is the first of several pictures in one file.
     """
 
     pixels: Pixels
+    extremes: bytes
     kind: str
     ground: Ground = ""
     frames: bool = False
@@ -97,7 +99,8 @@ def decode(image: "Image.Image", form: Preprocessing) -> Decoded:
         top, left = (rows - form.size[0]) // 2, (columns - form.size[1]) // 2
         image = image.crop((left, top, left + form.size[1], top + form.size[0]))
     pixels = np.asarray(image, np.uint8).reshape(*form.size, form.channels).transpose(2, 0, 1)
-    return Decoded(pixels, f"{depth.words} {colours}", ground, frames)
+    extremes = np.reshape(image.getextrema(), (-1, 2)).T.astype(np.uint8).tobytes()
+    return Decoded(pixels, extremes, f"{depth.words} {colours}", ground, frames)
 
 
 def to_pixels(image: "Image.Image", form: Preprocessing) -> Pixels:
