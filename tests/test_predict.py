@@ -19,7 +19,7 @@ from fleetfit import cli
 from fleetfit.artifacts import RunFolder
 from fleetfit.config import Job
 from fleetfit.data.preprocessing import Preprocessing
-from fleetfit.data.sample_files import read_samples
+from fleetfit.data.sample_files import read_samples, read_texts
 from fleetfit.data.sources import load_samples
 from fleetfit.export import export_devices
 from fleetfit.model_folder import ModelCard, load_model
@@ -122,21 +122,22 @@ def test_arrays(run: Path, folder: Path, tmp_path: Path) -> None:
         assert [p.label for p in predict(folder, [tmp_path / "one.npy"])] == labels[:1]
 
 
-@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "P", "1", "I;16", "LA", "CMYK", "F"])
+@pytest.mark.parametrize("kind", ["L", "RGB", "RGBA", "P", "1", "I;16", "LA", "CMYK", "YCbCr"])
 def test_every_kind_of_image_is_the_same_picture(tmp_path: Path, kind: str) -> None:
     image = Image.fromarray(np.kron((RAW[0] > 8) * 255, np.ones((3, 5))).astype(np.uint8))
     if kind == "I;16":
         image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-    elif kind in ("RGBA", "LA"):  # what is transparent is dark, whatever colour it would have
+    elif kind in ("RGBA", "LA"):  # white strokes on nothing: they are seen on black
         whole = Image.new("L", image.size, 255)
         image = Image.merge(kind, (*[whole] * (len(kind) - 1), image))
     else:
         image = image.convert(kind)
-    path = tmp_path / f"x.{'png' if kind not in ('CMYK', 'F') else 'tiff'}"
+    path = tmp_path / f"x.{'png' if kind not in ('CMYK', 'YCbCr') else 'tiff'}"
     image.save(path)
-    values = read_samples(path, FORM)
+    values, note = read_samples(path, FORM)
     assert values.shape == (1, 1, 8, 8)
     assert np.abs(values[0, 0] - (RAW[0] > 8) * 16).max() <= 0.3
+    assert note == ("parts of it are transparent and laid on black" if kind in ("RGBA", "LA") else "")
 
 
 def test_a_camera_that_was_turned_and_colours(tmp_path: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_camera_that_was_turned_and_colours(tmp_path: Path) -> None:
     exif[0x0112] = 6  # turn by 90 degrees to see it upright
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "x.png", exif=exif)
     form = Preprocessing(size=(4, 6), channels=3, maximum=255, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-    values = read_samples(tmp_path / "x.png", form)
+    values, _ = read_samples(tmp_path / "x.png", form)
     assert values.shape == (1, 3, 4, 6)
     assert values[0, :, 0, 0].tolist() == [0, 0, 255]
     assert values[0, :, 3, 5].tolist() == [255, 128, 0]
@@ -163,6 +164,139 @@ def test_preprocessing_is_validated() -> None:
     for changed in ({"mean": (0.5, 0.5)}, {"std": (0.0,)}, {"channels": 2}, {"size": (0, 8)}, {"maximum": 0}):
         with pytest.raises(ValueError, match=next(iter(changed))):
             Preprocessing.model_validate({**fields, **changed})
+
+
+@pytest.mark.parametrize("white", [16, 255])
+def test_arrays_of_a_known_range(tmp_path: Path, white: int) -> None:
+    """Truth values and, where raw values go to 255, numbers of 16 bits are scaled; the rest is as it is."""
+    form = FORM.model_copy(update={"maximum": white})
+    right = np.rint(RAW[:4] * white / 16)
+    given = [right, right[0], right.astype(np.uint8), right.astype(np.int64), right.astype(np.float16)]
+    for values in given:
+        np.save(tmp_path / "x.npy", values)
+        assert np.array_equal(
+            read_samples(tmp_path / "x.npy", form)[0], right[: len(values) if values.ndim == 3 else 1, None]
+        )
+    np.save(tmp_path / "x.npy", RAW[:4] > 8)
+    assert np.array_equal(read_samples(tmp_path / "x.npy", form)[0][:, 0], (RAW[:4] > 8) * white)
+    np.save(tmp_path / "x.npy", np.zeros((2, 8, 8)))
+    assert not read_samples(tmp_path / "x.npy", form)[0].any()
+    np.save(tmp_path / "x.npy", np.rint(RAW[:4] * 65535 / 16).astype(np.uint16))
+    if white == 255:
+        assert np.abs(read_samples(tmp_path / "x.npy", form)[0][:, 0] - RAW[:4] * 255 / 16).max() < 0.01
+        np.save(tmp_path / "x.npy", np.full((8, 8), 9, np.uint8))  # bytes say that it is dark
+        assert read_samples(tmp_path / "x.npy", form)[0].max() == 9
+    else:
+        with pytest.raises(ValueError, match="from 0 to 16, got 0 to 65535"):
+            read_samples(tmp_path / "x.npy", form)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (RAW[:4] / 16, "from 0 to 255, got 0 to 1: is 1 white, or nearly black"),
+        ((RAW[:4] > 8).astype(np.uint8), "from 0 to 255, got 0 to 1: is 1 white"),
+        ((RAW[:4] > 8).astype(int), "from 0 to 255, got 0 to 1: is 1 white"),
+        (RAW[:4] * 0.9, r"no raw value is over 14\.4, and white is 255: are they of another range"),
+        (RAW[:4].astype(int) - 1, "from 0 to 255, got -1 to 15"),
+        ((RAW[:4] * 255).astype(np.uint16), "have 16 bits and none is over 4080"),
+        ((RAW[:4] * 4095).astype(int), "from 0 to 255, got 0 to 65520"),
+        (np.where(RAW[:4] > 8, np.inf, 99), "from 0 to 255, got 99 to inf"),
+    ],
+)
+def test_arrays_of_a_range_that_cannot_be_known(tmp_path: Path, values: np.ndarray, says: str) -> None:
+    np.save(tmp_path / "x.npy", values)
+    with pytest.raises(ValueError, match=rf"x\.npy: .*{says}"):
+        read_samples(tmp_path / "x.npy", FORM.model_copy(update={"maximum": 255}))
+
+
+def test_what_had_to_be_done_is_told(run: Path, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gif"
+    as_image(0).save(path, save_all=True, append_images=[as_image(1)])
+    np.save(tmp_path / "x.npy", RAW[0])
+    note = "it has several frames; the first is taken"
+    found = predict(folder, [path, tmp_path / "x.npy"])
+    assert [p.note for p in found] == [note, ""]
+    assert found[0].label == found[1].label
+    result = CliRunner().invoke(cli.app, ["predict", str(folder), str(path)])
+    assert result.stderr == f"note: {path}: {note}\n"
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_16_bits_and_a_drawing_on_nothing(tmp_path: Path) -> None:
+    values = np.rint(RAW[0] * 65535 / 16).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert np.abs(read_samples(tmp_path / "x.png", FORM)[0][0, 0] - RAW[0]).max() <= 16 / 255
+    ink = Image.fromarray(np.dstack([np.zeros((8, 8, 3)), RAW[0] * 255 / 16]).astype(np.uint8))
+    ink.save(tmp_path / "x.png")
+    samples, note = read_samples(tmp_path / "x.png", FORM)
+    assert np.abs(16 - samples[0, 0] - RAW[0]).max() <= 16 / 200
+    assert note == "parts of it are transparent and laid on white"
+    Image.fromarray(np.rint(RAW[0] * 100).astype(np.uint16)).save(tmp_path / "x.png")
+    with pytest.raises(
+        ValueError, match=r"x\.png cannot be read: its values have 16 bits and none is over 1500: of fewer"
+    ):
+        read_samples(tmp_path / "x.png", FORM)
+
+
+# -- lines of text ----------------------------------------------------------------------------------------------------
+
+LINES = ["good\u2028thing", "", "bad\x0cthing", "a\u0085b\x0bc\u2029d\x1ce", " ", "caf\u00e9 \u65e5\u672c", "mid\rdle"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_lines_are_those_that_other_tools_count(tmp_path: Path, end: str, last: bool, encoding: str) -> None:
+    path = tmp_path / "x.txt"
+    mark = "\ufeff" if encoding.endswith("e") else ""
+    path.write_bytes((mark + end.join(LINES) + (end if last else "")).encode(encoding))
+    assert read_texts(str(path)) == {n: line for n, line in enumerate(LINES) if n not in (1, 4)}
+    with path.open(encoding=encoding, newline="\n") as file:
+        assert len(file.readlines()) == len(LINES)
+
+
+def test_marks_within_a_file_and_on_lines_alone_are_no_text(tmp_path: Path) -> None:
+    """Files that were put one after the other."""
+    path = tmp_path / "x.TXT"
+    path.write_bytes("\ufeffa\n\ufeffb\n\ufeff\n\ufeff \nc\ufeffd\r\n".encode())
+    assert read_texts(str(path)) == {0: "a", 1: "b", 4: "c\ufeffd"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"one\rtwo\rthree\r", "its lines end in CR alone"),
+        ("one\ntwo\n".encode("utf-16-le"), "has characters of number 0: is it in UTF-16 without a mark"),
+        ("caf\u00e9\n".encode("cp1252"), "is not a text in UTF-8: .*; save it as UTF-8"),
+        (b"\xff\xfea", "is not a text in UTF-16"),
+        (b"\xef\xbb\xbf", "has no line with a text"),
+        (b" \r\n\x0c\n", "has no line with a text"),
+        (b"", "has no line with a text"),
+    ],
+)
+def test_text_files_that_are_refused(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.txt: ?{says}|x\.txt {says}"):
+        read_texts(str(path))
+
+
+def test_one_line_may_end_in_anything_or_nothing(tmp_path: Path) -> None:
+    for content in (b"one", b"one\r", b"one\r\n", b"one\n"):
+        (tmp_path / "x.txt").write_bytes(content)
+        assert read_texts(str(tmp_path / "x.txt")) == {0: "one"}
+
+
+def test_a_file_that_is_no_txt_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lines.csv").write_text("text\none\n")
+    with pytest.raises(ValueError, match=r"^lines\.csv is a file, but no \.txt file"):
+        read_texts("lines.csv")
+    for text in ("other.csv", "look at lines.csv", "see notes.txt", "long " * 9999, "\x00"):
+        assert read_texts(text) == {0: text}
+    (tmp_path / "my notes.txt").write_text("a\nb")
+    assert read_texts("my notes.txt") == {0: "a", 1: "b"}
 
 
 # -- what is no sample ------------------------------------------------------------------------------------------------
@@ -183,10 +317,14 @@ def png(row: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.png", b"", "is neither an image of a known kind nor a .npy file"),
-        ("x.txt", b"some text", "is neither an image of a known kind nor a .npy file"),
-        ("x.png", png()[:-60], "is not an image that can be read: "),
-        ("x.png", png().replace(b"IDAT", b"IDAX"), "is neither an image of a known kind"),
+        ("x.png", b"", "cannot be read: it is no image of a known kind: the file is empty"),
+        ("x.txt", b"some text", "cannot be read: it is no image of a known kind: it holds text"),
+        ("x.png", png()[:-60], "cannot be read: "),
+        (
+            "x.png",
+            png().replace(b"IDAT", b"IDAX"),
+            "cannot be read: it is no image of a known kind: it begins like a PNG",
+        ),
         ("x.npy", b"", "is not a .npy array that can be read: "),
         ("x.npy", npy(RAW[0])[:-1], "is not a .npy array that can be read: "),
         ("x.npy", npy(np.array([{}]), pickled=True), "is not a .npy array that can be read: Object arrays"),
@@ -197,9 +335,9 @@ def png(row: int = 0) -> bytes:
             "must have shape [1, 8, 8] or [sample, 1, 8, 8], or these without the 1, got [64]",
         ),
         ("x.npy", npy(RAW[:0]), "got [0, 8, 8]"),
-        ("x.npy", npy(RAW[0] * 2), "must hold raw values from 0 to 16, got 0 to 30"),
-        ("x.npy", npy(SAMPLES.inputs[0].numpy()), "must hold raw values from 0 to 16, got -1 to "),
-        ("x.npy", npy(RAW[0] * np.nan), "must hold raw values from 0 to 16, got nan"),
+        ("x.npy", npy(RAW[0] * 2), "raw values must be from 0 to 16, got 0 to 30"),
+        ("x.npy", npy(SAMPLES.inputs[0].numpy()), "raw values must be from 0 to 16, got -1 to "),
+        ("x.npy", npy(RAW[0] * np.nan), "raw values must be from 0 to 16, got nan"),
     ],
 )
 def test_a_bad_file_is_named(folder: Path, tmp_path: Path, name: str, content: bytes, says: str) -> None:
@@ -208,7 +346,7 @@ def test_a_bad_file_is_named(folder: Path, tmp_path: Path, name: str, content: b
     bad.write_bytes(content)
     result = CliRunner().invoke(cli.app, ["predict", str(folder), str(good), str(bad)])
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"error: {bad} ")
+    assert result.stderr.startswith(f"error: {bad}")
     assert says in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -18,12 +18,16 @@ BATCH = 256
 
 
 class Prediction(Record):
-    """The likeliest label of one sample; ``row`` counts the samples of a file from 0."""
+    """The likeliest label of one sample.
+
+    ``row`` counts the samples of a file from 0, of a .txt file its lines; ``note`` is what had to be done to read it.
+    """
 
     input: str
     row: int
     label: str
     probability: float
+    note: str = ""
 
 
 def predict(folder: Path, inputs: Sequence[str | Path]) -> list[Prediction]:
@@ -32,7 +36,7 @@ def predict(folder: Path, inputs: Sequence[str | Path]) -> list[Prediction]:
     Args:
         folder: A device's folder, or one of ``fleetfit export``.
         inputs: Of a model that reads images: image files, or .npy files of raw values. Of one that reads texts: .txt
-            files with a text in each line, or texts themselves.
+            files with a text in each line (that ends in LF or CR LF), or texts themselves.
 
     Raises:
         ValueError: no model there, one that does not say what its inputs are, a file that is no sample of its kind, or
@@ -45,24 +49,24 @@ def predict(folder: Path, inputs: Sequence[str | Path]) -> list[Prediction]:
         raise ValueError(f"{folder} does not say how images become its inputs: written by an older fleetfit?")
     read = [_read(name, form) for name in inputs]
     predictions = []
-    for name, (rows, samples) in zip(inputs, read, strict=True):
+    for name, (rows, samples, note) in zip(inputs, read, strict=True):
         parts = [logits_of(_ready(samples[i : i + BATCH], form)) for i in range(0, len(samples), BATCH)]
         for row, shares in zip(rows, _probabilities(np.concatenate(parts)), strict=True):
             if not np.isfinite(shares).all():
                 raise ValueError(f"{folder}: the model's output for {name} is not finite: its weights are damaged")
             best = int(shares.argmax())
-            found = Prediction(input=str(name), row=row, label=labels[best], probability=float(shares[best]))
-            predictions.append(found)
+            share = float(shares[best])
+            predictions.append(Prediction(input=str(name), row=row, label=labels[best], probability=share, note=note))
     return predictions
 
 
-def _read(name: str | Path, form: Form) -> tuple[Sequence[int], Any]:
-    """The samples of one input, and their numbers in it."""
+def _read(name: str | Path, form: Form) -> tuple[Sequence[int], Any, str]:
+    """The numbers of one input's samples in it, the samples, and what had to be done for them."""
     if isinstance(form, TextPreprocessing):
         texts = read_texts(str(name))
-        return list(texts), list(texts.values())
-    samples = read_samples(Path(name), form)
-    return range(len(samples)), samples
+        return list(texts), list(texts.values()), ""
+    samples, note = read_samples(Path(name), form)
+    return range(len(samples)), samples, note
 
 
 def _ready(samples: Any, form: Form) -> Shaped[np.ndarray, "sample ..."]:

@@ -105,6 +105,18 @@ def test_texts_are_predicted_as_the_model_and_transformers_tokenizer_do(run: Run
     assert [p.probability for p in lines] == pytest.approx([p.probability for p in found], abs=1e-6)
 
 
+def test_lines_are_the_files_lines_for_a_device_and_its_export(run: Run, tmp_path: Path) -> None:
+    """A form feed or a line end of Unicode is within a line, and a byte order mark is no text."""
+    path = tmp_path / "some.txt"
+    lines = [TEXTS[0], TEXTS[1].replace(" ", "\u2028", 1), TEXTS[2] + "\x0c", TEXTS[3].replace(" ", "\u0085", 1)]
+    path.write_bytes(("\ufeff" + "\r\n".join(lines) + "\r\n").encode())
+    for folder in (run.device, run.export):
+        found, alone = predict(folder, [path]), predict(folder, TEXTS)
+        assert [p.row for p in found] == [0, 1, 2, 3]
+        assert [p.label for p in found] == [p.label for p in alone]
+        assert found[0].probability == pytest.approx(alone[0].probability, abs=1e-6)
+
+
 def test_a_text_model_is_better_than_chance_on_its_own_texts(run: Run) -> None:
     rows = text_rows(96)
     found = predict(run.out / "devices" / "large-1", rows["text"])

@@ -25,7 +25,7 @@ def predict(
     [bold]INPUT[/bold] is an image file, brought to the size and the colours that the model
     knows, or a .npy file with one or more samples of raw values, for digits 0 to
     16 in 8x8. Digits are bright on dark. For a model that reads texts it is a
-    .txt file with a text in each line, or a text itself.
+    .txt file with a text in each line (ending in LF or CR LF), or a text itself.
 
     [bold]Examples[/bold]
 
@@ -44,3 +44,6 @@ def predict(
         names = [f"{p.input}[{p.row}]" if num_rows[p.input] > 1 else p.input for p in predictions]
         for name, found in zip(names, predictions, strict=True):
             typer.echo(f"{name:<{max(map(len, names))}}  {found.label}  {percent(found.probability)}")
+        for found in predictions:
+            if found.note:
+                typer.echo(f"note: {found.input}: {found.note}", err=True)

@@ -112,10 +112,13 @@ def _of_processor(processor: Any, config: dict[str, Any]) -> Preprocessing:
         mean, std = (_numbers(n, plain.channels) for n in (processor.image_mean, processor.image_std))
     else:
         mean, std = (0.0,) * plain.channels, (1.0,) * plain.channels
+    # It may divide by another number than pixels go up to: here they are always divided by 255, and the rest adapted.
+    divisor = round(1 / processor.rescale_factor, 6) if processor.do_rescale else 1
+    mean, std = (tuple(number * divisor / plain.maximum for number in numbers) for numbers in (mean, std))
     return Preprocessing(
         size=plain.size,
         channels=plain.channels,
-        maximum=round(1 / processor.rescale_factor, 6) if processor.do_rescale else 1,
+        maximum=plain.maximum,
         mean=mean,
         std=std,
         resample=FILTERS[int(processor.resample)] if processor.resample is not None else "bilinear",

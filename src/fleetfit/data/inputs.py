@@ -1,7 +1,7 @@
 """Rows of a table -> a model's inputs; the same for the cloud's data and for an owner's."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ class Made:
     rows: Int[Tensor, " row"]
     bytes_per_sample: int
     left_out: dict[str, int]
-    values: dict[str, float]
+    values: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
 
@@ -74,7 +74,9 @@ def make_images(
     index = good.nonzero().flatten()
     left_out = {"images that cannot be read": len(store.bad)} if store.bad else {}
     inputs = Inputs(store.pixels, index, form, path=store.path)
-    return Made(inputs, index, store.bytes_per_image, left_out, {})
+    values = {"smallest pixel": store.range[0], "largest": store.range[1]}
+    kinds = ", ".join(f"{number:,} {kind}" for kind, number in store.kinds.items())
+    return Made(inputs, index, store.bytes_per_image, left_out, values, (*([kinds] if kinds else []), *store.notes))
 
 
 def read_texts(job: Job, table: Table, column: Column, rows: Int[Tensor, " row"]) -> Texts:

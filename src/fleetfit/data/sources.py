@@ -137,7 +137,7 @@ def summary_of(
         label_column=label_column.name,
         label_why=label_column.why,
         classes=dict(zip(labels.names, counts, strict=True)),
-        values=made.values,
+        values=dict(made.values),
         notes=(*table.notes, *labels.notes, *made.notes),
         fingerprint=hashlib.sha256(json.dumps([content, labels.names]).encode()).hexdigest(),
         form=content_hash(made.inputs.form and made.inputs.form.model_dump()),
