@@ -120,6 +120,9 @@ def raw_bytes(data: FleetData) -> int:
 def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult) -> dict[str, Any]:
     """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured.
 
+    ``seconds`` of a phase are wall time, ``cpu_seconds`` the CPU time of the processes that ran its steps: of devices
+    only where these run in the same process.
+
     Args:
         job: The resolved job.
         folder: With what the run has cost.
@@ -187,5 +190,6 @@ def summarise(job: Job, folder: RunFolder, raw: int | None, result: FleetResult)
         },
         "privacy": promise(job),
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},
+        "cpu_seconds": folder.ledger.known_cpu_seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
     }

@@ -58,6 +58,7 @@ class Summary(Row):
     clusters: tuple[ClusterLine, ...]
     traffic: dict[str, float]
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float] = {}  # not in the folders of earlier versions
     peak_memory_bytes: int | None = None
 
 
