@@ -47,7 +47,7 @@ def text_form(
     """
     if model.pretrained:
         tokenizer_json, pad, notes = _pretrained_tokenizer(model)
-    positions = _positions(model)
+    positions = positions_of(model)
     if max_tokens is not None and max_tokens > positions:
         raise ValueError(f"data.max_tokens must be <= the {positions} positions of the model, got {max_tokens}")
     if model.pretrained:
@@ -104,8 +104,12 @@ def untrained_backbone(model: ModelConfig, form: Preprocessing | TextPreprocessi
     return Backbone(model.family, sizes)
 
 
-def _positions(model: ModelConfig) -> int:
-    """How long texts can be that the model as it is takes."""
+def positions_of(model: ModelConfig) -> int:
+    """How long texts can be that the model as it is takes, in tokens.
+
+    Raises:
+        ValueError: the model is not there, of another family, or counts positions from a padding that it does not have.
+    """
     from transformers import CONFIG_MAPPING
 
     if model.pretrained:

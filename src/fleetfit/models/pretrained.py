@@ -163,6 +163,15 @@ def fingerprint(name: str) -> str:
     return digest.hexdigest()
 
 
+def base_config(name: str, family: str) -> JsonDict:
+    """The keys of its config.json that shape the model.
+
+    Raises:
+        ValueError: not there, or of another or no supported family.
+    """
+    return _kept(read_config_of(name, family)[1], family)
+
+
 def read_config_of(name: str, family: str) -> tuple[str, JsonDict]:
     """Where the model is, and its config.json.
 
