@@ -20,7 +20,7 @@ from typing import Any
 from fleetfit.files import read_json, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
-NOT_COMPARED = ("seconds", "peak_memory_bytes")
+NOT_COMPARED = ("seconds", "cpu_seconds", "peak_memory_bytes")
 
 
 def command(job: Path, out: Path) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def test_a_step_is_computed_once_and_its_cost_counted_once_in_each_run(tmp_path:
 
     def run() -> tuple[Ledger, EdgeState, list[tuple[str, dict[str, int]]]]:
         ledger, told = Ledger(), []
-        steps = StepFolder(tmp_path, ledger, lambda name, s, bytes_by_link, value: told.append((name, bytes_by_link)))
+        steps = StepFolder(tmp_path, ledger, lambda name, cost, value: told.append((name, dict(cost.traffic))))
         ledger.traffic["up"] += 1000  # of something else, before
 
         def compute() -> EdgeState:
@@ -70,6 +71,45 @@ def test_phases_add_up(tmp_path: Path) -> None:
     assert 0 < one.seconds["a"] < ledger.seconds["a"]
 
 
+def test_wall_time_and_cpu_time_are_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step waits, the other computes on two threads; read back, both still say so."""
+    wall, cpu = [0.0], [0.0]
+    monkeypatch.setattr(artifacts.time, "perf_counter", lambda: wall[0])
+    monkeypatch.setattr(artifacts.time, "process_time", lambda: cpu[0])
+
+    def taking(wall_time: float, cpu_time: float) -> Callable[[], EdgeState]:
+        def compute() -> EdgeState:
+            wall[0] += wall_time
+            cpu[0] += cpu_time
+            return reply()
+
+        return compute
+
+    for compute in (taking, lambda *_: never):
+        ledger = Ledger()
+        steps = StepFolder(tmp_path, ledger)
+        steps.step("wait/a", EdgeState, compute(30.0, 1.0))
+        steps.step("work/a", EdgeState, compute(10.0, 20.0))
+        steps.step("work/b", EdgeState, compute(1.0, 0.0))
+        assert ledger.seconds == {"wait": 30.0, "work": 11.0}
+        assert ledger.cpu_seconds == ledger.known_cpu_seconds == {"wait": 1.0, "work": 20.0}
+
+
+def test_steps_of_earlier_versions_do_not_say_their_cpu_time(tmp_path: Path) -> None:
+    ledger = Ledger()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a.safetensors").write_bytes(encode(reply(), cost='{"seconds": 7.0, "traffic": {"up": 3}}'))
+    with RunFolder(tmp_path / "run", Job()) as folder:
+        steps = StepFolder(tmp_path, ledger, folder.steps.on_step)
+        steps.step("old/a", EdgeState, never)
+        steps.step("old/b", EdgeState, reply)
+        steps.step("new/a", EdgeState, reply)
+    assert (ledger.traffic, ledger.seconds["old"] >= 7.0) == ({"up": 3}, True)
+    assert set(ledger.known_cpu_seconds) == {"new"}, "a part is not the whole"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["cpu_seconds" in line for line in lines] == [False, True, True]
+
+
 def test_a_step_that_fails_leaves_nothing_and_runs_again(tmp_path: Path) -> None:
     steps = StepFolder(tmp_path, Ledger())
 
@@ -99,6 +139,7 @@ def never() -> Any:
         (lambda blob: encode(reply(), cost="[1]"), "does not say what it cost"),
         (lambda blob: encode(reply(), cost='{"seconds": "long", "traffic": {}}'), "does not say what it cost"),
         (lambda blob: encode(reply(), cost='{"seconds": 1, "traffic": {"up": "much"}}'), "does not say what it cost"),
+        (lambda b: encode(reply(), cost='{"seconds": 1, "cpu_seconds": [], "traffic": {}}'), "not say what it cost"),
         (lambda blob: encode(reply(), cost='{"seconds": 1, "traffic": 3}'), "does not say what it cost"),
     ],
 )
@@ -267,12 +308,15 @@ def test_what_a_step_took_is_in_its_line_also_of_an_edge_that_reports_seconds_of
         devices=(),
         traffic={"edge_to_device": 9},
         phase_seconds={"refine": 9.0},
+        phase_cpu_seconds={"refine": 2.0},
     )
     with RunFolder(tmp_path, Job()) as folder:
         folder.steps.step("finish/x", ClusterReport, lambda: report)
     line = json.loads((tmp_path / "metrics.jsonl").read_text())
     assert isinstance(line["seconds"], float)
+    assert isinstance(line["cpu_seconds"], float)
     assert (line["traffic"], line["phase_seconds"]) == ({"edge_to_device": 9}, {"refine": 9.0})
+    assert line["phase_cpu_seconds"] == {"refine": 2.0}
 
 
 def test_tables_and_json(tmp_path: Path) -> None:

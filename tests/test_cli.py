@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 import fleetfit
 from fleetfit import cli, engines, profiling, terminal
 from fleetfit.config import Job, load_job, make_job
+from fleetfit.data.tables import READERS
 from fleetfit.engines import local
 from fleetfit.engines.flower import simulation
 from fleetfit.engines.flower.nodes import Resources
 from fleetfit.job_text import explained_toml
 from fleetfit.messages import Progress
+from fleetfit.models.families import FAMILIES
 from fleetfit.profiles import find_profile, ready_profiles
 from fleetfit.records import BackboneShape
 
@@ -543,7 +545,9 @@ def test_profile_list(shell: Any) -> None:
         (("--depths", "0.5"), 2, "must be numbers with commas between them"),
         (("--repeats", "0"), 2, "--repeats"),
         (("--job", RECIPE, "--family", "vit"), 2, "a job says its family itself"),
-        (("--family", "bert"), 1, "error: --family must be one of vit, deit, dinov2, got 'bert'"),
+        (("--set", "model.family=bert"), 2, "goes with --job"),
+        (("--job", RECIPE, "--set", "model.config.patch_size=9"), 1, "patch_size must be <= image_size 8, got 9"),
+        (("--family", "swin"), 1, f"error: --family must be one of {', '.join(FAMILIES)}, got 'swin'"),
         (("--torch-device", "tpu"), 1, "error: --torch-device must be cpu, cuda or cuda:<number>, got 'tpu'"),
         (("--job", RECIPE, "--watts", "-1"), 1, "error: --watts must be finite and > 0, got -1"),
         (("--job", RECIPE, "--depths", "7"), 1, "error: --depths must be in 1..6, the model's layers, got 7"),
@@ -582,6 +586,12 @@ def test_help_teaches(shell: Any) -> None:
     text_of_profile = shell("profile", "--help").stdout
     for word in ("RAPL", "fleetfit profile --list", "[[fleet.devices]]", 'profile = "boards/kitchen.toml"'):
         assert word in text_of_profile
+    for help_text in (text, text_of_profile):
+        assert not [family for family in FAMILIES if not re.search(rf"\b{family}\b", help_text)]
+    flat = " ".join(text.split())
+    assert not [ending for ending in READERS if f"{ending[1:]}" not in flat]
+    for source in ("digits; a file or a pattern of files", "a folder", "Hugging Face hub", "module:function"):
+        assert source in flat
     keys = re.findall(r"^ +([a-z]+(?:\.[a-z_]+)?)   ", text.partition("keys that matter")[2], re.MULTILINE)
     assert len(keys) >= 10
     for key in keys:

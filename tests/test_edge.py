@@ -1,6 +1,7 @@
 """The edge: who is weighed how, Eq. 21 by hand, what ships, and headers that keep to the limit."""
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -308,6 +309,43 @@ def test_the_guard(losses: dict[str, float], guarded: Any, unguarded: Any) -> No
     for guard, expected in ((True, guarded), (False, unguarded)):
         decision = edge.decide(RefineConfig(guard=guard), propose(**losses))
         assert (decision.header, decision.prior_strength) == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("losses", "guarded", "unguarded"),
+    [
+        ({"coarse": 0.5, "refined": None}, ("coarse", None), ("coarse", None)),
+        ({"coarse": None, "refined": 0.6}, ("refined", None), ("refined", None)),
+        ({"coarse": None, "coarse_3": 0.3, "refined": 0.4, "refined_3": None}, ("coarse", 3.0), ("refined", None)),
+        ({"coarse": 0.5, "coarse_3": 0.3, "refined": None, "refined_3": None}, ("coarse", 3.0), ("coarse", 3.0)),
+        ({"coarse": 0.5, "coarse_3": None, "refined": None, "refined_3": 0.9}, ("coarse", None), ("refined", 3.0)),
+    ],
+)
+def test_a_way_without_a_finite_loss_ships_nowhere(
+    losses: dict[str, float | None], guarded: Any, unguarded: Any, bad: float
+) -> None:
+    """One device's NaN is enough, since the sum over the cluster is one too."""
+    good = propose(**{way: 1.0 if loss is None else loss for way, loss in losses.items()})
+    spoilt = {"e": propose(**{way: bad if loss is None else loss for way, loss in losses.items()})["d"]}
+    for replies in (good | spoilt, spoilt | good, spoilt):
+        for guard, expected in ((True, guarded), (False, unguarded)):
+            decision = edge.decide(RefineConfig(guard=guard), replies)
+            assert (decision.header, decision.prior_strength) == expected
+            assert sorted(decision.loss_by_way) == sorted(
+                way.replace("_", "/") for way, loss in losses.items() if loss is not None
+            )
+
+
+def test_where_no_way_has_a_finite_loss_nothing_ships() -> None:
+    with pytest.raises(ValueError, match=r"no way to ship has a finite validation loss \(coarse, refined\)"):
+        edge.decide(RefineConfig(), propose(coarse=math.nan, refined=math.inf))
+
+
+def test_with_noise_too_a_way_without_a_finite_loss_ships_nowhere() -> None:
+    noised = {"d": propose(coarse=math.nan, coarse_3=0.5, refined=0.4)["d"].model_copy(update={"noise": 1.0})}
+    decision = edge.decide(RefineConfig(), noised)  # .1 is not clear where the noise is .25
+    assert (decision.header, decision.prior_strength) == ("coarse", 3.0)
 
 
 @pytest.mark.parametrize("guard", [True, False])

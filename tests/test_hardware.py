@@ -98,7 +98,9 @@ def finished_steps(folder: Path) -> dict[str, Any]:
     """What every step of a run found, without what it cost and where it was computed."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
-        line["step"]: {k: v for k, v in line.items() if k not in ("step", "seconds", "bytes", "hardware")}
+        line["step"]: {
+            k: v for k, v in line.items() if k not in ("step", "seconds", "cpu_seconds", "bytes", "hardware")
+        }
         for line in lines
     }
 

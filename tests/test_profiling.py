@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from fleetfit import power_meters, profiling
 from fleetfit.config import make_job
 from fleetfit.models.elastic import Backbone, ElasticBackbone
+from fleetfit.models.families import FAMILIES
 from fleetfit.power_meters import Clock, NvidiaMeter, RaplMeter, find_meter
 from fleetfit.profiles import read_profile, ready_profiles
 from fleetfit.profiling import (
@@ -202,17 +204,75 @@ def test_the_model_is_the_jobs_or_the_familys() -> None:
     job = make_job({"model": {"family": "dinov2", "config": {"hidden_size": 32, "num_hidden_layers": 2}}})
     reference = make_reference(job.model)
     assert (reference.family, reference.num_layers, reference.config["hidden_size"]) == ("dinov2", 2, 32)
-    with pytest.raises(ValueError, match="--family must be one of vit, deit, dinov2, got 'bert'"):
-        make_reference(None, "bert")
+    with pytest.raises(ValueError, match=f"--family must be one of {', '.join(FAMILIES)}, got 'swin'"):
+        make_reference(None, "swin")
 
 
-@pytest.mark.parametrize("family", list(MODELS))
-def test_every_family_has_a_small_model_of_the_same_size(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "sizes", "shape"),
+    [
+        *((family, (12, 6, 384, 1536), (3, 224, 224)) for family in ("vit", "deit", "dinov2")),
+        ("bert", (4, 8, 512, 2048), (128,)),
+        ("roberta", (6, 12, 768, 3072), (128,)),
+        ("distilbert", (6, 12, 768, 3072), (128,)),
+    ],
+)
+def test_every_family_has_a_small_model(family: str, sizes: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    assert list(MODELS) == list(FAMILIES)
     with torch.device("meta"):
         model = make_reference(None, family)
         elastic = ElasticBackbone(model)
-    assert (elastic.num_layers, elastic.num_heads, elastic.hidden_size, elastic.num_neurons) == (12, 6, 384, 1536)
-    assert model.input_shape == (3, 224, 224)
+    assert (elastic.num_layers, elastic.num_heads, elastic.hidden_size, elastic.num_neurons) == sizes
+    assert model.input_shape == shape
+
+
+# -- texts ------------------------------------------------------------------------------------------------------------
+
+BERT = {"hidden_size": 12, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 12}
+TEXTS: dict[str, tuple[dict[str, int], int]] = {  # and how many texts' tokens there are positions for
+    "bert": ({**BERT, "vocab_size": 40, "max_position_embeddings": 20}, 20),
+    "roberta": ({**BERT, "vocab_size": 40, "max_position_embeddings": 20, "pad_token_id": 1}, 18),
+    "distilbert": (
+        {"dim": 12, "n_layers": 3, "n_heads": 6, "hidden_dim": 12, "vocab_size": 40, "max_position_embeddings": 200},
+        128,
+    ),
+}
+
+
+@pytest.mark.parametrize("start", ["config", "pretrained"])
+@pytest.mark.parametrize("family", TEXTS)
+def test_texts_are_measured_at_the_jobs_length_without_data_or_weights(
+    family: str, start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, most = TEXTS[family]
+    fields: dict[str, Any] = {"family": family, "config": config}
+    if start == "pretrained":  # a config.json alone
+        CONFIG_MAPPING[family](**config).save_pretrained(tmp_path)
+        fields = {"family": family, "pretrained": str(tmp_path)}
+    seen: list[tuple[int, torch.Tensor]] = []
+
+    def forward(model: Any, inputs: torch.Tensor) -> None:
+        assert bool(model.run(inputs).mask.all()), "padding would not be computed"
+        seen.append((model.num_layers, inputs))
+
+    monkeypatch.setattr(profiling, "_forward", forward)
+    for asked, length in ((None, most), (7, 7)):
+        model = make_job({"model": fields}).model
+        reference = make_reference(model, max_tokens=asked)
+        seen.clear()
+        plan = Plan(batch_size=3, repeats=1, warm_up=0, latency_seconds=0)
+        found = profile_machine("here", reference, plan, given_watts=5.0)
+        assert {tuple(inputs.shape) for _, inputs in seen} == {(3, length)}
+        assert {layers for layers, _ in seen} == {1, 2, 3}
+        assert f"{family} of 3 layers, 12 channels, 6 heads, {length} tokens a text; forward" in found.profile.source
+    with pytest.raises(ValueError, match=rf"data\.max_tokens must be <= the {most if most < 128 else 200} positions"):
+        make_reference(make_job({"model": fields}).model, max_tokens=300)
+
+
+def test_what_is_wrong_with_a_pretrained_model_names_it(tmp_path: Path) -> None:
+    CONFIG_MAPPING["bert"](**TEXTS["bert"][0] | {"is_decoder": True}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^model\.pretrained = .*is_decoder must be false"):
+        make_reference(make_job({"model": {"family": "bert", "pretrained": str(tmp_path)}}).model)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "repeats", "threads"])

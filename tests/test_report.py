@@ -217,6 +217,25 @@ def test_one_page_that_tells_everything(run: Path):
         assert fact in words, fact
 
 
+def test_wall_time_and_cpu_time_are_told_apart_by_name(run: Path):
+    path = run / "summary.json"
+    summary = json.loads(path.read_text())
+
+    def told(**more: object) -> str:
+        path.write_text(json.dumps(summary | more))
+        return read_page(run).text.replace("\u00a0", " ")
+
+    before = told()  # a folder of an earlier version
+    assert "2 min 0 s of wall time, clusters added up" in before
+    assert "of CPU time" not in before
+    whole = told(cpu_seconds={"elastic": 170.0, "reference": 15.0})
+    assert "2 min 0 s of wall time, 3 min 5 s of CPU time, clusters added up" in whole
+    assert "2 min 50 s" in whole
+    part = told(cpu_seconds={"reference": 15.0})
+    assert "15.0 s" in part
+    assert "s of CPU time" not in part, "a part is not the whole"
+
+
 def test_who_was_absent_and_what_was_refused_is_told_only_where_there_is_something(tmp_path: Path, run: Path):
     assert "Did not finish" not in read_page(run).text
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

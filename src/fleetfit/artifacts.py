@@ -12,6 +12,7 @@ import csv
 import io
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -39,14 +40,50 @@ HOW = {"run", "links"}  # sections of the job that say how to run, not what: the
 
 @dataclass
 class Ledger:
-    """What a run has cost so far: bytes by link and direction, seconds by phase."""
+    """What a run has cost so far: bytes by link and direction; by phase, seconds of wall time and of CPU time.
+
+    ``cpu_seconds`` are those of all threads of the processes that ran the steps; NaN where one did not say.
+    """
 
     traffic: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)
+    cpu_seconds: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def known_cpu_seconds(self) -> dict[str, float]:
+        """By phase, where they are known; to the millisecond."""
+        return {phase: round(s, 3) for phase, s in self.cpu_seconds.items() if math.isfinite(s)}
 
     def since(self, traffic: Counter[str]) -> dict[str, int]:
         """Bytes counted since an earlier copy of ``traffic``."""
         return {link: number - traffic[link] for link, number in self.traffic.items() if number != traffic[link]}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one step has cost: wall time, CPU time (NaN: not known), and bytes by link."""
+
+    seconds: float
+    cpu_seconds: float
+    traffic: Mapping[str, int]
+
+    @classmethod
+    def read(cls, text: str) -> "Cost":
+        """Of what ``written`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: of anything else.
+        """
+        cost = json.loads(text)
+        traffic = {str(link): int(number) for link, number in cost["traffic"].items()}
+        # Folders of earlier versions do not say how much CPU time it took.
+        return cls(float(cost["seconds"]), float(cost.get("cpu_seconds", math.nan)), traffic)
+
+    @property
+    def written(self) -> str:
+        """As JSON, without what is not known."""
+        known = {} if math.isnan(self.cpu_seconds) else {"cpu_seconds": self.cpu_seconds}
+        return json.dumps({"seconds": self.seconds, **known, "traffic": self.traffic})
 
 
 class TrainingFile:
@@ -58,8 +95,9 @@ class TrainingFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.earlier_seconds = 0.0
+        self.earlier_seconds = self.earlier_cpu_seconds = 0.0
         self._started = self._saved = time.perf_counter()
+        self._cpu_started = time.process_time()
 
     @property
     def where(self) -> str:
@@ -76,6 +114,7 @@ class TrainingFile:
             return None
         state = decode(self.path.read_bytes(), TrainingState, f"{self.path} (delete it to train afresh)")
         self.earlier_seconds = state.seconds
+        self.earlier_cpu_seconds = math.nan if state.cpu_seconds is None else state.cpu_seconds
         logger.info("going on from step %d, kept in %s", state.step, self.path)
         return state
 
@@ -86,7 +125,9 @@ class TrainingFile:
     def save(self, state: TrainingState) -> None:
         """Write the state, and how long it took to get there."""
         seconds = self.earlier_seconds + time.perf_counter() - self._started
-        write_atomically(self.path, encode(state.model_copy(update={"seconds": seconds})))
+        cpu_seconds = self.earlier_cpu_seconds + time.process_time() - self._cpu_started
+        known = None if math.isnan(cpu_seconds) else cpu_seconds
+        write_atomically(self.path, encode(state.model_copy(update={"seconds": seconds, "cpu_seconds": known})))
         self._saved = time.perf_counter()
 
     def forget(self) -> None:
@@ -100,14 +141,14 @@ class StepFolder:
     Args:
         folder: Where the files go.
         ledger: Bytes and seconds of steps, also of those that are read back, are added to it.
-        on_step: Called with (name, seconds, bytes by link, result) for each step.
+        on_step: Called with (name, cost, result) for each step.
     """
 
     def __init__(
         self,
         folder: Path,
         ledger: Ledger,
-        on_step: Callable[[str, float, Mapping[str, int], Message], None] | None = None,
+        on_step: Callable[[str, Cost, Message], None] | None = None,
     ) -> None:
         self.folder = folder
         self.ledger = ledger
@@ -133,28 +174,31 @@ class StepFolder:
             blob = path.read_bytes()
             value = decode(blob, result, what)
             try:
-                cost = json.loads(read_metadata(blob, what)["cost"])
-                seconds, traffic = float(cost["seconds"]), {str(k): int(v) for k, v in cost["traffic"].items()}
+                cost = Cost.read(read_metadata(blob, what)["cost"])
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{what} is corrupt: it does not say what it cost") from error
             if name in self._told:
                 return value
-            self.ledger.traffic.update(traffic)
+            self.ledger.traffic.update(cost.traffic)
             logger.info("%s: read back from %s", name, path)
         else:
-            before, start = self.ledger.traffic.copy(), time.perf_counter()
+            before, start, cpu_start = self.ledger.traffic.copy(), time.perf_counter(), time.process_time()
             value = compute()
             training = self._bookmarks.pop(name, None)
-            seconds = time.perf_counter() - start + (training.earlier_seconds if training else 0.0)
-            traffic = self.ledger.since(before)
-            cost_json = json.dumps({"seconds": seconds, "traffic": traffic})
-            write_atomically(path, encode(value, cost=cost_json))
+            cost = Cost(
+                seconds=time.perf_counter() - start + (training.earlier_seconds if training else 0.0),
+                cpu_seconds=time.process_time() - cpu_start + (training.earlier_cpu_seconds if training else 0.0),
+                traffic=self.ledger.since(before),
+            )
+            write_atomically(path, encode(value, cost=cost.written))
             if training is not None:
                 training.forget()
         self._told.add(name)
-        self.ledger.seconds[name.partition("/")[0]] += seconds  # type: ignore[assignment]
+        phase = name.partition("/")[0]
+        self.ledger.seconds[phase] += cost.seconds  # type: ignore[assignment]
+        self.ledger.cpu_seconds[phase] += cost.cpu_seconds  # type: ignore[assignment]
         if self.on_step is not None:
-            self.on_step(name, seconds, traffic, value)
+            self.on_step(name, cost, value)
         return value
 
 
@@ -293,9 +337,10 @@ class RunFolder:
         begun = next((self.path / "steps").rglob("*.safetensors"), None) is not None
         claim_data(self.path / DATA_FILE, data, begun, "choose another --out, or delete the folder, to begin anew")
 
-    def _note(self, name: str, seconds: float, traffic: Mapping[str, int], value: Message) -> None:
+    def _note(self, name: str, cost: Cost, value: Message) -> None:
         fields = json.loads(value.model_dump_json())
-        line = {"step": name, "seconds": round(seconds, 3), "bytes": dict(traffic), **fields}
+        known = {} if math.isnan(cost.cpu_seconds) else {"cpu_seconds": round(cost.cpu_seconds, 3)}
+        line = {"step": name, "seconds": round(cost.seconds, 3), **known, "bytes": dict(cost.traffic), **fields}
         self._lines.append(json.dumps(line))
         write_atomically(self.path / "metrics.jsonl", "\n".join(self._lines) + "\n")
 

@@ -1,5 +1,6 @@
 """The edge: searches the header on its shared set, weighs how alike devices are, aggregates, guards what is shipped."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -324,14 +325,22 @@ def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decisio
 
     Choosing per device on a few samples is noise and loses. With the guard, refined headers ship only where they are no
     worse than those sent; without it, always. Where no device has validation samples nothing speaks for a change, and
-    where scores are noised (``[privacy]``) only what stands out of the noise does.
+    where scores are noised (``[privacy]``) only what stands out of the noise does. A way whose loss is not finite ships
+    nowhere: where no refined header has one that is, those sent ship, without the guard too.
+
+    Raises:
+        ValueError: no way has a finite loss.
     """
     ways = list(next(iter(replies.values())).scores)
     total = {way: pooled([r.scores[way] for r in replies.values()]) for way in ways}
     if total[ways[0]].num_samples == 0:
         return Decision(header="coarse" if refine.guard else "refined")
     loss = {way: s.loss_sum / s.num_samples for way, s in total.items()}
-    allowed = ways if refine.guard else [way for way in ways if way.startswith("refined")]
+    loss = {way: nats for way, nats in loss.items() if math.isfinite(nats)}
+    if not loss:
+        raise ValueError(f"no way to ship has a finite validation loss ({', '.join(ways)})")
+    refined = [way for way in loss if way.startswith("refined")]
+    allowed = list(loss) if refine.guard else refined or list(loss)
     # The refined way wins ties: it carries the same accuracy in fewer parameters.
     best = min(allowed, key=lambda way: (loss[way], way.startswith("coarse")))
     if noise := sum(r.noise**2 for r in replies.values()) ** 0.5 / total[ways[0]].num_samples:

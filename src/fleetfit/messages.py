@@ -86,7 +86,12 @@ class ClusterReport(Message):
     traffic: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict, description="bytes by link, of an edge that keeps its own books"
     )
-    phase_seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict, description="of that edge")
+    phase_seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="of that edge, wall time"
+    )
+    phase_cpu_seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="of that edge, CPU time, where it is known"
+    )
 
 
 class BackboneAssignment(Request):
@@ -395,7 +400,8 @@ class TrainingState(Message):
 
     kind: ClassVar[str] = "training_state"
     step: int = Field(ge=1)
-    seconds: float = Field(0.0, ge=0, description="what it has taken so far")
+    seconds: float = Field(0.0, ge=0, description="wall time so far")
+    cpu_seconds: float | None = Field(0.0, ge=0, description="CPU time so far; None: not known")
 
 
 class Bookmark(Protocol):

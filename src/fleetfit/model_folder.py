@@ -14,6 +14,7 @@ from fleetfit.messages import first_problem, take
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
+from fleetfit.models.weights import first_few, not_finite
 from fleetfit.records import HeaderSpec, JsonDict, Record
 
 MODEL_FORMAT = 1
@@ -60,7 +61,8 @@ def load_model(folder: str | Path) -> Classifier:
     Inputs are pixels [sample channel row column], or the numbers of texts' tokens [sample token].
 
     Raises:
-        ValueError: a file is missing, corrupt or of another format; the folder holds an export that needs no fleetfit.
+        ValueError: a file is missing, corrupt or of another format, or a weight is not finite; the folder holds an
+            export that needs no fleetfit.
     """
     folder = Path(folder)
     if not (folder / "model.safetensors").exists():
@@ -78,6 +80,8 @@ def load_model(folder: str | Path) -> Classifier:
         raise ValueError(f"{path} is missing") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt: {error}") from None
+    if wrong := not_finite(tensors):
+        raise ValueError(f"{path} has wrong weights: {first_few(wrong)}")
     try:
         backbone = Backbone(card.family, card.config)
         backbone.load_state_dict(take(tensors, "backbone"), strict=True)

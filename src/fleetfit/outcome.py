@@ -122,6 +122,9 @@ def summarise(
 ) -> dict[str, Any]:
     """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured.
 
+    ``seconds`` of a phase are wall time, ``cpu_seconds`` the CPU time of the processes that ran its steps: of devices
+    only where these run in the same process.
+
     Args:
         job: The resolved job.
         folder: With what the run has cost.
@@ -191,5 +194,6 @@ def summarise(
         },
         "privacy": promise(job),
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},
+        "cpu_seconds": folder.ledger.known_cpu_seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,
     }

@@ -46,7 +46,7 @@ class CheckpointCard(Record):
     size_bytes: int = Field(description="of both files of weights")
     validation_accuracy: float | None = Field(description="of these files, on the public split; None: no samples")
     test_accuracy: float | None = Field(description="the same on its held-out test")
-    seconds: float = Field(description="of the training")
+    seconds: float = Field(description="wall time of the training")
     hardware: str = Field(description="of the training")
     command: str
     seed: int = Field(description="decides the split of the data, and the training")

@@ -247,10 +247,11 @@ class _Losses:
         for value in torch.stack(self.unseen).cpu().tolist():
             self.values.append(value)
             if not math.isfinite(value):
-                raise TrainingDiverged(
-                    f"{self.name}: the loss became {value} at step {len(self.values)} of {self.steps}; "
-                    "lower the learning rate"
-                )
+                step = len(self.values)
+                why = "lower the learning rate"
+                if step == 1:
+                    why = "no weight was changed yet, so its inputs or the weights that it began with are at fault"
+                raise TrainingDiverged(f"{self.name}: the loss became {value} at step {step} of {self.steps}; {why}")
         self.unseen = []
 
     def tell(self) -> None:

@@ -291,7 +291,7 @@ def test_autotokenizer_reads_the_files_and_makes_the_same_inputs(tmp_path: Path,
         ("no tokenizer", "has no tokenizer: no tokenizer.json and no list of tokens"),
         ("another model", "is a 'distilbert', but model.family is 'bert'; set model.family = 'distilbert'"),
         ("fewer rows", r"its tokenizer has \d+ tokens more than its model"),
-        ("no padding", "its tokenizer has no token 9999, which pads in its model"),
+        ("no padding", "its tokenizer names no padding, and pad_token_id 9999 of its config.json is no token"),
     ],
 )
 def test_what_is_wrong_with_a_pretrained_text_model(
@@ -307,6 +307,10 @@ def test_what_is_wrong_with_a_pretrained_text_model(
         config["vocab_size"] = 20
     else:
         config["pad_token_id"] = 9999
+        names = json.loads((pretrained / "tokenizer_config.json").read_text())
+        (pretrained / "tokenizer_config.json").write_text(json.dumps(names | {"pad_token": None}))
+        parts = json.loads((pretrained / "tokenizer.json").read_text())
+        (pretrained / "tokenizer.json").write_text(json.dumps(parts | {"padding": None}))
     (pretrained / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=rf"^model\.pretrained = .*{says}"):
         load_samples(pretrained_job(csv(tmp_path), cache, pretrained, vocabulary="full"))

@@ -81,7 +81,7 @@ MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
         | under("devices", REPORT)
         | under("absent", {"device_id", "since"})
         | under("faults", FAULT)
-        | {"phase_seconds", "traffic"},  # of an edge's work, by phase
+        | {"phase_seconds", "phase_cpu_seconds", "traffic"},  # of an edge's work, by phase
         set(),
     ),
 }

@@ -46,11 +46,12 @@ def outcome(folder: Path) -> Outcome:
     out = folder / "run"
     summary = json.loads((out / "summary.json").read_text())
     assert summary.pop("seconds").keys() >= {"reference", "refine", "finish"}
+    summary.pop("cpu_seconds")
     summary.pop("peak_memory_bytes")
     models = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.glob("devices/*/model.*"))}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        del line["seconds"]
+        del line["seconds"], line["cpu_seconds"]
     return summary, models, lines, (out / "cloud" / "front.csv").read_text().splitlines()
 
 

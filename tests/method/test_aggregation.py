@@ -165,13 +165,13 @@ def test_tempered_counts_by_hand():
 
 def test_class_prior_refuses_bad_arguments():
     n, q = torch.ones(2), torch.ones(2)
-    with pytest.raises(ValueError, match="strength must be > 0, got 0"):
+    with pytest.raises(ValueError, match="strength must be finite and > 0, got 0"):
         class_prior(n, q, 0.0)
-    with pytest.raises(ValueError, match="floor must be > 0, got 0"):
+    with pytest.raises(ValueError, match="floor must be finite and > 0, got 0"):
         class_prior(n, q, 1.0, floor=0.0)
-    with pytest.raises(ValueError, match="counts must be >= 0"):
+    with pytest.raises(ValueError, match="counts must be finite and >= 0"):
         class_prior(-n, q, 1.0)
-    with pytest.raises(ValueError, match="class_shares must be >= 0"):
+    with pytest.raises(ValueError, match="class_shares must be finite and >= 0"):
         class_prior(n, -q, 1.0)
     with pytest.raises(ValueError, match="class_shares must not all be 0"):
         class_prior(n, torch.zeros(2), 1.0)

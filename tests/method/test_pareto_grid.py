@@ -83,7 +83,7 @@ def test_degenerate_grids():
     same = make_grid(np.array([[0.5, 3.0], [0.9, 3.0]]), 0.1)
     assert same.coordinates[:, 1].tolist() == [1, 1]
     assert same.cell_size[1] == 0
-    thin = make_grid(np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), 1e-12)  # cells thinner than sigma
+    thin = make_grid(np.array([[0.0, 1.0], [1.0, 0.0], [0.5, 0.5]]), 1e-8, sigma=1e-6)  # cells thinner than sigma
     assert thin.coordinates.min() >= 1
     assert thin.coordinates.max() <= thin.num_cells
 

@@ -232,9 +232,9 @@ def test_bad_arguments_name_rule_and_value():
         sketch_quantiles(one, torch.zeros(2, 3), 0)
     with pytest.raises(ValueError, match="must be >= 1, got 0 and 3"):
         random_projections(0, 3, torch.Generator())
-    with pytest.raises(ValueError, match="distance must be >= 0"):
+    with pytest.raises(ValueError, match="distance must be finite and >= 0"):
         similarity_weights(torch.tensor([[float("nan")]]))
-    with pytest.raises(ValueError, match="temperature must be > 0, got 0"):
+    with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
         calibrated_weights(torch.zeros(1, 1), torch.ones(1), 0.0)
-    with pytest.raises(ValueError, match="distance_within must be >= 0"):
+    with pytest.raises(ValueError, match="distance_within must be finite and >= 0"):
         calibrated_weights(torch.zeros(1, 1), -torch.ones(1), 1.0)

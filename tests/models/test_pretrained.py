@@ -2,21 +2,25 @@
 
 import importlib.util
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.pretrained import fingerprint, load_pretrained
+from fleetfit.models.pretrained_header import load_header
 from fleetfit.models.vocabulary import trim_vocabulary
 from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape
+from fleetfit.records import BackboneShape, HeaderSpec
 
 torch.set_num_threads(1)
 
@@ -155,9 +159,42 @@ def no_json(folder: Path) -> None:
     (folder / "config.json").write_text("{'hidden_size': 16")
 
 
+def with_tensor(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {key: change(tensors[key].clone())}, folder / "model.safetensors", {"format": "pt"})
+
+    return spoil
+
+
+def first_is(*values: float) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[: len(values)] = torch.tensor(values)
+        return tensor
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (
+            with_tensor(QUERY, first_is(math.nan)),
+            r"has wrong weights: layers\.1\.attention\.q_proj\.weight holds 1 NaN of 256 values$",
+        ),
+        (
+            with_tensor(POSITIONS, first_is(math.inf, math.nan, -math.inf)),
+            r"wrong weights: embeddings\.position_embeddings holds 1 NaN and 2 infinite of 80 values$",
+        ),
+        (
+            with_tensor(QUERY, lambda tensor: torch.full_like(tensor, 1e300, dtype=torch.float64)),
+            r"has wrong weights: layers\.1\.attention\.q_proj\.weight holds 256 infinite of 256 values$",
+        ),
+        (with_tensor(QUERY, lambda tensor: tensor.to(torch.int8)), rf"is quantized \({QUERY} is of I8\); only weights"),
+        (
+            with_tensor(QUERY, lambda tensor: tensor.to(torch.float8_e4m3fn)),
+            rf"is quantized \({QUERY} is of F8_E4M3\)",
+        ),
         (without_query, r"has wrong weights: layers\.1\.attention\.q_proj\.weight is missing$"),
         (
             other_positions,
@@ -177,6 +214,10 @@ def no_json(folder: Path) -> None:
         ),
         (with_config(model_type=None), "is a None, which is not supported; supported are vit"),
         (with_config(model_type="deit"), r"is a 'deit', but model\.family is 'vit'; set model\.family = 'deit'$"),
+        (
+            with_config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+            r"is quantized \(quantization_config of its config\.json, bitsandbytes\); only weights of 16, ",
+        ),
         (with_config(hidden_size=0), r"model\.config\.hidden_size must be an integer >= 1, got 0"),
         (with_config(image_size=[8, 8]), r"model\.config\.image_size must be an integer >= 1, got \[8, 8\]"),
         (with_config(hidden_size=20), r"has wrong weights: .*cls_token has shape \(1, 1, 16\), .* says \(1, 1, 20\)"),
@@ -191,6 +232,66 @@ def test_a_spoilt_folder_says_what_is_wrong(spoil: Callable[[Path], None], said:
         load_pretrained(str(tmp_path), "vit")
     assert str(caught.value).startswith(f"model.pretrained = {str(tmp_path)!r}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_is_not_finite_is_named_in_every_precision_and_number_of_files(
+    sharded: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The first few by name, and how many more."""
+    model = save(tmp_path, "vit").to(dtype)
+    for layer in (0, 1):
+        for part in ("q_proj", "o_proj"):
+            model.get_submodule(f"vit.layers.{layer}.attention.{part}").weight.data[layer, 0] = math.nan
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="2KB" if sharded else "1GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 if sharded else (tmp_path / "model.safetensors").exists()
+    with pytest.raises(ValueError, match=r"(layers\.[01]\.attention\.[qo]_proj\.weight holds 1 NaN.*){3}, and 1 more$"):
+        load_pretrained(str(tmp_path), "vit")
+
+
+def test_what_is_not_used_may_be_anything(tmp_path: Path) -> None:
+    save(tmp_path, "vit")
+    expected = load_pretrained(str(tmp_path), "vit").state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["classifier.weight"][0, 0] = math.nan
+    tensors["vit.embeddings.position_ids"] = torch.arange(5)  # older checkpoints have such buffers
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = load_pretrained(str(tmp_path), "vit").state_dict()
+    assert all(torch.equal(t, expected[n]) for n, t in found.items())
+
+
+def test_weights_that_are_all_zero_are_told_but_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save(tmp_path, "vit")
+    load_pretrained(str(tmp_path), "vit")
+    assert caplog.text == ""
+    with_tensor(QUERY, torch.zeros_like)(tmp_path)
+    load_pretrained(str(tmp_path), "vit")
+    assert "weights are all zero: layers.1.attention.q_proj.weight" in caplog.text
+
+
+@pytest.mark.parametrize("folder", sorted(Path(__file__).parents[2].glob("checkpoints/*")), ids=lambda path: path.name)
+def test_the_checkpoints_here_are_finite_and_one_bad_number_is_found(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    load_pretrained(str(folder), family)
+    assert caplog.text == ""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    name, tensors = (
+        next(iter(load_file(folder / "header.safetensors").items())),
+        load_file(folder / "header.safetensors"),
+    )
+    tensors[name[0]].view(-1)[0] = math.inf
+    with safe_open(folder / "header.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, tmp_path / "header.safetensors", metadata)
+    spec, labels = HeaderSpec.model_validate_json(metadata["spec"]), json.loads(metadata["labels"])
+    shape = load_pretrained(str(folder), family).feature_shape
+    assert load_header(str(folder), spec, shape, labels) is not None
+    with pytest.raises(ValueError, match=rf"header\.safetensors is no header for it: {name[0]} holds 1 infinite of"):
+        load_header(str(tmp_path), spec, shape, labels)
 
 
 def test_the_way_to_convert_a_pickle_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from fleetfit.cli.options import AsJson, Debug, stdout
+from fleetfit.cli.options import AsJson, Debug, Overrides, stdout
+from fleetfit.presets import SMALL_CONFIGS
 from fleetfit.terminal import Phases, reporting
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def profile(
     job: Annotated[
         Path | None, typer.Option("--job", "-j", metavar="JOB", help="Measure the model of this job.")
     ] = None,
+    overrides: Overrides = None,
     family: Annotated[
         str | None,
-        typer.Option("--family", metavar="NAME", help="vit, deit or dinov2: its small model. Default: vit."),
+        typer.Option("--family", metavar="NAME", help=f"{', '.join(SMALL_CONFIGS)}: its small model. Default: vit."),
     ] = None,
     widths: Annotated[
         str, typer.Option("--widths", metavar="W,W,...", help="Shares of heads and neurons. Default: four.")
@@ -60,10 +62,15 @@ def profile(
     shows what they predict beside what was measured. About half a minute on one
     core; as much again where power is read. Close other programs first.
 
+    Image models get images of their size. Text models (bert, roberta, distilbert)
+    get texts of data.max_tokens tokens of the job, else of 128, the most that a job
+    takes by itself; no data is read, and the time depends on how long texts are.
+
     [bold]Examples[/bold]
 
       fleetfit profile -o boards/kitchen.toml
       fleetfit profile --job recipes/digits.toml --watts 7.5
+      fleetfit profile --family distilbert --depths 2,4,6
       fleetfit profile --list
 
     [bold]In a job[/bold], a file or the name of a ready profile, in place of gpu_capacity:
@@ -74,6 +81,8 @@ def profile(
     """
     if job is not None and family is not None:
         raise typer.BadParameter("a job says its family itself", param_hint="--family")
+    if job is None and overrides:
+        raise typer.BadParameter("goes with --job", param_hint="--set")
     chosen_widths = _numbers(widths, float, "--widths")
     chosen_depths = _numbers(depths, int, "--depths")
     with reporting(debug) as signals:
@@ -88,11 +97,13 @@ def profile(
 
             phases("libraries", 1, 1)
             measuring.check_target(out)
-            resolved = load_job(job) if job is not None else Job()
+            resolved = load_job(job, tuple(overrides or ())) if job is not None else Job()
             plan = measuring.Plan(
                 batch_size, repeats, threads=threads or resolved.run.threads, torch_device=torch_device
             )
-            reference = measuring.make_reference(resolved.model if job is not None else None, family or "vit")
+            reference = measuring.make_reference(
+                resolved.model if job is not None else None, family or "vit", resolved.data.max_tokens
+            )
             found = measuring.profile_machine(
                 measuring.profile_name(out), reference, plan, chosen_widths, chosen_depths, watts, phases
             )

@@ -79,7 +79,8 @@ class Inputs:
         """Tokens of each text, without padding; None for all that is of one length."""
         if not isinstance(self.form, TextPreprocessing):
             return None
-        return (self.store[self.index] != self.form.pad_id).sum(dim=1).cpu()
+        place = torch.arange(1, self.store.shape[1] + 1, device=self.store.device)
+        return (place * (self.store[self.index] != self.form.pad_id)).amax(dim=1).cpu()
 
     def batches(self, size: int = BATCH) -> Iterator[Shaped[Tensor, "row ..."]]:
         """All inputs in order, at least one batch, which may be empty."""

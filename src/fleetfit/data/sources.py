@@ -158,8 +158,10 @@ def _texts(job: Job, table: Table, column: Column, rows: Int[Tensor, " row"], ca
     read = read_texts(job, table, column, rows)
     public = cut_tiers(read.texts, job.data, job.seed)[1]
     progress("data", 0, len(read.texts) + 1, "making the tokenizer")
-    form = text_form(job.model, [read.texts[row] for row in public], job.data.max_tokens)
-    return make_texts(read, form, _told(progress))
+    notes: list[str] = []
+    form = text_form(job.model, [read.texts[row] for row in public], job.data.max_tokens, notes.append)
+    made = make_texts(read, form, _told(progress))
+    return replace(made, notes=(*notes, *made.notes))
 
 
 def _told(progress: Progress) -> Callable[[int, int, str], None]:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fleetfit.config import ModelConfig
+from fleetfit.data.padding import choose_padding
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.families import family_of, text_config
@@ -29,23 +30,30 @@ BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ROBERTA_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 
-def text_form(model: ModelConfig, texts: Sequence[str], max_tokens: int | None) -> TextPreprocessing:
+def text_form(
+    model: ModelConfig, texts: Sequence[str], max_tokens: int | None, tell: Callable[[str], None] = lambda note: None
+) -> TextPreprocessing:
     """The form of a job's model.
 
     Args:
         model: The job's model.
         texts: The cloud's public texts; no other text decides on anything.
         max_tokens: How long texts can be. None: long enough for 99 of 100 of these, at most 128.
+        tell: Told, one note at a time, where what the model says and what its tokenizer says do not agree.
 
     Raises:
-        ValueError: the pre-trained model is not there, or has no tokenizer of a supported kind; more tokens than the
-            model has positions for.
+        ValueError: the pre-trained model is not there, or has no tokenizer of a supported kind, or none whose padding
+            is known; more tokens than the model has positions for.
     """
-    positions = _positions(model)
+    if model.pretrained:
+        tokenizer_json, pad, notes = _pretrained_tokenizer(model)
+    positions = positions_of(model)
     if max_tokens is not None and max_tokens > positions:
         raise ValueError(f"data.max_tokens must be <= the {positions} positions of the model, got {max_tokens}")
     if model.pretrained:
-        tokenizer_json, pad = _pretrained_tokenizer(model)
+        for note in notes:
+            log.warning("%s", note)
+            tell(note)
         if model.vocabulary == "trimmed":
             try:
                 tokenizer_json = trim_vocabulary(tokenizer_json, texts, model.frequent_tokens).tokenizer_json
@@ -85,7 +93,10 @@ def untrained_backbone(model: ModelConfig, form: Preprocessing | TextPreprocessi
         return Backbone(model.family, dict(model.config))
     if model.pretrained:
         tokens = _kept_tokens(model, form) if model.vocabulary == "trimmed" else None
-        return load_pretrained(model.pretrained, model.family, tokens=tokens, num_tokens=form.num_tokens)
+        padding = form.pad_id if tokens is None else int(tokens[form.pad_id])
+        return load_pretrained(
+            model.pretrained, model.family, tokens=tokens, num_tokens=form.num_tokens, padding=padding
+        )
     number = max(_numbers(form.tokenizer).values()) + 1
     sizes = text_config(
         model.family, dict(model.config), num_tokens=form.num_tokens, vocab_size=number, pad_token_id=form.pad_id
@@ -93,13 +104,23 @@ def untrained_backbone(model: ModelConfig, form: Preprocessing | TextPreprocessi
     return Backbone(model.family, sizes)
 
 
-def _positions(model: ModelConfig) -> int:
-    """How long texts can be that the model as it is takes."""
+def positions_of(model: ModelConfig) -> int:
+    """How long texts can be that the model as it is takes, in tokens.
+
+    Raises:
+        ValueError: the model is not there, of another family, or counts positions from a padding that it does not have.
+    """
     from transformers import CONFIG_MAPPING
 
     if model.pretrained:
         _, config = read_config_of(model.pretrained, model.family)
-        return family_of(model.family).num_tokens(CONFIG_MAPPING[model.family].from_dict(config))
+        family, sizes = family_of(model.family), CONFIG_MAPPING[model.family].from_dict(config)
+        if family.positions_after_padding:
+            try:
+                family.check_text(sizes)
+            except ValueError as error:
+                raise ValueError(f"model.pretrained = {model.pretrained!r}: {error}") from error
+        return family.num_tokens(sizes)
     with torch.device("meta"):  # builds nothing, but checks the configuration
         return Backbone(model.family, dict(model.config)).input_shape[0]
 
@@ -107,14 +128,13 @@ def _positions(model: ModelConfig) -> int:
 # -- the pre-trained model's ------------------------------------------------------------------------------------------
 
 
-def _pretrained_tokenizer(model: ModelConfig) -> tuple[str, str]:
-    """Its content, and the token that pads.
+def _pretrained_tokenizer(model: ModelConfig) -> tuple[str, str, tuple[str, ...]]:
+    """Its content, the token that pads, and what a person should be told of them.
 
     Raises:
         ValueError: there is none, or it does not go with the model.
     """
-    from tokenizers import Tokenizer
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     said = f"model.pretrained = {model.pretrained!r}"
@@ -122,22 +142,34 @@ def _pretrained_tokenizer(model: ModelConfig) -> tuple[str, str]:
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.CRITICAL)
     try:
-        content: str = AutoTokenizer.from_pretrained(source).backend_tokenizer.to_str()
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
     except Exception as error:  # of the hub, of JSON, of Transformers
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{said} has no tokenizer that can be read: {first}") from error
     finally:
         transformers_logging.set_verbosity(level)
-    parts = json.loads(content)
     if not {*parts["model"]["vocab"]} - {token["content"] for token in parts["added_tokens"]}:
         raise ValueError(f"{said} has no tokenizer: no tokenizer.json and no list of tokens")
-    pad = Tokenizer.from_str(content).id_to_token(config.get("pad_token_id", 0))
-    if pad is None:
-        raise ValueError(f"{said}: its tokenizer has no token {config.get('pad_token_id')}, which pads in its model")
-    too_many = max(_numbers(content).values()) + 1 - config["vocab_size"]
+    sizes = CONFIG_MAPPING[model.family].from_dict(config)
+    named = tokenizer.pad_token
+    if named is not None and tokenizer.pad_token_id >= sizes.vocab_size:
+        # Of the tokenizer's class, which adds its own where the vocabulary has another; the model has no row for it.
+        parts["added_tokens"] = [token for token in parts["added_tokens"] if token["content"] != named]
+        named = None
+    content = json.dumps(parts, ensure_ascii=False)
+    too_many = max(_numbers(content).values()) + 1 - sizes.vocab_size
     if too_many > 0 and model.vocabulary == "full":
         raise ValueError(f"{said}: its tokenizer has {too_many} tokens more than its model")
-    return content, pad
+    try:
+        padding = choose_padding(content, named, sizes.pad_token_id, family_of(model.family).positions_after_padding)
+    except ValueError as error:
+        raise ValueError(f"{said}: {error}") from error
+    notes = [f"{said}: {padding.note}"] if padding.note else []
+    for what, side in (("pads", tokenizer.padding_side), ("cuts", tokenizer.truncation_side)):
+        if side != "right":
+            notes.append(f"{said}: its tokenizer {what} texts on the {side}; here it {what} them on the right")
+    return content, padding.token, tuple(notes)
 
 
 def _kept_tokens(model: ModelConfig, form: TextPreprocessing) -> Int[Tensor, " token"]:

@@ -1,5 +1,6 @@
 """Combine devices' importance or weight sets by similarity (Eq. 21), with its comparisons; the class prior (Beyond)."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,7 +24,8 @@ def aggregate(
         One set per row of ``weights``; names in the order of the first set.
 
     Raises:
-        ValueError: not one set per peer, names or shapes that differ, or a row of weights that does not sum to 1.
+        ValueError: not one set per peer, names or shapes that differ, a row of weights that does not sum to 1, or a
+            value that is not finite: it would reach devices that give its sender no weight, since 0 times it is NaN.
     """
     if not sets or weights.shape[1] != len(sets):
         raise ValueError(f"sets must be one per peer ({weights.shape[1]}, at least 1), got {len(sets)}")
@@ -35,6 +37,9 @@ def aggregate(
         if {name: tensor.shape for name, tensor in one.items()} != shapes:
             got = {name: tuple(tensor.shape) for name, tensor in one.items()}
             raise ValueError(f"sets.{peer} must have the names and shapes of sets.0, got {got}")
+        for name, tensor in one.items():
+            if not bool(tensor.isfinite().all()):
+                raise ValueError(f"sets.{peer}: {name!r} must be finite")
     mixed = {
         name: torch.tensordot(weights.double(), torch.stack([one[name].double() for one in sets]), dims=1).to(
             tensor.dtype
@@ -50,19 +55,29 @@ def unit_sum(importance_set: Mapping[str, Float[Tensor, "..."]]) -> dict[str, Te
     Reading: of "each Q_i" in Eq. 21. Without it the device with the largest gradients outvotes all others.
 
     Raises:
-        ValueError: an importance that is negative or NaN.
+        ValueError: an importance that is negative, NaN or infinite.
     """
     for name, importance in importance_set.items():
         if not bool((importance >= 0).all()):
             raise ValueError(f"importance of {name!r} must be >= 0, got a smallest value of {float(importance.min())}")
-    total = sum(float(importance.double().sum()) for importance in importance_set.values())
+        if not bool(importance.isfinite().all()):
+            raise ValueError(f"importance of {name!r} must be finite, got a largest value of {float(importance.max())}")
+    # Of the largest first: a sum of numbers near the end of their range is infinite.
+    most = max((float(i.max()) for i in importance_set.values() if i.numel()), default=0.0) or 1.0
+    total = sum(float((importance.double() / most).sum()) for importance in importance_set.values()) or 1.0
     return {
-        name: (importance.double() / (total or 1.0)).to(importance.dtype) for name, importance in importance_set.items()
+        name: (importance.double() / most / total).to(importance.dtype) for name, importance in importance_set.items()
     }
 
 
 def average_weights(num_devices: int) -> Float[Tensor, "device peer"]:
-    """Weights under which every device gets the plain mean."""
+    """Weights under which every device gets the plain mean.
+
+    Raises:
+        ValueError: no device.
+    """
+    if num_devices < 1:
+        raise ValueError(f"num_devices must be >= 1, got {num_devices}")
     return torch.full((num_devices, num_devices), 1 / num_devices, dtype=torch.float64)
 
 
@@ -92,20 +107,27 @@ def class_prior(
             prior finite for a class that the cluster has not seen.
 
     Raises:
-        ValueError: a count or share that is negative or NaN, shares that are all 0, or strength or floor not above 0.
+        ValueError: a count or share that is negative, NaN or infinite, shares that are all 0, strength or floor that
+            are infinite or not above 0, or a prior that is not finite because they are too far apart.
     """
     for name, values in (("counts", counts), ("class_shares", class_shares)):
-        if not bool((values >= 0).all()):
-            raise ValueError(f"{name} must be >= 0, got {values.tolist()}")
-    if not strength > 0:
-        raise ValueError(f"strength must be > 0, got {strength}")
-    if not floor > 0:
-        raise ValueError(f"floor must be > 0, got {floor}")
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(f"{name} must be finite and >= 0, got {values.tolist()}")
+    if not 0 < strength < math.inf:
+        raise ValueError(f"strength must be finite and > 0, got {strength}")
+    if not 0 < floor < math.inf:
+        raise ValueError(f"floor must be finite and > 0, got {floor}")
     if not float(class_shares.sum()) > 0:
         raise ValueError(f"class_shares must not all be 0, got {class_shares.tolist()}")
     shares = (class_shares / class_shares.sum()).clamp(min=floor / len(class_shares))
     shares = shares / shares.sum()
-    return torch.log((counts + strength * shares) / (counts.sum() + strength)) - torch.log(shares)
+    prior = torch.log((counts + strength * shares) / (counts.sum() + strength)) - torch.log(shares)
+    if not bool(prior.isfinite().all()):
+        raise ValueError(
+            f"counts {counts.tolist()}, class_shares {class_shares.tolist()}, strength {strength} and floor {floor} "
+            "are too far apart for a finite prior"
+        )
+    return prior
 
 
 def tempered_counts(counts: Float[Tensor, " class"], power: float) -> Float[Tensor, " class"]:
@@ -116,6 +138,18 @@ def tempered_counts(counts: Float[Tensor, " class"], power: float) -> Float[Tens
     Args:
         counts: n_c.
         power: 1 leaves them as they are.
+
+    Raises:
+        ValueError: a count that is negative, NaN or infinite, or a power that is not finite.
     """
-    tempered = torch.where(counts > 0, counts**power, torch.zeros_like(counts))
-    return tempered * (counts.sum() / tempered.sum()) if float(counts.sum()) else counts
+    if not bool(((counts >= 0) & counts.isfinite()).all()):
+        raise ValueError(f"counts must be finite and >= 0, got {counts.tolist()}")
+    if not math.isfinite(power):
+        raise ValueError(f"power must be finite, got {power}")
+    if not bool((counts > 0).any()):
+        return counts
+    # Relative to the count that becomes the largest, so that nothing overflows and the sum is at least 1.
+    there = counts[counts > 0]
+    relative = counts / (there.max() if power >= 0 else there.min())
+    tempered = torch.where(counts > 0, relative**power, torch.zeros_like(counts))
+    return tempered * (counts.sum() / tempered.sum())

@@ -3,9 +3,11 @@
 And the other way round: the constants of a real device, fitted to what was measured on it.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 from scipy.optimize import nnls
 
 from fleetfit.records import BackboneShape, EnergyModel, Record
@@ -26,7 +28,7 @@ def energy_joules(shape: BackboneShape, energy: EnergyModel, num_patches: int, n
         Joules.
 
     Raises:
-        ValueError: ``num_patches`` or ``num_epochs`` is below 1.
+        ValueError: ``num_patches`` or ``num_epochs`` is below 1, or the energy is not finite.
     """
     if num_patches < 1:
         raise ValueError(f"num_patches must be >= 1, got {num_patches}")
@@ -35,7 +37,10 @@ def energy_joules(shape: BackboneShape, energy: EnergyModel, num_patches: int, n
     volume = shape.width * shape.depth
     power_watts = energy.power_watts + energy.power_slope_watts * volume + num_patches * energy.patch_power_watts
     latency_seconds = energy.latency_seconds + energy.latency_slope_seconds * volume
-    return num_epochs * power_watts * latency_seconds
+    joules = num_epochs * power_watts * latency_seconds
+    if not math.isfinite(joules):
+        raise ValueError(f"energy must be finite, got {joules} J from {energy}")
+    return joules
 
 
 def cluster_energy_joules(
@@ -120,10 +125,13 @@ def split_power(power_at_zero_watts: float, num_patches: int, idle_watts: float 
         (G, G_beta), with G + p*G_beta the given sum.
 
     Raises:
-        ValueError: ``num_patches`` is below 1.
+        ValueError: ``num_patches`` is below 1, or a power that is negative, NaN or infinite.
     """
     if num_patches < 1:
         raise ValueError(f"num_patches must be >= 1, got {num_patches}")
+    for name, watts in (("power_at_zero_watts", power_at_zero_watts), ("idle_watts", idle_watts)):
+        if watts is not None and not 0 <= watts < math.inf:
+            raise ValueError(f"{name} must be finite and >= 0, got {watts}")
     if idle_watts is None or idle_watts >= power_at_zero_watts:
         return power_at_zero_watts, 0.0
     return idle_watts, (power_at_zero_watts - idle_watts) / num_patches
@@ -133,8 +141,11 @@ def r_squared(measured: Sequence[float], predicted: Sequence[float]) -> float:
     """Share of the variance of what was measured that a prediction explains; below 0 where their mean is better.
 
     Measurements that are all alike have no variance to explain: 1 where the prediction meets them, else 0.
+
+    Raises:
+        ValueError: see ``_pairs``.
     """
-    values, said = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    values, said = _pairs(measured, predicted)
     left = float(((values - said) ** 2).sum())
     total = float(((values - values.mean()) ** 2).sum())
     if total <= 1e-18 * float((values**2).sum()):  # alike up to rounding
@@ -143,6 +154,28 @@ def r_squared(measured: Sequence[float], predicted: Sequence[float]) -> float:
 
 
 def worst_relative_error(measured: Sequence[float], predicted: Sequence[float]) -> float:
-    """The largest ``|predicted - measured| / measured``."""
+    """The largest ``|predicted - measured| / measured``.
+
+    Raises:
+        ValueError: see ``_pairs``, or a measurement that is 0.
+    """
+    values, said = _pairs(measured, predicted)
+    if not values.all():
+        raise ValueError("measured must not be 0: an error has no share of it")
+    return float((np.abs(said - values) / np.abs(values)).max())
+
+
+def _pairs(
+    measured: Sequence[float], predicted: Sequence[float]
+) -> tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"]]:
+    """Both as arrays.
+
+    Raises:
+        ValueError: no measurement, lengths that differ, or a number that is not finite.
+    """
     values, said = np.asarray(measured, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
-    return float((np.abs(said - values) / values).max())
+    if len(values) != len(said) or len(values) == 0:
+        raise ValueError(f"measured and predicted must be of one length, at least 1, got {len(values)} and {len(said)}")
+    if not (np.isfinite(values) & np.isfinite(said)).all():
+        raise ValueError(f"measured and predicted must be finite, got {values.tolist()} and {said.tolist()}")
+    return values, said

@@ -72,7 +72,10 @@ def _normalised(values: Float[np.ndarray, " candidate"]) -> Float[np.ndarray, " 
     """(x - min) / (max - min) over the candidates; 0 where all are equal."""
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"values must be finite, at least 1, got {values.tolist()}")
-    span = values.max() - values.min()
+    with np.errstate(over="ignore"):
+        span = values.max() - values.min()
+    if not np.isfinite(span):
+        raise ValueError(f"values must have a finite range, got {values.tolist()}")
     normalised: Float[np.ndarray, " candidate"] = (values - values.min()) / (span if span > 0 else 1.0)
     return normalised
 
@@ -80,16 +83,31 @@ def _normalised(values: Float[np.ndarray, " candidate"]) -> Float[np.ndarray, " 
 def energy_efficiency_ratio(
     accuracy: Float[np.ndarray, " candidate"], energy_joules: Float[np.ndarray, " candidate"]
 ) -> Float[np.ndarray, " candidate"]:
-    """Energy Efficiency Ratio, accuracy / energy, per joule; higher is better."""
-    ratio: Float[np.ndarray, " candidate"] = accuracy / energy_joules
-    return ratio
+    """Energy Efficiency Ratio, accuracy / energy, per joule; higher is better.
+
+    Raises:
+        ValueError: an energy that is NaN or not above 0.
+    """
+    return _ratio(accuracy, energy_joules, "energy_joules")
 
 
 def size_efficiency_ratio(
     accuracy: Float[np.ndarray, " candidate"], size: Float[np.ndarray, " candidate"]
 ) -> Float[np.ndarray, " candidate"]:
-    """Size Efficiency Ratio, accuracy / size, per unit of size; higher is better."""
-    ratio: Float[np.ndarray, " candidate"] = accuracy / size
+    """Size Efficiency Ratio, accuracy / size, per unit of size; higher is better.
+
+    Raises:
+        ValueError: a size that is NaN or not above 0.
+    """
+    return _ratio(accuracy, size, "size")
+
+
+def _ratio(
+    gain: Float[np.ndarray, " candidate"], cost: Float[np.ndarray, " candidate"], name: str
+) -> Float[np.ndarray, " candidate"]:
+    if not (cost > 0).all():
+        raise ValueError(f"{name} must be > 0, got {cost.tolist()}")
+    ratio: Float[np.ndarray, " candidate"] = gain / cost
     return ratio
 
 

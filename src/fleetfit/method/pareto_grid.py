@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+MOST_CELLS = 10**9  # of an objective: squares of distances in cells, summed, stay within 64 bits
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -41,7 +43,8 @@ def make_grid(objectives: Float[np.ndarray, "candidate objective"], gamma_p: flo
         sigma: Share of the range that keeps the ideal off the border of its cell.
 
     Raises:
-        ValueError: no candidate, an objective that is not finite, or gamma_p or sigma not above 0.
+        ValueError: no candidate, an objective that is not finite or of no finite range, gamma_p or sigma not above 0,
+            or a gamma_p that makes more than ``MOST_CELLS`` cells.
     """
     if objectives.size == 0:
         raise ValueError(f"objectives must have at least 1 candidate and 1 objective, got shape {objectives.shape}")
@@ -53,8 +56,17 @@ def make_grid(objectives: Float[np.ndarray, "candidate objective"], gamma_p: flo
         raise ValueError(f"sigma must be in 0..1, borders excluded, got {sigma}")
     objectives = objectives.astype(np.float64)
     ideal, worst = objectives.min(axis=0), objectives.max(axis=0)
-    span = worst - ideal
-    num_cells = max(1, math.ceil(span[0] / gamma_p))
+    with np.errstate(over="ignore"):
+        span = worst - ideal
+        ratio = float(span[0] / gamma_p)
+    if not np.isfinite(span).all():
+        raise ValueError(f"objectives must have a finite range, got {ideal.tolist()} to {worst.tolist()}")
+    if not ratio <= MOST_CELLS:
+        raise ValueError(
+            f"gamma_p must be >= {span[0] / MOST_CELLS:.3g}, a {MOST_CELLS:.0e}th of the range {span[0]:.3g} of the "
+            f"losses, got {gamma_p:g}"
+        )
+    num_cells = max(1, math.ceil(ratio))
     share = (objectives - ideal) / np.where(span > 0, span, 1.0)
     coordinates = np.ceil((share + sigma) * num_cells / (1 + 2 * sigma)).astype(np.int64)
     # The formula stays within 1..K but for rounding, where sigma is near machine precision.
@@ -117,8 +129,10 @@ def choose(
         ties: "loss": lower loss; "cheaper": lower sum of the other objectives, then lower loss.
 
     Raises:
-        ValueError: nobody is on the front, or an unknown distance or rule for ties.
+        ValueError: nobody is on the front, an objective that is not finite, or an unknown distance or rule for ties.
     """
+    if not np.isfinite(objectives).all():
+        raise ValueError(f"objectives must be finite, got {objectives.tolist()}")
     if ties not in ("cheaper", "loss"):
         raise ValueError(f"ties must be 'cheaper' or 'loss', got {ties!r}")
     if distance not in ("euclidean", "l1"):

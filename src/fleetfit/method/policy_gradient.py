@@ -1,5 +1,7 @@
 """The two losses of the header search: shared weights (Eq. 15), and the policy by REINFORCE with a baseline."""
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -49,8 +51,10 @@ def update_baseline(baseline: float | None, reward: float, decay: float) -> floa
     """Moving average of rewards, decay * b + (1 - decay) * R; the first reward where there is none yet.
 
     Raises:
-        ValueError: decay is not in 0 <= decay < 1.
+        ValueError: decay is not in 0 <= decay < 1, or a reward that is not finite: no later one would mend it.
     """
+    if not math.isfinite(reward):
+        raise ValueError(f"reward must be finite, got {reward}")
     if not 0 <= decay < 1:
         raise ValueError(f"decay must be >= 0 and < 1, got {decay}")
     return reward if baseline is None else decay * baseline + (1 - decay) * reward

@@ -39,7 +39,10 @@ def clipped(vector: Float64[Tensor, " value"], norm: float) -> Float64[Tensor, "
     """
     if not bool(vector.isfinite().all()):
         return torch.zeros_like(vector)
-    return vector * min(1.0, norm / max(float(vector.norm()), 1e-300))
+    length = float(vector.norm())
+    if math.isinf(length):  # its square is over the range of numbers
+        return clipped(vector / vector.abs().max(), norm)
+    return vector * min(1.0, norm / max(length, 1e-300))
 
 
 def secret_noise(key: bytes, label: bytes, number: int) -> Float64[Tensor, " value"]:
@@ -75,8 +78,15 @@ def epsilon_of(noise_multiplier: float, num_releases: int, delta: float) -> floa
         delta: In (0, 1).
 
     Raises:
+        ValueError: a number outside of these bounds.
         ImportError: ``dp_accounting`` is missing; with the command that installs it.
     """
+    if not 0 < noise_multiplier < math.inf:
+        raise ValueError(f"noise_multiplier must be finite and > 0, got {noise_multiplier}")
+    if num_releases < 0:
+        raise ValueError(f"num_releases must be >= 0, got {num_releases}")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must be in 0..1, borders excluded, got {delta}")
     if num_releases == 0:
         return 0.0
     try:
@@ -109,7 +119,14 @@ def clearly_lowest(losses: Mapping[str, float], noise: float) -> str:
 
     It stands out where it is below the first by more than noise alone is likely to put the lowest of so many:
     sqrt(2 log n) standard deviations for n others, and one at least.
+
+    Raises:
+        ValueError: no loss, one that is not finite, or noise that is negative or not finite.
     """
+    if not losses or not all(map(math.isfinite, losses.values())):
+        raise ValueError(f"losses must be finite, at least 1, got {dict(losses)}")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise must be finite and >= 0, got {noise}")
     first = next(iter(losses))
     best = min(losses, key=lambda name: losses[name])
     margin = noise * max(1.0, math.sqrt(2 * math.log(max(1, len(losses) - 1))))

@@ -1,5 +1,6 @@
 """How alike devices' data is, from sketches of their features: distances, and the weights of Eqs. 19-20."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ def wasserstein(
     the sum is so large that 1 / (1 + distance) is near 0 for every pair.
 
     Raises:
-        ValueError: a sample without a point.
+        ValueError: a sample without a point, or a value that is not finite.
     """
     if len(a) == 0 or len(b) == 0:
         raise ValueError(f"both samples must have at least 1 point, got {len(a)} and {len(b)}")
@@ -80,8 +81,14 @@ def sketch_quantiles(
 
 
 def sliced_wasserstein(a: Float[Tensor, "quantile projection"], b: Float[Tensor, "quantile projection"]) -> float:
-    """Sliced Wasserstein distance (p = 1) of two sketches: the mean absolute difference of quantiles (Beyond)."""
-    return float((a.double() - b.double()).abs().mean())
+    """Sliced Wasserstein distance (p = 1) of two sketches: the mean absolute difference of quantiles (Beyond).
+
+    Raises:
+        ValueError: sketches of different shapes or without a value, or a value that is not finite.
+    """
+    if a.shape != b.shape or a.numel() == 0:
+        raise ValueError(f"sketches must be of one shape, not empty, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return float(np.abs(_array(a) - _array(b)).mean())
 
 
 def js_divergence(a: Float[Tensor, "sample feature"], b: Float[Tensor, "peer_sample feature"], num_bins: int) -> float:
@@ -91,7 +98,7 @@ def js_divergence(a: Float[Tensor, "sample feature"], b: Float[Tensor, "peer_sam
     bins from the smaller minimum to the larger maximum of the two samples. One that is constant over both counts 0.
 
     Raises:
-        ValueError: a sample without a point, or ``num_bins`` below 1.
+        ValueError: a sample without a point, a value that is not finite, or ``num_bins`` below 1.
     """
     if len(a) == 0 or len(b) == 0:
         raise ValueError(f"both samples must have at least 1 point, got {len(a)} and {len(b)}")
@@ -116,7 +123,10 @@ def _relative_entropy_bits(p: Float[np.ndarray, " bin"], q: Float[np.ndarray, " 
 
 
 def _array(sample: Float[Tensor, "sample feature"]) -> Float[np.ndarray, "sample feature"]:
-    return sample.detach().cpu().double().numpy()
+    values = sample.detach().cpu().double().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError("samples must be finite, got NaN or infinity")
+    return values
 
 
 def distance_matrix(sketches: Sequence[Float[Tensor, "_ _"]], distance: Distance) -> Float[Tensor, "device peer"]:
@@ -155,7 +165,7 @@ def similarity_weights(distance: Float[Tensor, "device peer"]) -> Float[Tensor, 
     factor of at most e.
 
     Raises:
-        ValueError: a distance that is negative or NaN.
+        ValueError: a distance that is negative, NaN or infinite.
     """
     _check_distances("distance", distance)
     similarity = 1 / (1 + distance)
@@ -176,18 +186,19 @@ def calibrated_weights(
         temperature: tau; small: only the nearest count; large: all count alike.
 
     Raises:
-        ValueError: a distance that is negative or NaN, or a temperature not above 0.
+        ValueError: a distance that is negative, NaN or infinite, or a temperature that is infinite or not above 0.
     """
     _check_distances("distance_between", distance_between)
     _check_distances("distance_within", distance_within)
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
     between = distance_between.clone().fill_diagonal_(0)
-    noise = (distance_within[:, None] * distance_within[None, :]).sqrt()
+    root = distance_within.sqrt()  # the product of two small numbers would be 0, of two large ones infinite
+    noise = root[:, None] * root[None, :]
     ratio = torch.where(between > 0, between / noise, 0)
     return (-(ratio - 1).clamp(min=0) / temperature).softmax(dim=1)
 
 
 def _check_distances(name: str, distances: Tensor) -> None:
-    if not bool((distances >= 0).all()):
-        raise ValueError(f"{name} must be >= 0, got {distances.tolist()}")
+    if not bool(((distances >= 0) & distances.isfinite()).all()):
+        raise ValueError(f"{name} must be finite and >= 0, got {distances.tolist()}")

@@ -56,8 +56,10 @@ def _run_texts(model: Callable[..., Any], config: JsonDict, tokens: Int[Tensor, 
     What comes out has all columns, zero where there is padding, so that a sample's tokens do not depend on its batch.
     """
     length = tokens.shape[1]
-    # The first token is always there: attention over no token at all is not defined.
-    mask = (tokens != config["pad_token_id"]) | (torch.arange(length, device=tokens.device) == 0)
+    # Padding is what follows the last other token: a text that spells it out has it between its words too. The first
+    # token is always there: attention over no token at all is not defined.
+    place = torch.arange(length, device=tokens.device)
+    mask = place <= (place * (tokens != config["pad_token_id"])).amax(dim=1, keepdim=True)
     longest, waits = length, tokens.device.type != "cpu"
     # An exported model has one number of columns; a GPU would have to be waited for to know it.
     if not (torch.compiler.is_compiling() or waits):

@@ -14,17 +14,23 @@ from torch import Tensor
 
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.families import FAMILIES, family_of, own_keys, text_config
+from fleetfit.models.weights import all_zero, first_few, not_finite
 from fleetfit.records import JsonDict
 
 log = logging.getLogger(__name__)
 
-SHOWN = 3  # of the tensors that are wrong
 CARD_FILE = "card.json"  # of a checkpoint of ``fleetfit pretrain``
+QUANTIZED = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # dtypes of weights that mean nothing without their scales
 SPLIT_KEYS = ("public_share", "test_share", "edge_share", "validation_share", "limit", "splits")
 
 
 def load_pretrained(
-    name: str, family: str, *, tokens: Int[Tensor, " token"] | None = None, num_tokens: int | None = None
+    name: str,
+    family: str,
+    *,
+    tokens: Int[Tensor, " token"] | None = None,
+    num_tokens: int | None = None,
+    padding: int | None = None,
 ) -> Backbone:
     """The pre-trained model without its own task head, pooler, mask token and dropout, in 32 bits.
 
@@ -33,13 +39,20 @@ def load_pretrained(
         family: What the job says that it is.
         tokens: Of a text model: which rows of its vocabulary are kept, in their new order. None: all, as they are.
         num_tokens: Of a text model: how long texts can be; later positions are left out. None: as many as it has.
+        padding: Of a text model: the row of its vocabulary that pads. None: the one that its config.json names. Where
+            positions are counted from that one (``positions_after_padding``), they still are.
 
     Raises:
-        ValueError: not there, no network, another or no supported family, a pickle, a tensor missing or of a wrong
-            shape; tokens that are not in its vocabulary or lack the padding, more tokens than it has positions for.
+        ValueError: not there, no network, another or no supported family, a pickle, quantized; a tensor missing, of a
+            wrong shape, or with values that are not finite; tokens that are not in its vocabulary or lack the padding,
+            more tokens than it has positions for.
     """
     said = f"model.pretrained = {name!r}"
     source, config = read_config_of(name, family)
+    if quantized := _quantized(source, config):
+        raise ValueError(f"{said} is quantized ({quantized}); only weights of 16, 32 or 64 bits are read")
+    if padding is not None and not family_of(family).positions_after_padding:
+        config = {**config, "pad_token_id": padding}  # it says nothing else in these models
     if config.get("position_embedding_type", "absolute") != "absolute":  # no key of the classes any more
         raise ValueError(f"{said} has positions of type {config['position_embedding_type']!r}; only 'absolute' is read")
     try:
@@ -66,21 +79,46 @@ def load_pretrained(
         for key, there, expected in sorted(report["mismatched_keys"])
         if key in own
     ]
-    if wrong:
-        more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise ValueError(f"{said} has wrong weights: {'; '.join(wrong[:SHOWN])}{more}")
-    weights = loaded.state_dict()
-    backbone.model.load_state_dict({key: weights[key] for key in own}, strict=True)
-    if tokens is None and num_tokens is None:
+    state = loaded.state_dict()
+    weights = {key: state[key] for key in own}
+    if wrong := wrong or not_finite(weights):  # of a foreign task head it does not matter
+        raise ValueError(f"{said} has wrong weights: {first_few(wrong)}")
+    if zeros := all_zero(weights):
+        log.warning("%s: weights are all zero: %s", said, first_few(zeros))
+    backbone.model.load_state_dict(weights, strict=True)
+    if tokens is None and num_tokens is None and padding in (None, config.get("pad_token_id")):
         return backbone
     try:
-        return _trimmed(backbone, tokens, num_tokens)
+        return _trimmed(backbone, tokens, num_tokens, padding)
     except ValueError as error:
         raise ValueError(f"{said}: {error}") from error
 
 
-def _trimmed(backbone: Backbone, tokens: Int[Tensor, " token"] | None, num_tokens: int | None) -> Backbone:
-    """The same text model with fewer rows of its tables of tokens and positions."""
+def _quantized(source: str, config: JsonDict) -> str:
+    """How the weights are quantized; empty if they are not, as far as can be known before they are loaded.
+
+    Transformers would take the integers for weights: they have the right shapes.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if settings := config.get("quantization_config"):
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        return f"quantization_config of its config.json{f', {method}' if method else ''}"
+    for path in sorted(Path(source).glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    if (dtype := file.get_slice(key).get_dtype()) in QUANTIZED:
+                        return f"{key} is of {dtype}"
+        except (SafetensorError, OSError):
+            return ""  # told by the one who loads it
+    return ""
+
+
+def _trimmed(
+    backbone: Backbone, tokens: Int[Tensor, " token"] | None, num_tokens: int | None, pad: int | None
+) -> Backbone:
+    """The same text model with fewer rows of its tables of tokens and positions, and with another padding."""
     family = family_of(backbone.family)
     old: Any = backbone.model.config
     if family.kind != "text":
@@ -88,9 +126,10 @@ def _trimmed(backbone: Backbone, tokens: Int[Tensor, " token"] | None, num_token
     rows = torch.arange(old.vocab_size) if tokens is None else tokens.long()
     if rows.ndim != 1 or len(set(rows.tolist())) != len(rows) or bool(((rows < 0) | (rows >= old.vocab_size)).any()):
         raise ValueError(f"tokens to keep must be distinct and in 0..{old.vocab_size - 1}")
-    padding = (rows == old.pad_token_id).nonzero().flatten().tolist()
+    pad = old.pad_token_id if pad is None else pad
+    padding = (rows == pad).nonzero().flatten().tolist()
     if not padding:
-        raise ValueError(f"tokens to keep must hold the padding's number {old.pad_token_id}")
+        raise ValueError(f"tokens to keep must hold the padding's number {pad}")
     has = family.num_tokens(old)
     if num_tokens is not None and not 2 <= num_tokens <= has:
         raise ValueError(f"it has positions for 2 to {has} tokens, got {num_tokens}")
@@ -122,6 +161,15 @@ def fingerprint(name: str) -> str:
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def base_config(name: str, family: str) -> JsonDict:
+    """The keys of its config.json that shape the model.
+
+    Raises:
+        ValueError: not there, or of another or no supported family.
+    """
+    return _kept(read_config_of(name, family)[1], family)
 
 
 def read_config_of(name: str, family: str) -> tuple[str, JsonDict]:

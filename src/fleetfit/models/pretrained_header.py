@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import Header, header_from_state
+from fleetfit.models.weights import first_few, not_finite
 from fleetfit.records import HeaderSpec
 
 HEADER_FILE = "header.safetensors"
@@ -32,7 +33,7 @@ def load_header(name: str, spec: HeaderSpec, shape: FeatureShape, labels: Sequen
         labels: Names of the classes.
 
     Raises:
-        ValueError: the file is corrupt, or its tensors do not fit the base model.
+        ValueError: the file is corrupt, its tensors do not fit the base model, or hold values that are not finite.
     """
     path = Path(name).expanduser() / HEADER_FILE
     if not path.is_file():
@@ -44,6 +45,8 @@ def load_header(name: str, spec: HeaderSpec, shape: FeatureShape, labels: Sequen
         own_spec, own_labels = (json.loads(metadata.get(key, "null")) for key in ("spec", "labels"))
         if own_labels != list(labels) or own_spec != spec.model_dump(mode="json"):
             return None
+        if wrong := not_finite(tensors):
+            raise ValueError(first_few(wrong))
         return header_from_state(spec, shape, len(labels), tensors)
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"model.pretrained = {name!r}: {HEADER_FILE} is no header for it: {error}") from error

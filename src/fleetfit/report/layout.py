@@ -68,10 +68,11 @@ def table_row(first: Child, *cells: Child, numeric: Iterable[int] = (), class_: 
     return element("tr", element("th", first, scope="row"), *body, class_=class_)
 
 
-def bar_row(first: Child, share: float, value: str, kind: str | None = None) -> Markup:
-    """A row with a bar and its value."""
+def bar_row(first: Child, share: float, value: str, *more: str, kind: str | None = None) -> Markup:
+    """A row with a bar, its value, and more values."""
     filled = element("td", bar(share, kind), class_="barcell")
-    return element("tr", element("th", first, scope="row"), filled, element("td", value, class_="num"))
+    values = [element("td", v, class_="num") for v in (value, *more)]
+    return element("tr", element("th", first, scope="row"), filled, *values)
 
 
 def bar(share: float | None, kind: str | None = None) -> Markup:

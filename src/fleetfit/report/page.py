@@ -21,7 +21,7 @@ from fleetfit.report.markup import (
     points,
     seconds_text,
 )
-from fleetfit.report.run_data import Run, mean, paired_gain
+from fleetfit.report.run_data import Run, Summary, mean, paired_gain
 from fleetfit.report.style import STYLE
 
 PHASES = {
@@ -121,7 +121,7 @@ def _masthead(run: Run) -> Markup:
 def _headline(run: Run) -> Markup:
     devices, summary = run.devices, run.summary
     bars = [
-        bar_row(name, value if value is not None else 0.0, percent(value), kind)
+        bar_row(name, value if value is not None else 0.0, percent(value), kind=kind)
         for field, name, kind in (
             ("accuracy_coarse", "As sent by the edge", "grey"),
             ("accuracy_local", "Fine-tuned alone", "second"),
@@ -146,7 +146,7 @@ def _headline(run: Run) -> Markup:
         (percent(run.reference.accuracy), f"reference, {count(summary.reference.parameters)} parameters, public test"),
         (f"{count(smallest)} – {count(largest)}", "parameters of what ships"),
         (bytes_text(upload) if known(upload) else NOT_KNOWN, "sent by all devices together"),
-        (seconds_text(sum(summary.seconds.values())), "of computing, all steps added up"),
+        (seconds_text(sum(summary.seconds.values())), f"of wall time{_cpu_time(summary)}, all steps added up"),
     ]
     accuracy = element("table", element("caption", caption), element("tbody", *bars))
     return element(
@@ -205,7 +205,7 @@ def _how(run: Run) -> Markup:
 
 
 def _cost(run: Run) -> Markup:
-    traffic, seconds = run.summary.traffic, run.summary.seconds
+    traffic, seconds, cpu_seconds = run.summary.traffic, run.summary.seconds, run.summary.cpu_seconds
     most = max((traffic.get(link, 0.0) for link in LINKS), default=0.0) or 1.0
     links = [
         bar_row(join(title, element("div", what, class_="note")), number / most, bytes_text(number))
@@ -220,8 +220,21 @@ def _cost(run: Run) -> Markup:
         if up or down
     ]
     longest = max(seconds.values(), default=0.0) or 1.0
-    times = [bar_row(PHASES.get(p, p), s / longest, seconds_text(s)) for p, s in seconds.items()]
+    times = [
+        bar_row(
+            PHASES.get(p, p),
+            s / longest,
+            seconds_text(s),
+            seconds_text(cpu_seconds[p]) if p in cpu_seconds else NOT_KNOWN,
+        )
+        for p, s in seconds.items()
+    ]
     notes = []
+    if cpu_seconds:
+        notes.append(
+            "CPU time is that of all threads of the processes that ran the steps; of devices too, where they run in "
+            "the same process."
+        )
     if seconds.get("reference", CACHED_SECONDS) < CACHED_SECONDS:
         notes.append("Next to no time for the reference means that it was read from the cache of trained references.")
     if run.summary.peak_memory_bytes:
@@ -243,11 +256,23 @@ def _cost(run: Run) -> Markup:
             ),
             panel(
                 "Time",
-                table(f"{total} in all, clusters added up", ["Step", "", "Time"], times, (2,)),
+                table(
+                    f"{total} of wall time{_cpu_time(run.summary)}, clusters added up",
+                    ["Step", "", "Wall time", "CPU time"],
+                    times,
+                    (2, 3),
+                ),
                 note(" ".join(notes)) if notes else None,
             ),
         ),
     )
+
+
+def _cpu_time(summary: Summary) -> str:
+    """CPU time, where all of it is known."""
+    if summary.seconds.keys() != summary.cpu_seconds.keys():
+        return ""
+    return f", {seconds_text(sum(summary.cpu_seconds.values()))} of CPU time"
 
 
 def _carried(traffic: Mapping[str, float]) -> str:

@@ -60,6 +60,7 @@ class Summary(Row):
     traffic: dict[str, float]
     seconds: dict[str, float]
     data: DataSummary | None = None
+    cpu_seconds: dict[str, float] = {}  # not in the folders of earlier versions
     peak_memory_bytes: int | None = None
 
 

@@ -1,5 +1,6 @@
 """`fleetfit run --engine flower`: the cloud's part of a job, over edges that are programs of their own."""
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -208,6 +209,7 @@ def _booked(folder: RunFolder, report: ClusterReport) -> Callable[[], ClusterRep
         folder.ledger.traffic.update(report.traffic)
         for phase, seconds in report.phase_seconds.items():
             folder.ledger.seconds[phase] += seconds  # type: ignore[assignment]
+            folder.ledger.cpu_seconds[phase] += report.phase_cpu_seconds.get(phase, math.nan)  # type: ignore[assignment]
         return report
 
     return compute

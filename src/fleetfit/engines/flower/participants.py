@@ -140,7 +140,8 @@ class _Edge:
         if isinstance(reply, ClusterReport):
             self.is_finished = True
             self._tell("finished; the cloud has the report")
-            reply = reply.model_copy(update={"traffic": dict(ledger.traffic), "phase_seconds": dict(ledger.seconds)})
+            costs = {"phase_seconds": dict(ledger.seconds), "phase_cpu_seconds": ledger.known_cpu_seconds}
+            reply = reply.model_copy(update={"traffic": dict(ledger.traffic), **costs})
         return reply
 
     def close(self) -> None:
