@@ -9,6 +9,7 @@ import os
 import pwd
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
 
@@ -39,3 +40,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """``-n auto``: as many as the cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_WORKERS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """Files survive a kill without it; it is for power cuts, and takes most of the time of a run of half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield

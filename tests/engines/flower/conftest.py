@@ -177,7 +177,7 @@ class Fleet:
                 continue
         return found
 
-    def leaves_nothing(self, seconds: float = 20.0) -> None:
+    def leaves_nothing(self, seconds: float = 120.0) -> None:
         ends = time.monotonic() + seconds
         while (alive := self.alive()) and time.monotonic() < ends:
             time.sleep(0.1)

@@ -421,7 +421,7 @@ def insecure(insecure_kits: Path) -> Kit:
 
 
 def post(kit: Kit, path: str, body: bytes = b"") -> tuple[int, bytes, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", kit.server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", kit.server.port, timeout=60)
     try:
         connection.request("POST", path, body, {"flwr-public-key": "mine"})
         response = connection.getresponse()
@@ -510,7 +510,7 @@ def test_the_door_counts_all_bytes_of_all_connections(insecure: Kit, inside: Any
 
 def counts(gate: Gate, down: int, up: int) -> None:
     """It does so after it has sent, so whoever was sent to may be there first."""
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while gate.passed != (down, up) and time.monotonic() < ends:
         time.sleep(0.01)
     assert gate.passed == (down, up)
