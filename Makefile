@@ -1,8 +1,10 @@
 # fleetfit: `make demo` shows it, `make test` checks it. Both install what they need on first use.
+# Tests run on all cores, one thread each: `make test WORKERS=1` runs them one by one.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+WORKERS ?= auto
 
 .PHONY: demo test test-all lint bench clean help
 
@@ -30,7 +32,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 test-all: test
 	$(BIN)/pytest -m long

@@ -199,6 +199,48 @@ def test_extra_metadata_travels_and_is_no_field() -> None:
     assert decode(blob, StatsRequest) == StatsRequest()
 
 
+any_float = st.floats() | st.sampled_from([0.0, -0.0, 5e-324, -2.2250738585072014e-308, 1.7976931348623157e308, 1e22])
+
+
+def trial(loss: float, parameters: int, name: str = "linear") -> ClusterReport:
+    """A report with numbers of all kinds of fields, and texts that look like numbers."""
+    found = TRIAL.model_copy(update={"loss": loss, "parameters": parameters, "name": name})
+    example = EXAMPLES["cluster_report"].model_copy(
+        update={"trials": (found,), "similarity": ((loss, 0.5), (-0.5, loss))}
+    )
+    assert isinstance(example, ClusterReport)
+    return example.model_copy(update={"rounds": ({"loss": loss, "round": parameters},)})
+
+
+@settings(max_examples=200)
+@given(any_float, st.integers(-99_999_999_999, 999_999_999_999))
+def test_a_number_takes_as_much_room_whatever_its_value_and_comes_back_bit_by_bit(number: float, count: int) -> None:
+    blob = encode(trial(number, count))
+    assert len(blob) == len(encode(trial(0.5, 1)))
+    got = decode(blob, ClusterReport)
+    for back in (got.trials[0].loss, got.similarity[0][0], got.similarity[1][1]):
+        assert struct.pack("<d", back) == struct.pack("<d", number) or (math.isnan(back) and math.isnan(number))
+    assert (got.trials[0].parameters, got.rounds[0]["round"]) == (count, count)
+
+
+@settings(max_examples=100)
+@given(st.text(st.sampled_from('0123456789.,-+eE"\\ [NaInfity')))
+def test_a_text_is_no_number(text: str) -> None:
+    for name in (text, "NaN", "1,2"):
+        assert decode(encode(trial(0.5, 1, name)), ClusterReport).trials[0].name == name
+    # Each further digit is a further byte, or none where the format fills up to eight; a number would not count.
+    assert len(encode(trial(0.5, 1, "1" * 80))) - len(encode(trial(0.5, 1, "1" * 8))) == 72
+
+
+def test_tensors_begin_where_those_of_pytorch_do() -> None:
+    """A product's last digits may hang on it, and messages lie in memory as they come."""
+    for sizes in ((1,), (1, 2, 3), (7, 5, 13, 1)):
+        sent = {f"{i}": torch.ones(size) for i, size in enumerate(sizes)}
+        for extra in ("", "some more bytes"):
+            got = decode(encode(StatsRequest(tensors=sent), extra=extra), StatsRequest)
+            assert {t.data_ptr() % 64 for t in got.tensors.values()} == {0}
+
+
 def test_fields_that_are_not_numbers_survive() -> None:
     scores = ValidationScores(num_samples=0, loss_sum=math.nan, num_correct=0)
     assert math.isnan(decode(encode(CoarseReply(step=1, scores=scores)), CoarseReply).scores.loss_sum)

@@ -4,6 +4,8 @@ It freezes the backbone and computes its features once, trains the header on pri
 (Eqs. 16-18), drops those that the personal importance set says matter least (Algorithm 2), and builds what it ships.
 """
 
+import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -274,8 +276,14 @@ def _backbone(memory: DeviceMemory) -> Backbone:
 
 
 def _feature_shape(memory: DeviceMemory) -> FeatureShape:
+    return _feature_shape_of(memory.family, json.dumps(memory.config, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _feature_shape_of(family: str, config: str) -> FeatureShape:
+    """Asked for several times in each step, and each time a model would be built for it."""
     with torch.device("meta"):
-        return Backbone(memory.family, memory.config).feature_shape
+        return Backbone(family, json.loads(config)).feature_shape
 
 
 def _header(memory: DeviceMemory, tensors: Mapping[str, Tensor]) -> Header:

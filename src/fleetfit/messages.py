@@ -2,9 +2,13 @@
 
 A message is JSON fields plus named tensors. On the wire it is one safetensors blob whose metadata carries the kind, the
 format version and the fields. No pickle, no code. What is decoded is validated against its type before anyone sees it.
+
+Numbers among the fields take as much room whatever their value, so the bytes of a message follow from what it says and
+not from how a processor rounds: a figure that differs in its last digit on another machine is as long as here.
 """
 
 import json
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
@@ -30,7 +34,9 @@ from fleetfit.records import (
 )
 
 FORMAT_VERSION = 1
-MAX_HEADER_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 64 * 2**20  # the similarities and distances of 1,100 devices of one edge
+FLOAT_WIDTH = 24  # the most characters that a double needs to come back bit by bit: -2.2250738585072014e-308
+INTEGER_WIDTH = 12  # longer ones, such as seeds, stay as long as they are
 MAX_REASON = 500  # characters
 
 
@@ -246,16 +252,29 @@ MESSAGES: dict[str, type[Message]] = {
 
 M = TypeVar("M", bound=Message)
 
+# Texts, so that no number inside one is touched, and numbers, together with those that follow: matrices are long.
+_TEXTS_AND_NUMBERS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[-+.\deE]*(?:,-?\d[-+.\deE]*)*')
+_NOT_FINITE = frozenset({'"NaN"', '"Infinity"', '"-Infinity"'})
+
 
 def encode(message: Message, **extra: str) -> bytes:
     """One safetensors blob: tensors as they are, fields as JSON in the metadata, beside any extra metadata."""
-    metadata = {"kind": message.kind, "version": str(FORMAT_VERSION), "fields": message.model_dump_json(), **extra}
+    fields = _TEXTS_AND_NUMBERS.sub(_padded, message.model_dump_json())
+    metadata = {"kind": message.kind, "version": str(FORMAT_VERSION), "fields": fields, **extra}
     # The format refuses tensors that share memory.
     tensors = {
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in message.tensors.items()
     }
     blob: bytes = safetensors.torch.save(tensors, metadata=metadata)
     return blob
+
+
+def _padded(found: re.Match[str]) -> str:
+    """Blanks in front of numbers, where JSON allows them; the digits are the shortest that give the number back."""
+    text = found[0]
+    if text.startswith('"'):  # as pydantic writes what is not finite; inside the metadata, quotes take two bytes each
+        return text.rjust(FLOAT_WIDTH - 2) if text in _NOT_FINITE else text
+    return ",".join([n.rjust(FLOAT_WIDTH if "." in n or "e" in n else INTEGER_WIDTH) for n in text.split(",")])
 
 
 def read_metadata(blob: bytes, what: str = "message", max_bytes: int | None = None) -> dict[str, str]:
@@ -300,6 +319,10 @@ def decode(blob: bytes, expected: type[M], what: str = "message", max_bytes: int
         raise ValueError(f"{what} is corrupt: {error}") from error
     except KeyError as error:  # a dtype that the format has and PyTorch has not
         raise ValueError(f"{what} is corrupt: it has tensors of the unknown dtype {error}") from error
+    # They lie where the blob's bytes happened to; with MKL, the last digits of a product depend on where its factors
+    # begin. PyTorch's own memory begins at multiples of 64 bytes, in every process.
+    for name in tensors:
+        tensors[name] = tensors[name].clone()
     return message.model_copy(update={"tensors": tensors})
 
 

@@ -47,10 +47,11 @@ class Digits:
             backbone["specialise_steps"] = 20
         fields = {
             "method": method,
-            "model": {"epochs": 6},
+            "data": {"limit": 900},
+            "model": {"epochs": 4},
             "backbone": backbone,
-            "header": {"budget_steps": 200 if method == "fleetfit" else 60},
-            "refine": {"epochs": 3},
+            "header": {"budget_steps": 100 if method == "fleetfit" else 60},
+            "refine": {"epochs": 3, "sketch_samples": 16},
             "run": {"cache": str(folder / "cache")},
         }
         self.job: Job = make_job(fields)

@@ -237,7 +237,7 @@ def write_script(folder: Path, at: str = "", before: bool = False) -> Path:
 )
 def test_sigkill_at_a_file(tmp_path: Path, whole: Outcome, at: str, before: bool) -> None:
     process = in_a_process(write_script(tmp_path, at, before))
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     assert (tmp_path / "run" / at).exists() is not before
     assert not (tmp_path / "run" / "summary.json").exists()

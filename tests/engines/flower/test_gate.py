@@ -24,6 +24,7 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.message_pb2 import Metadata
 from flwr.proto.node_pb2 import Node
+from ports import reserved_port
 
 from fleetfit.engines.flower import gate as gate_module
 from fleetfit.engines.flower import member as member_module
@@ -40,7 +41,7 @@ from fleetfit.engines.flower.certificates import (
 )
 from fleetfit.engines.flower.gate import MAX_CALL_BYTES, Gate, listen
 from fleetfit.engines.flower.greeting import Greeter, Greeting, NotThere, Refused, Status, objection
-from fleetfit.engines.flower.hub import check_certificate, free_port
+from fleetfit.engines.flower.hub import check_certificate
 from fleetfit.engines.flower.kit import Kit, kit_toml, read_kit
 from fleetfit.engines.flower.member import Member
 from fleetfit.engines.flower.participants import start
@@ -52,8 +53,8 @@ NO_SCORES = ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
 
 
 def with_port(kits: Path, upper: str, *lower: str) -> Kit:
-    """The kit of a server, and those of its members, with a port that is free now."""
-    port = free_port()
+    """The kit of a server, and those of its members, with a port of its own."""
+    port = reserved_port()
     for name in (upper, *lower):
         kit = read_kit(kits / name)
         part = "server" if name == upper else "upstream"
@@ -420,7 +421,7 @@ def insecure(insecure_kits: Path) -> Kit:
 
 
 def post(kit: Kit, path: str, body: bytes = b"") -> tuple[int, bytes, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", kit.server.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", kit.server.port, timeout=60)
     try:
         connection.request("POST", path, body, {"flwr-public-key": "mine"})
         response = connection.getresponse()
@@ -509,7 +510,7 @@ def test_the_door_counts_all_bytes_of_all_connections(insecure: Kit, inside: Any
 
 def counts(gate: Gate, down: int, up: int) -> None:
     """It does so after it has sent, so whoever was sent to may be there first."""
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while gate.passed != (down, up) and time.monotonic() < ends:
         time.sleep(0.01)
     assert gate.passed == (down, up)
@@ -534,7 +535,7 @@ def test_a_key_that_is_not_a_members_gets_no_further_than_the_door(kits: Path) -
         public_pem(line)
         for line in (public_line(ec.generate_private_key(ec.SECP384R1())), kit.file.members[0].public_key)
     )
-    with opened(kit, f"127.0.0.1:{free_port()}") as (_, told):
+    with opened(kit, f"127.0.0.1:{reserved_port()}") as (_, told):
         for key, status in ((stranger, 401), (b"", 401), (member, 503)):  # there is nobody inside
             connection = http.client.HTTPSConnection("127.0.0.1", kit.server.port, context=client_context(kit.ca))
             headers = {"flwr-public-key": base64.b64encode(key).decode()}
@@ -560,7 +561,7 @@ def test_nobody_answers_in_the_name_of_another(insecure: Kit, inside: Any) -> No
 
 
 def test_flower_that_is_not_up_yet_is_no_reason_to_give_up(insecure: Kit) -> None:
-    with opened(insecure, f"127.0.0.1:{free_port()}"):
+    with opened(insecure, f"127.0.0.1:{reserved_port()}"):
         assert post(insecure, "/v1/fleet/pull-messages")[0] == 503
 
 

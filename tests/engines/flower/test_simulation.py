@@ -6,15 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import tomli_w
 import torch
+from same_run import differences, weight_differences
 from tiny_job import tiny_fields
 
 from fleetfit.config import make_job
@@ -25,6 +26,7 @@ from fleetfit.engines.flower.nodes import Resources
 
 torch.set_num_threads(1)
 
+PATIENCE_SECONDS = 600.0
 needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 
 
@@ -59,9 +61,9 @@ def marked(mark: str) -> list[str]:
     return found
 
 
-def gone(mark: str, within_seconds: float) -> list[str]:
-    """Who is still there after a while."""
-    ends = time.monotonic() + within_seconds
+def gone(mark: str) -> list[str]:
+    """Who is still there after a long while: a busy machine is slow to end processes."""
+    ends = time.monotonic() + PATIENCE_SECONDS
     while marked(mark) and time.monotonic() < ends:
         time.sleep(0.2)
     return marked(mark)
@@ -73,8 +75,17 @@ def mark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     return f"FLEETFIT_TEST_MARK={tmp_path}"
 
 
-def ray_folders() -> set[Path]:
-    return set(nodes._short_folder().parent.glob("fleetfit-ray-*/session_*"))
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary folders of this test are made, by programs it starts too; short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(prefix="ff-", dir="/tmp") as name:
+        monkeypatch.setattr(tempfile, "tempdir", name)
+        monkeypatch.setenv("TMPDIR", name)
+        yield Path(name)
+
+
+def ray_folders(temporary: Path) -> list[Path]:
+    return list(temporary.glob("fleetfit-ray-*"))
 
 
 # -- the same run -----------------------------------------------------------------------------------------------------
@@ -82,33 +93,36 @@ def ray_folders() -> set[Path]:
 
 @needs_proc
 def test_devices_on_ray_become_what_they_become_here(
-    tmp_path: Path, mark: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mark: str, temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Although Ray's processes round otherwise: they compute with other instructions than this one."""
     job = make_job(fields(tmp_path / "cache"))
     here = local.run(job, tmp_path / "here")
-    folders, told = ray_folders(), []
+    told = []
+    other = "avx2" if torch.backends.cpu.get_cpu_capability() == "DEFAULT" else "default"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", other)  # this process has read it long ago
 
     def progress(phase: str, done: int, total: int, note: str = "") -> None:
         told.append((phase, done, total, note))
         if "round 1 of 2" in note and not alive:
             alive.extend(marked(mark))
+            folders.extend(ray_folders(temporary))
 
     alive: list[str] = []
+    folders: list[Path] = []
     there = simulation.run(job, tmp_path / "there", progress)
     assert any("raylet" in process for process in alive)
-    assert not gone(mark, 30)
-    assert ray_folders() == folders
+    assert len(folders) == 1
+    assert not gone(mark)
+    assert ray_folders(temporary) == []
 
-    for key in ("clusters", "devices", "traffic", "reference"):
-        assert there[key] == here[key], key
+    assert there["traffic"] == here["traffic"]  # bytes hang on no digit
+    fewest = min(d["num_test"] for d in reports(tmp_path / "here"))
+    for key in ("clusters", "devices", "reference"):
+        assert not list(differences(there[key], here[key], fewest, key))
     for name in (d["id"] for d in here["devices"]):
-        a, b = (
-            safetensors.torch.load_file(tmp_path / run / "devices" / name / "model.safetensors")
-            for run in ("here", "there")
-        )
-        assert a.keys() == b.keys()
-        for tensor in a:
-            torch.testing.assert_close(a[tensor], b[tensor], rtol=0, atol=1e-5)
+        one, two = (tmp_path / run / "devices" / name / "model.safetensors" for run in ("there", "here"))
+        assert not list(weight_differences(one, two))
     assert files(tmp_path / "here") == files(tmp_path / "there")
     assert [note for _, _, _, note in told if note.endswith("2 of 2 replied")]
     assert ("nodes", 1, 1) in [t[:3] for t in told]
@@ -119,6 +133,12 @@ def test_devices_on_ray_become_what_they_become_here(
     assert {k: v for k, v in again.items() if k not in ("seconds", "cpu_seconds", "peak_memory_bytes")} == {
         k: v for k, v in there.items() if k not in ("seconds", "cpu_seconds", "peak_memory_bytes")
     }
+
+
+def reports(run: Path) -> list[dict[str, Any]]:
+    """What the devices reported."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [device for line in lines if line["step"].startswith("finish/") for device in line["devices"]]
 
 
 def files(run: Path) -> list[str]:
@@ -198,7 +218,7 @@ class Command:
             self.process = subprocess.Popen([*self.line, *more], stdout=file, stderr=subprocess.STDOUT)
 
     def wait_until(self, done: Callable[[], bool]) -> None:
-        ends = time.monotonic() + 600
+        ends = time.monotonic() + PATIENCE_SECONDS
         while not done():
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < ends, self.log.read_text()
@@ -208,7 +228,7 @@ class Command:
         return (self.out / "steps" / f"{name}.safetensors").exists()
 
     def end(self) -> tuple[int, str]:
-        return self.process.wait(timeout=600), self.log.read_text()
+        return self.process.wait(timeout=PATIENCE_SECONDS), self.log.read_text()
 
 
 @pytest.fixture
@@ -226,22 +246,20 @@ SLOW = pytest.mark.parametrize("command", [{"epochs": 200_000}], indirect=True) 
 @pytest.mark.long
 @needs_proc
 @SLOW
-def test_a_stop_ends_devices_that_are_at_work(mark: str, command: Command) -> None:
-    folders = ray_folders()
+def test_a_stop_ends_devices_that_are_at_work(mark: str, temporary: Path, command: Command) -> None:
     command.start()
     command.wait_until(lambda: command.step("refine/small/0"))
     time.sleep(2)
     assert any("raylet" in process for process in marked(mark))
-    started = time.monotonic()
     command.process.send_signal(signal.SIGTERM)
     code, log = command.end()
     assert code == 128 + signal.SIGTERM
-    assert time.monotonic() - started < 60  # not the minutes that the devices would have taken
+    assert not command.step("refine/small/1")  # it did not wait for the devices
     assert "stopped; the same command goes on" in log
     assert "Traceback" not in log
     assert "raylet" not in log
-    assert not gone(mark, 30)
-    assert ray_folders() == folders
+    assert not gone(mark)
+    assert ray_folders(temporary) == []
     assert not (command.out / "handover").exists()
 
 
@@ -252,14 +270,14 @@ def test_a_run_that_is_stopped_goes_on_and_nobody_else_says_a_word(mark: str, co
     command.wait_until(lambda: command.step("refine/small/0"))
     command.process.send_signal(signal.SIGINT)
     assert command.end()[0] == 128 + signal.SIGINT
-    assert not gone(mark, 30)
+    assert not gone(mark)
     assert not command.step("finish/large")
     command.start("--quiet")
     assert command.end() == (0, "")
-    assert not gone(mark, 30)
+    assert not gone(mark)
     whole = local.run(make_job(fields(tmp_path / "cache")), tmp_path / "whole")
     summary = json.loads((command.out / "summary.json").read_text())
-    assert [d["accuracy"] for d in summary["devices"]] == [d["accuracy"] for d in whole["devices"]]
+    assert not list(differences(summary["devices"], whole["devices"], min(d["num_test"] for d in reports(command.out))))
     assert summary["traffic"] == whole["traffic"]
 
 
@@ -272,7 +290,7 @@ def test_a_killed_run_leaves_nobody_for_long(mark: str, command: Command) -> Non
     command.wait_until(lambda: command.step("refine/small/0"))
     command.process.kill()
     command.end()
-    assert not gone(mark, 180)
+    assert not gone(mark)
 
 
 @pytest.mark.long
@@ -289,4 +307,4 @@ def test_a_process_of_ray_that_is_killed_is_told(mark: str, command: Command) ->
     code, log = command.end()
     assert code == 1
     assert "error: a process of Ray ended" in log
-    assert not gone(mark, 30)
+    assert not gone(mark)

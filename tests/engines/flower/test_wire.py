@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from ports import reserved_port
 
 from fleetfit.artifacts import Ledger
 from fleetfit.engines.flower.door import Passed
-from fleetfit.engines.flower.hub import Hub, free_port
+from fleetfit.engines.flower.hub import Hub
 from fleetfit.engines.flower.kit import hold, kit_toml, read_kit
 from fleetfit.engines.flower.link import FlowerLink
 from fleetfit.engines.flower.member import Member
@@ -76,7 +77,7 @@ def reply(_: str, asked: Message) -> Message:
 
 
 def test_bytes_counted_are_bytes_on_the_wire(kits: Path) -> None:
-    inside = free_port()
+    inside = reserved_port()
     with_port(kits / "small", "server", inside)
     ledger, count, told = Ledger(), 0, []
 
