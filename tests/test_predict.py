@@ -223,6 +223,15 @@ def test_what_had_to_be_done_is_told(run: Path, folder: Path, tmp_path: Path) ->
     assert len(result.stdout.splitlines()) == 1
 
 
+def test_an_image_that_is_nearly_black_is_told(tmp_path: Path) -> None:
+    """Classes of pixels, 0 and 1, saved as an image of 8 bits: nothing says that 1 is white."""
+    Image.fromarray((RAW[0] > 8).astype(np.uint8)).save(tmp_path / "x.png")
+    assert (
+        read_samples(tmp_path / "x.png", FORM)[1]
+        == "it is (nearly) of one colour: its pixels go from 0 to 1 of 0 to 255"
+    )
+
+
 def test_16_bits_and_a_drawing_on_nothing(tmp_path: Path) -> None:
     values = np.rint(RAW[0] * 65535 / 16).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "x.png")

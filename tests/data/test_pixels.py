@@ -70,10 +70,15 @@ def png(values: np.ndarray, bits: int, colour_type: int, *chunks: tuple[bytes, b
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, content) for name, content in named)
 
 
-def tiff(values: np.ndarray, order: str = "<", tags: dict[int, tuple[str, Any]] | None = None, bits: int = 0) -> bytes:
-    """A TIFF of one strip of [row column ...]; tags are by number (letter of struct, value or values)."""
+def tiff(
+    values: np.ndarray, order: str = "<", tags: dict[int, Any] | None = None, bits: int = 0, body: bytes = b""
+) -> bytes:
+    """A TIFF of [row column ...], in one strip or in ``body`` as ``tags`` say.
+
+    Tags are by number (letter of struct, value or values).
+    """
     channels = values.shape[2] if values.ndim == 3 else 1
-    body = values.astype(values.dtype.newbyteorder(order)).tobytes()
+    body = body or values.astype(values.dtype.newbyteorder(order)).tobytes()
     if bits == 12:
         pairs = values.astype(int).reshape(-1, 2)
         body = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in pairs.tolist())
@@ -121,6 +126,7 @@ def test_grey_of_16_bits_in_every_file_is_the_picture_of_8_bits() -> None:
         saved(RAMP, "PPM"),
         b"P2 12 12 65535\n" + " ".join(map(str, RAMP.ravel())).encode(),
         *(tiff(RAMP, order) for order in "<>"),
+        saved(RAMP, "JPEG2000"),
         *(saved(RAMP, "TIFF", compression=way) for way in ("tiff_lzw", "tiff_adobe_deflate", "packbits")),
     ):
         check(content, eight)
@@ -173,6 +179,9 @@ def test_significant_bits_of_a_png(bits: int) -> None:
     check(png(small, 16, 0, says), right)
     shifted = (small << (16 - bits)).astype(np.uint16)
     check(png(shifted, 16, 0, says), shifted / 257)
+    dim = ((small // 5) << (16 - bits)).astype(np.uint16)
+    if dim.max() > 4095:
+        check(png(dim, 16, 0, says), dim / 257)
     repeated = np.zeros_like(small)
     for shift in range(16 - bits, -bits, -bits):
         repeated |= (small << shift) if shift >= 0 else small >> -shift
@@ -191,6 +200,37 @@ def test_white_that_is_0() -> None:
     check(tiff(eight, tags={262: ("H", 0)}), 255 - eight)
     dark = np.full_like(RAMP, 65535) - RAMP
     check(tiff(dark, tags={262: ("H", 0), 281: ("H", 65535)}), RAMP / 257)
+
+
+def test_compressed_tiffs_of_either_byte_order() -> None:
+    for values, form in ((RAMP, GREY), (COLOURS, COLOUR)):
+        for order in "<>":
+            body = zlib.compress(values.astype(order + "u2").tobytes())
+            check(tiff(values, order, {259: ("H", 8)}, body=body), values / 257, form)
+
+
+def test_planes_of_colours() -> None:
+    """One colour after the other; of 16 bits Pillow takes the halves for pixels of their own."""
+
+    def planes(values: np.ndarray, compressed: bool) -> bytes:
+        parts = [np.ascontiguousarray(values[..., i]).tobytes() for i in range(3)]
+        if compressed:
+            parts = [zlib.compress(part) for part in parts]
+        starts = np.cumsum([8, *map(len, parts)])[:3].tolist()
+        layout = {284: ("H", 2), 273: ("I", tuple(starts)), 279: ("I", tuple(map(len, parts)))}
+        return tiff(values, tags={**layout, 259: ("H", 8 if compressed else 1)}, body=b"".join(parts))
+
+    eight = (COLOURS >> 8).astype(np.uint8)
+    for compressed in (False, True):
+        check(planes(eight, compressed), eight, COLOUR)
+        refused(planes(COLOURS, compressed), "have 16 bits and lie in planes.*, pixel by pixel", COLOUR)
+
+
+def test_channels_that_are_not_used_are_told() -> None:
+    five = np.dstack([COLOURS >> 8, RAMP >> 8, RAMP.T >> 8]).astype(np.uint8)
+    content = tiff(five, tags={338: ("H", (0, 0))})
+    check(content, five[..., :3], COLOUR)
+    assert decoded(content, COLOUR).kind == "TIFF 8 bit without 2 of its channels colour"
 
 
 # -- what a TIFF says of its range ------------------------------------------------------------------------------------

@@ -10,11 +10,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 from pydantic import Field
 
-from fleetfit.data.pixels import Decoded
+from fleetfit.data.pixels import FLAT, Decoded
 from fleetfit.records import Record
 
 SHOWN = 3
-FLAT = 16  # of 255: a picture whose channels span no more is nearly of one colour
 NEARLY_ALL = 0.99
 ENOUGH = 10  # pictures: fewer may well be alike
 DIM_DEEP = 64  # of 255: what 14 bits reach in a file of 16

@@ -31,6 +31,7 @@ DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 REMEDY = "save it as 8 bits, or as 16 bits with white at 65535"
 # Tags of TIFF.
 BITS, WHITE_IS_0, NUMBER, LOW_WHOLE, HIGH_WHOLE, LOW_ANY, HIGH_ANY = 258, 262, 339, 280, 281, 340, 341
+CHANNELS, PLANES = 277, 284
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Depth:
         exact: The file says so in words that can mean nothing else.
         significant: Bits that a PNG says to be significant.
         inverted: White is the smallest value, and the decoder leaves it so.
+        planes: Its colours lie one after the other, not pixel by pixel.
+        unused: Channels of it that are not decoded.
     """
 
     file: str
@@ -56,12 +59,15 @@ class Depth:
     exact: bool = False
     significant: int | None = None
     inverted: bool = False
+    planes: bool = False
+    unused: int = 0
 
     @property
     def words(self) -> str:
         """For a person: PNG 16 bit."""
         number = {"whole": "", "signed": " signed", "float": " float"}[self.number]
-        return f"{self.file or 'in memory,'} {self.bits} bit{number}" if self.bits else self.file
+        unused = f" without {self.unused} of its channels" if self.unused else ""
+        return f"{self.file or 'in memory,'} {self.bits} bit{number}{unused}" if self.bits else self.file
 
 
 def depth_of(image: "Image.Image") -> Depth:
@@ -105,6 +111,8 @@ def to_bytes(image: "Image.Image", depth: Depth) -> "Image.Image":
         return Image.fromarray(WHITE - scaled if depth.inverted else scaled)
     if depth.number != "whole":
         raise ValueError(f"its values are {depth.number} numbers, whose range cannot be known: {REMEDY}")
+    if depth.bits == 16 and depth.planes:  # Pillow takes half of them for other pixels
+        raise ValueError(f"its colours have 16 bits and lie in planes, which cannot be read: {REMEDY}, pixel by pixel")
     if depth.bits == 16:  # of which the upper 8 are left
         bands = zip(image.getbands(), np.reshape(image.getextrema(), (-1, 2)), strict=True)
         brightest = max(int(high) for band, (_, high) in bands if band not in "Aa")
@@ -185,10 +193,7 @@ def _is_unscaled(values: Shaped[np.ndarray, "..."], bits: int) -> bool:
     """Whether a PNG's values of fewer bits were left as they are; PNG wants them scaled up to all 16."""
     if not 0 < bits < 16 or values.max() >= 2**bits:
         return False
-    whole = values.astype(np.int64)
-    upper, lower = whole >> (16 - bits), whole & (2 ** (16 - bits) - 1)
-    repeated = np.sum([(upper << (16 - bits)) >> (bits * i) for i in range(16 // bits + 1)], axis=0)
-    return bool(lower.any()) and bool((repeated != whole).any())
+    return bool((values.astype(np.int64) & (2 ** (16 - bits) - 1)).any())  # of scaled ones that are so small: none
 
 
 def _too_dim(most: int) -> ValueError:
@@ -209,7 +214,9 @@ def _depth_of_tiff(image: "Image.Image") -> Depth:
     if low is None or high is None or image.mode not in DEEP_MODES:
         low = high = None
     inverted = tags.get(WHITE_IS_0) == 0 and image.mode in DEEP_MODES
-    return Depth("TIFF", bits, kind, low, high, inverted=inverted)
+    unused = int(_tag(tags, CHANNELS) or 1) - len(image.getbands()) if image.mode != "P" else 0
+    planes = _tag(tags, PLANES) == 2
+    return Depth("TIFF", bits, kind, low, high, inverted=inverted, planes=planes, unused=max(0, unused))
 
 
 def _tag(tags: Any, number: int) -> float | None:

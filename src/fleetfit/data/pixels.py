@@ -21,6 +21,7 @@ Pixels = UInt8[np.ndarray, "channel row column"]
 Ground = Literal["", "white", "black"]
 
 INVISIBLE = 15  # of 255
+FLAT = 16  # of 255: an image whose channels span no more is nearly of one colour
 CHANNELS = (1, 3, 4)
 PREVIEWS = ("MPO", "PSD")  # what follows their first picture are previews, depths and layers
 STARTS = {
@@ -52,6 +53,12 @@ class Decoded:
     kind: str
     ground: Ground = ""
     frames: bool = False
+
+    @property
+    def is_flat(self) -> bool:
+        """It is (nearly) of one colour."""
+        half = len(self.extremes) // 2
+        return all(high - low <= FLAT for low, high in zip(self.extremes[:half], self.extremes[half:], strict=True))
 
 
 def open_image(content: bytes) -> "Image.Image":

@@ -73,6 +73,9 @@ def _image(path: Path, form: Preprocessing) -> tuple[Samples, str]:
     done = ["it has several frames; the first is taken"] if found.frames else []
     if found.ground:
         done.append(f"parts of it are transparent and laid on {found.ground}")
+    low, high = min(found.extremes), max(found.extremes)
+    if found.is_flat:
+        done.append(f"it is (nearly) of one colour: its pixels go from {low} to {high} of 0 to 255")
     return found.pixels[None].astype(np.float32) / 255 * form.maximum, "; ".join(done)
 
 
