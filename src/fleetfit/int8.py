@@ -121,4 +121,7 @@ def smallest_loss(
             few = number
     if good is not None and len(good.content) < good.check.size_before_bytes:
         return good
-    return max(tried, key=lambda made: (made.check.agreement, made.check.accuracy))
+    # What is no smaller than the float model is of no use, however well it agrees with it.
+    failed = [made for made in tried if not made.check.keeps_to(min_agreement)]
+    smaller = [made for made in failed if len(made.content) < made.check.size_before_bytes]
+    return max(smaller or failed, key=lambda made: (made.check.agreement, made.check.accuracy))
