@@ -21,7 +21,7 @@ from fleetfit.artifacts import RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import public_test, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.export import Export, device_ids, export_devices
+from fleetfit.export import Export, Int8, device_ids, export_devices
 from fleetfit.model_folder import ModelCard
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
@@ -198,7 +198,7 @@ class Loaded:
 
 
 def test_int8_is_smaller_and_says_what_it_costs(run: Path, tmp_path: Path) -> None:
-    exports, problems = export_devices(run, ["phones-linear"], tmp_path, "onnx", "int8")
+    exports, problems = export_devices(run, ["phones-linear"], tmp_path, "onnx", Int8())
     ((folder, made),) = exports.items()
     assert (problems, folder) == ([], tmp_path / "phones-linear")
     assert made.int8 is not None
@@ -215,6 +215,111 @@ def test_int8_is_smaller_and_says_what_it_costs(run: Path, tmp_path: Path) -> No
     assert made.int8.accuracy == pytest.approx(float((torch.tensor(guesses) == public.labels).float().mean()))
     assert made.int8.accuracy_before == pytest.approx(float((before == public.labels).float().mean()))
     assert "int8" in (folder / "README.md").read_text()
+
+
+@torch.no_grad()
+def wide_spread(model: Classifier) -> None:
+    """The same function, in weights that 256 steps cannot say: one input of a layer is small, its weights large."""
+    norm = model.backbone.model.layernorm
+    norm.weight[0] /= 1e4
+    norm.bias[0] /= 1e4
+    model.header.classifier.last.weight[:, 0] *= 1e4
+
+
+@torch.no_grad()
+def one_loud_class(model: Classifier) -> None:
+    """The first class has large weights and never wins; between the others, small ones decide."""
+    last = model.header.classifier.last
+    last.weight[1:] *= 1e-3
+    last.bias.copy_(torch.tensor([-50.0] + 9 * [0.0]))
+
+
+def write_changed(folder: Path, change: Any) -> Path:
+    write_run(folder, {"phones-1": "linear"})
+    path = folder / "devices" / "phones-1" / "model.safetensors"
+    model = make_model("linear")
+    change(model)
+    safetensors.torch.save_file({n: t.contiguous() for n, t in model.state_dict().items()}, path, {"format": "pt"})
+    return folder
+
+
+def float_weights(file: Path) -> int:
+    """Matrices that are still multiplied in float; those of attention have no weight."""
+    graph = onnx.load(file).graph
+    constant = {tensor.name for tensor in graph.initializer}
+    return sum(node.op_type in ("MatMul", "Gemm") and not constant.isdisjoint(node.input) for node in graph.node)
+
+
+def test_a_layer_that_int8_breaks_stays_in_float_and_is_named(tmp_path: Path) -> None:
+    folder = write_changed(tmp_path / "run", wide_spread)
+    exports, problems = export_devices(folder, ["phones-1"], tmp_path / "out", quantize=Int8())
+    assert problems == []
+    ((path, made),) = exports.items()
+    assert made.int8 is not None
+    assert made.int8.float_layers == ("header.classifier.last",)
+    assert float_weights(path / "model.onnx") == 1
+    assert made.int8.agreement >= 0.95
+    assert not made.kept_anyway
+    assert made.size_bytes < made.int8.size_before_bytes
+    readme = (path / "README.md").read_text()
+    assert "as int8, but those of header.classifier.last, which int8 harms. " in readme
+    assert Export.model_validate_json((path / "export.json").read_text()) == made
+
+
+def test_scales_by_channel_are_tried_before_layers_stay_in_float(tmp_path: Path) -> None:
+    folder = write_changed(tmp_path / "run", one_loud_class)
+    exports, problems = export_devices(folder, ["phones-1"], tmp_path / "out", quantize=Int8())
+    assert problems == []
+    ((path, made),) = exports.items()
+    assert made.int8 is not None
+    assert (made.int8.per_channel, made.int8.float_layers) == (True, ())
+    assert float_weights(path / "model.onnx") == 0
+
+
+def test_what_cannot_be_mended_is_kept_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_changed(tmp_path / "run", wide_spread)
+    monkeypatch.setattr(export, "quantizable", lambda graph: {})  # no layer can be told from the others
+    exports, (problem,) = export_devices(folder, ["phones-1"], tmp_path / "out", quantize=Int8())
+    assert exports == {}
+    assert not list((tmp_path / "out").rglob("*.*"))
+    assert re.fullmatch(
+        r"phones-1: with int8, \d+\.\d% of 180 public samples keep their label \(--min-agreement is 95\.0%\), and "
+        r"accuracy goes from \d+\.\d% to \d+\.\d% \(it may fall by 3 points\); leaving layers in float does not mend "
+        r"it; nothing is kept; --keep-anyway keeps it",
+        problem,
+    )
+    exports, problems = export_devices(folder, ["phones-1"], tmp_path / "out", quantize=Int8(keep_anyway=True))
+    assert problems == []
+    (made,) = exports.values()
+    assert made.kept_anyway
+    assert made.int8 is not None
+    assert made.int8.agreement < 0.95
+    assert f"{made.int8.agreement:.1%} of 180 public samples" in (tmp_path / "out/phones-1/README.md").read_text()
+
+
+def test_the_command_says_what_stays_in_float_and_that_few_samples_say_little(tmp_path: Path) -> None:
+    folder = write_changed(tmp_path / "run", wide_spread)
+    job = (folder / "job.toml").read_text()
+    (folder / "job.toml").write_text(job.replace("[data]", "[data]\nlimit = 200"))
+
+    def shell(*arguments: str) -> Any:
+        return CliRunner().invoke(
+            cli.app, ["export", str(folder), "-d", "phones-1", "-o", str(tmp_path / "out"), *arguments]
+        )
+
+    result = shell("--quantize", "int8")
+    assert result.exit_code == 0, result.output
+    assert "phones-1: in float, since int8 harms them: header.classifier.last" in result.stdout
+    assert "agreement on 20 samples says little; export.json has its 95 % interval" in result.stdout
+    for arguments, said in (
+        (("--min-agreement", "0.9"), "goes with --quantize int8"),
+        (("--keep-anyway",), "goes with --quantize int8"),
+        (("--quantize", "int8", "--min-agreement", "95"), "--min-agreement must be in 0..1, got 95"),
+        (("--quantize", "int8", "--min-agreement", "nan"), "--min-agreement must be in 0..1, got nan"),
+    ):
+        result = shell(*arguments)
+        assert result.exit_code != 0
+        assert said in result.stderr
 
 
 def test_the_samples_of_the_check_are_public() -> None:
@@ -274,7 +379,11 @@ def test_a_damaged_model_is_not_exported(tmp_path: Path, damage: str) -> None:
         tensors["header.classifier.last.bias"][0] = torch.nan
         safetensors.torch.save_file(tensors, path)
     exports, (problem,) = export_devices(folder, ["phones-1"], kind="safetensors")
-    says = {"truncated": "is corrupt", "missing": "is missing", "nan": "differ by nan"}[damage]
+    says = {
+        "truncated": "is corrupt",
+        "missing": "is missing",
+        "nan": "header.classifier.last.bias holds 1 NaN of 10 values",
+    }[damage]
     assert problem.startswith("phones-1: ")
     assert says in problem
     assert not exports
@@ -326,7 +435,7 @@ def test_what_cannot_be_asked(run: Path, tmp_path: Path) -> None:
     ):
         export_devices(run, ["phones-9"])
     with pytest.raises(ValueError, match="only onnx can be quantized, got 'torch'"):
-        export_devices(run, ["phones-linear"], kind="torch", quantize="int8")
+        export_devices(run, ["phones-linear"], kind="torch", quantize=Int8())
     with pytest.raises(ValueError, match="is not the folder of a finished run"):
         device_ids(tmp_path)
 

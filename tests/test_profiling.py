@@ -16,15 +16,14 @@ from fleetfit.config import make_job
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.families import FAMILIES
 from fleetfit.power_meters import Clock, NvidiaMeter, RaplMeter, find_meter
+from fleetfit.profiled_models import MODELS, make_reference
 from fleetfit.profiles import read_profile, ready_profiles
 from fleetfit.profiling import (
-    MODELS,
     Plan,
     Point,
     check_target,
     choose_shapes,
     fit_profile,
-    make_reference,
     measure,
     profile_machine,
     profile_name,

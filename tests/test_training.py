@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_names_the_training_and_the_step(value: float)
 def test_a_loss_that_was_never_finite_is_not_blamed_on_the_learning_rate() -> None:
     weight = torch.tensor([math.nan], requires_grad=True)
     with pytest.raises(
-        TrainingDiverged, match=r"nan at step 1 of 2; no weight was changed yet, so its inputs or the w"
+        TrainingDiverged, match=r"nan at step 1 of 2; its inputs or the weights that it began with are at fault; if"
     ):
         fit(lambda rows: weight.sum(), [weight], 8, steps=2, batch_size=4, learning_rate=0.1, generator=generator())
 

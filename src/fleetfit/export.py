@@ -11,6 +11,7 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tokenizer_files import TOKENIZER_FILE, tokenizer_files
 from fleetfit.files import own_version, whole_folder, write_atomically
+from fleetfit.int8 import MOST_DROP, Int8Check, Int8Model, compare, quantizable, quantized, smallest_loss
 from fleetfit.messages import Progress, silent
 from fleetfit.model_folder import ONNX_FILE, TORCH_FILE, ModelCard, load_model, read_card
 from fleetfit.models.classifier import Classifier
@@ -34,23 +36,31 @@ from fleetfit.onnx_model import INPUT, OUTPUT, PACKAGES, OnnxCard, OnnxModel, ne
 from fleetfit.records import Record
 
 Format = Literal["onnx", "safetensors", "torch"]
-Quantize = Literal["int8"]
 TOLERANCE = 1e-4
 MOST_SAMPLES = 1000  # for a check; large images of more would fill the memory
 BATCHES = (1, 2, 7, None)  # None: all samples at once
+MOST_FOR_DAMAGE = 100  # samples, for each layer's
 MARK = "export.json"
 
 Inputs = Shaped[np.ndarray, "sample ..."]
 Logits = Float32[np.ndarray, "sample class"]
 
 
-class Int8Check(Record):
-    """What int8 costs, on public samples given one by one: activations are scaled by what else is in the batch."""
+@dataclass(frozen=True)
+class Int8:
+    """Store weights as int8, and compute with them.
 
-    agreement: float = Field(description="share of samples with the same label as before")
-    accuracy: float
-    accuracy_before: float
-    size_before_bytes: int
+    Attributes:
+        min_agreement: The least share of public samples whose label must stay; accuracy may fall by 3 points.
+        keep_anyway: Keep one that does not keep to these bounds, even with layers left in float.
+    """
+
+    min_agreement: float = 0.95
+    keep_anyway: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_agreement <= 1:
+            raise ValueError(f"--min-agreement must be in 0..1, got {self.min_agreement:g}")
 
 
 class Export(Record):
@@ -63,6 +73,7 @@ class Export(Record):
     num_samples: int = Field(description="public samples it was checked on")
     max_difference: float = Field(description="of a logit from the PyTorch model's, over all batch sizes; before int8")
     int8: Int8Check | None = None
+    kept_anyway: bool = Field(False, description="although int8 changes more than it may")
     fleetfit_version: str = Field(default_factory=own_version)
 
 
@@ -83,7 +94,7 @@ def export_devices(
     devices: Sequence[str],
     out: Path | None = None,
     kind: Format = "onnx",
-    quantize: Quantize | None = None,
+    quantize: Int8 | None = None,
     progress: Progress = silent,
 ) -> tuple[dict[Path, Export], list[str]]:
     """Export models of a finished run. One that cannot be exported does not keep the others from it.
@@ -93,7 +104,7 @@ def export_devices(
         devices: Which devices.
         out: Where each gets a folder of its name. Default: ``<run>/exports``.
         kind: The format.
-        quantize: With onnx: store weights as int8, and compute with them.
+        quantize: With onnx: weights of int8, and how much they may change. Layers that they harm stay in float.
         progress: Told which device is at work.
 
     Returns:
@@ -135,12 +146,12 @@ def check_data(run: Path, samples: Samples) -> None:
         claim_data(run / DATA_FILE, samples.summary, True, "run the job again (another --out)")
 
 
-def export_device(source: Path, folder: Path, samples: Samples, kind: Format, quantize: Quantize | None) -> Export:
+def export_device(source: Path, folder: Path, samples: Samples, kind: Format, quantize: Int8 | None) -> Export:
     """Export one device's model.
 
     Raises:
-        ValueError: the model is damaged, computes something else after the export, or its file is larger than the
-            device's storage; nothing is kept then.
+        ValueError: the model is damaged, computes something else after the export, int8 changes more than it may, or
+            its file is larger than the device's storage; nothing is kept then.
     """
     model, card = load_model(source), read_card(source)
     with torch.no_grad(), _calm():
@@ -154,7 +165,11 @@ def export_device(source: Path, folder: Path, samples: Samples, kind: Format, qu
             if kind == "onnx":
                 file = new / ONNX_FILE
                 difference, int8 = _write_onnx(model, card, file, inputs, expected, samples.labels.numpy(), quantize)
-                write_atomically(new / "README.md", _readme(card, samples.inputs.shape, quantize))
+                if quantize and int8 and not (quantize.keep_anyway or int8.keeps_to(quantize.min_agreement)):
+                    raise ValueError(
+                        f"{_changes(int8, len(samples), quantize)}; nothing is kept; --keep-anyway keeps it"
+                    )
+                write_atomically(new / "README.md", _readme(card, samples.inputs.shape, int8, len(samples)))
             elif kind == "torch":
                 file = new / TORCH_FILE
                 difference = _write_program(model, file, inputs, expected)
@@ -178,9 +193,18 @@ def export_device(source: Path, folder: Path, samples: Samples, kind: Format, qu
                 num_samples=len(samples),
                 max_difference=difference,
                 int8=int8,
+                kept_anyway=quantize is not None and int8 is not None and not int8.keeps_to(quantize.min_agreement),
             )
             write_atomically(new / MARK, report.model_dump_json(indent=2) + "\n")
     return report
+
+
+def _changes(int8: Int8Check, number: int, quantize: Int8) -> str:
+    return (
+        f"with int8, {int8.agreement:.1%} of {number} public samples keep their label (--min-agreement is "
+        f"{quantize.min_agreement:.1%}), and accuracy goes from {int8.accuracy_before:.1%} to {int8.accuracy:.1%} (it "
+        f"may fall by {100 * MOST_DROP:g} points); leaving layers in float does not mend it"
+    )
 
 
 def _difference(run: Callable[[Inputs], Logits], inputs: Inputs, expected: dict[int | None, Logits]) -> float:
@@ -230,8 +254,10 @@ def _write_onnx(
     inputs: Inputs,
     expected: dict[int | None, Logits],
     labels: Int64[np.ndarray, " sample"],
-    quantize: Quantize | None,
+    quantize: Int8 | None,
 ) -> tuple[float, Int8Check | None]:
+    import onnx_ir
+
     metadata = OnnxCard(
         device_id=card.device_id,
         labels=card.labels,
@@ -249,33 +275,38 @@ def _write_onnx(
         dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
+    named = onnx_ir.from_proto(onnx_ir.to_proto(program.model))  # a copy: of what is written, nobody knows the layers
     write_atomically(file, _slim(program.model, metadata))
     before = OnnxModel(file)
     difference = _difference(before.logits, inputs, expected)
     if quantize is None:
         return difference, None
-    size_before = file.stat().st_size
-    write_atomically(file, _slim(_quantized(file), metadata))
-    after = OnnxModel(file)
-    guesses = np.concatenate([after.logits(inputs[i : i + 1]) for i in range(len(inputs))]).argmax(1)
-    guesses_before = expected[None].argmax(1)
-    return difference, Int8Check(
-        agreement=float((guesses == guesses_before).mean()),
-        accuracy=float((guesses == labels).mean()),
-        accuracy_before=float((guesses_before == labels).mean()),
-        size_before_bytes=size_before,
-    )
-
-
-def _quantized(file: Path) -> Any:
-    """The same model with weights of int8, activations scaled as they come."""
-    import onnx_ir
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
+    layers, size_before = quantizable(named.graph), file.stat().st_size
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, ONNX_FILE)
-        quantize_dynamic(file, result, weight_type=QuantType.QInt8)
-        return onnx_ir.load(result)
+        whole, part = Path(folder, "whole.onnx"), Path(folder, "part.onnx")
+        onnx_ir.save(named, whole)
+
+        def make(float_layers: Sequence[str], per_channel: bool) -> Int8Model:
+            quantized(whole, part, [node for layer in float_layers for node in layers[layer]], per_channel)
+            content = _slim(onnx_ir.load(part), metadata)
+            write_atomically(file, content)
+            logits = _one_by_one(OnnxModel(file), inputs)
+            how = {"per_channel": per_channel, "float_layers": tuple(float_layers)}
+            return Int8Model(content, compare(logits, expected[None], labels, size_before, **how))
+
+        def damage_of(float_layers: Sequence[str]) -> float:
+            quantized(whole, part, [node for layer in float_layers for node in layers[layer]])
+            write_atomically(file, _slim(onnx_ir.load(part), metadata))
+            logits = _one_by_one(OnnxModel(file), inputs[:MOST_FOR_DAMAGE])
+            return float(np.abs(logits - expected[None][:MOST_FOR_DAMAGE]).mean())
+
+        made = smallest_loss(make, damage_of, list(layers), quantize.min_agreement)
+    write_atomically(file, made.content)
+    return difference, made.check
+
+
+def _one_by_one(model: OnnxModel, inputs: Inputs) -> Logits:
+    return np.concatenate([model.logits(inputs[i : i + 1]) for i in range(len(inputs))])
 
 
 def _slim(model: Any, metadata: dict[str, str]) -> bytes:
@@ -306,15 +337,27 @@ def _slim(model: Any, metadata: dict[str, str]) -> bytes:
     return content
 
 
-def _readme(card: ModelCard, shape: Sequence[int], quantize: Quantize | None) -> str:
+def _weights(int8: Int8Check | None, number: int) -> str:
+    """What a reader must know of the weights."""
+    if int8 is None:
+        return ""
+    left = f", but those of {', '.join(int8.float_layers)}, which int8 harms" if int8.float_layers else ""
+    return (
+        f", its weights as int8{left}. {int8.agreement:.1%} of {number} public samples have the label that the float "
+        f"model gives them (95 % interval from {int8.agreement_at_least:.1%}); accuracy on them {int8.accuracy:.1%}, "
+        f"before {int8.accuracy_before:.1%}"
+    )
+
+
+def _readme(card: ModelCard, shape: Sequence[int], int8: Int8Check | None, number: int) -> str:
     """How to run the model without fleetfit and without torch; a test runs the lines."""
     form = card.preprocessing
     if isinstance(form, TextPreprocessing):
-        return _readme_of_texts(card, quantize)
+        return _readme_of_texts(card, int8, number)
     values = f'numpy.zeros((1, {", ".join(map(str, shape))}), "float32")'
     return f"""# {card.device_id}
 
-A model made by fleetfit {own_version()}{", its weights as int8" if quantize else ""}. Inputs: {card.inputs}.
+A model made by fleetfit {own_version()}{_weights(int8, number)}. Inputs: {card.inputs}.
 
 ```python
 import json, numpy, onnxruntime  # pip install numpy onnxruntime
@@ -325,10 +368,10 @@ print([json.loads(model.get_modelmeta().custom_metadata_map["labels"])[i] for i 
 """
 
 
-def _readme_of_texts(card: ModelCard, quantize: Quantize | None) -> str:
+def _readme_of_texts(card: ModelCard, int8: Int8Check | None, number: int) -> str:
     return f"""# {card.device_id}
 
-A model made by fleetfit {own_version()}{", its weights as int8" if quantize else ""}. Inputs: {card.inputs}.
+A model made by fleetfit {own_version()}{_weights(int8, number)}. Inputs: {card.inputs}.
 
 ```python
 import json, numpy, onnxruntime, tokenizers  # pip install numpy onnxruntime tokenizers

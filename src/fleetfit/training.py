@@ -250,7 +250,8 @@ class _Losses:
                 step = len(self.values)
                 why = "lower the learning rate"
                 if step == 1:
-                    why = "no weight was changed yet, so its inputs or the weights that it began with are at fault"
+                    why = "its inputs or the weights that it began with are at fault; if these were trained, lower the "
+                    why += "learning rate of that"
                 raise TrainingDiverged(f"{self.name}: the loss became {value} at step {step} of {self.steps}; {why}")
         self.unseen = []
 

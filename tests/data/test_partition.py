@@ -236,9 +236,28 @@ def test_classes_that_no_device_has_are_noted(caplog: pytest.LogCaptureFixture) 
     there = {int(label) for split in data.devices.values() for label in split.train.labels}
     left = [name for i, name in enumerate("abcdef") if i not in there]
     assert len(left) >= 2
-    assert data.notes[1] == f"{len(left)} classes are on no device ({', '.join(left)})"
+    there = [f"{name} {int((make_samples().labels == 'abcdef'.index(name)).sum())}" for name in left]
+    assert data.notes[1] == f"{len(left)} classes are on no device ({', '.join(there)})"
     assert data.notes[1] in caplog.text
     assert share_out(make_samples(), DataConfig(split="iid"), make_fleet(2), 0).notes == ()
+
+
+def test_classes_that_are_too_rare_to_be_tested_are_named() -> None:
+    """Three samples of a class: nobody tests on it, or the cloud never sees it, and each is told by name and number."""
+    samples = make_samples()
+    labels = torch.cat([torch.arange(len(samples) - 3) % 2, torch.tensor([2, 2, 2])])
+    rare = replace(samples, labels=labels, label_names=("often", "as often", "seldom"))
+    for seed in range(4):
+        data = share_out(rare, DataConfig(split="iid"), make_fleet(2), seed)
+        owners = list(data.devices.values())
+        expected = {
+            "on no device": not any((p.labels == 2).any() for o in owners for p in (o.train, o.validation, o.test)),
+            "in nothing that the cloud trains on": not (data.public.train.labels == 2).any(),
+            "not in the cloud's test split": not (data.public.test.labels == 2).any(),
+        }
+        for where, is_so in expected.items():
+            assert (f"1 class is {where} (seldom 3)" in data.notes) == is_so
+        assert any("seldom 3" in note for note in data.notes)
 
 
 # -- too few ----------------------------------------------------------------------------------------------------------

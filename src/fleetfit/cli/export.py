@@ -11,11 +11,13 @@ from fleetfit.cli.options import AsJson, Debug, RunFolder, percent, stdout
 from fleetfit.terminal import Phases, format_bytes, reporting
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from rich.table import Table
 
-    from fleetfit.export import Export, Format, Quantize
+    from fleetfit.export import Export, Format
+
+FEW_SAMPLES = 100  # below which a share of them is known to several points only
 
 
 def export(
@@ -32,6 +34,15 @@ def export(
         str | None,
         typer.Option("--quantize", click_type=Choice(["int8"]), help="With onnx: weights of a quarter the size."),
     ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement", metavar="SHARE", help="With int8: of labels, how many must stay. Default: 0.95."
+        ),
+    ] = None,
+    keep_anyway: Annotated[
+        bool, typer.Option("--keep-anyway", help="With int8: keep models that change more than that.")
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", help="Where each device gets a folder. Default: RUN/exports."),
@@ -46,6 +57,11 @@ def export(
     with the storage of its device. What fails is not kept. An earlier export of
     the same device is replaced.
 
+    With [bold]--quantize int8[/bold], a model must keep 95 of 100 labels of public samples, and lose
+    3 points of accuracy at most. Where it does not, layers that int8 harms stay in
+    float, the fewest that mend it; export.json and README.md name them. What cannot
+    be mended is not kept, unless --keep-anyway is given.
+
       onnx          model.onnx for ONNX Runtime, any batch size; README.md shows how
       safetensors   a copy of the device's folder, for fleetfit.load
       torch         model.pt2 for torch.export.load
@@ -57,17 +73,21 @@ def export(
     """
     if bool(device) == every:
         raise typer.BadParameter("give --device ID or --all", param_hint="--device")
+    for name, given in (("--min-agreement", min_agreement is not None), ("--keep-anyway", keep_anyway)):
+        if given and not quantize:
+            raise typer.BadParameter("goes with --quantize int8", param_hint=name)
     with reporting(debug) as signals:
         with Phases(signals, f"run folder {folder}") as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.export import device_ids, export_devices
+                from fleetfit.export import Int8, device_ids, export_devices
 
             phases("libraries", 1, 1)
             chosen = list(dict.fromkeys(device or device_ids(folder)))
-            exports, problems = export_devices(
-                folder, chosen, out, cast("Format", kind), cast("Quantize | None", quantize), phases
-            )
+            int8 = None
+            if quantize:
+                int8 = Int8(keep_anyway=keep_anyway) if min_agreement is None else Int8(min_agreement, keep_anyway)
+            exports, problems = export_devices(folder, chosen, out, cast("Format", kind), int8, phases)
         if as_json:
             typer.echo(json.dumps({str(path): e.model_dump() for path, e in exports.items()}, indent=2))
         elif exports:
@@ -83,8 +103,25 @@ def _print_exports(exports: "Mapping[Path, Export]") -> None:
     console.print(f"differs: the most that a logit is off{', before int8' if quantized else ''}", style="dim")
     if quantized:
         console.print("agree: public samples whose label stays; accuracy: on these, of all classes", style="dim")
+        for line in _int8_notes(exports.values()):
+            console.print(line, soft_wrap=True)
     console.print()
     console.print(f"models:  {next(iter(exports)).parent} (one folder each)", soft_wrap=True)
+
+
+def _int8_notes(exports: "Iterable[Export]") -> list[str]:
+    """What a table has no room for: layers in float, few samples, and what was kept although it changes too much."""
+    lines, few = [], set()
+    for made in exports:
+        if made.int8 and made.int8.float_layers:
+            lines.append(f"{made.device_id}: in float, since int8 harms them: {', '.join(made.int8.float_layers)}")
+        if made.kept_anyway:
+            lines.append(f"{made.device_id}: kept anyway; it changes more than it may")
+        if made.int8 and made.num_samples < FEW_SAMPLES:
+            few.add(made.num_samples)
+    for number in sorted(few):
+        lines.append(f"agreement on {number} samples says little; export.json has its 95 % interval")
+    return lines
 
 
 def _export_table(exports: "Mapping[Path, Export]", quantized: bool) -> "Table":

@@ -94,6 +94,7 @@ def profile(
             with signals.after_this():
                 from fleetfit import profiling as measuring
                 from fleetfit.config import Job, load_job
+                from fleetfit.profiled_models import make_reference
 
             phases("libraries", 1, 1)
             measuring.check_target(out)
@@ -101,7 +102,7 @@ def profile(
             plan = measuring.Plan(
                 batch_size, repeats, threads=threads or resolved.run.threads, torch_device=torch_device
             )
-            reference = measuring.make_reference(
+            reference = make_reference(
                 resolved.model if job is not None else None, family or "vit", resolved.data.max_tokens
             )
             found = measuring.profile_machine(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from fleetfit.config import Job
@@ -92,7 +93,7 @@ def write_owned(folder: Path, job: Job, split: Split, origin: Origin) -> None:
             continue
         values = list(origin.values(samples))
         if kind == "image":
-            values = [{"bytes": _encoded(value, origin.folder), "path": None} for value in values]
+            values = [{"bytes": _encoded(value, origin), "path": None} for value in values]
         feature = Image() if kind == "image" else Value("string")
         features = Features({column: feature, label: ClassLabel(names=list(samples.label_names))})
         rows = Dataset.from_dict({column: values, label: samples.labels.tolist()}, features=features)
@@ -154,16 +155,18 @@ def _joined(parts: Sequence[DataSummary]) -> DataSummary:
     )
 
 
-def _encoded(value: Any, folder: Path | None) -> bytes:
+def _encoded(value: Any, origin: Origin) -> bytes:
     """An image as the bytes of a file: those that it has, or else a PNG of its pixels."""
     from PIL import Image
 
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (str, Path)):
-        return Path(folder or ".", value).read_bytes()
+        return Path(origin.folder or ".", value).read_bytes()
     if isinstance(value, bytes):
         return value
+    if isinstance(value, list) and origin.number_kind is not None:
+        value = np.asarray(value, origin.number_kind)
     file = io.BytesIO()
     (value if isinstance(value, Image.Image) else as_image(value)).save(file, format="PNG")
     return file.getvalue()

@@ -228,29 +228,31 @@ def share_out(
 
 
 def _rare(samples: Samples, public: Split, devices: Mapping[str, Split]) -> tuple[str, ...]:
-    """Classes that are too rare to be where they should be, in words: nobody's score can speak for them."""
-    notes = []
+    """Classes that are too rare to be where they should be, in words: no score speaks for them there."""
+    owners = devices.values()
     places = {
-        "on any device": [part for s in devices.values() for part in (s.train, s.validation, s.test)],
-        "in what the cloud trains on": [public.train],
-        "in the cloud's test split": [public.test],
-        "in any device's test split": [split.test for split in devices.values()],
+        "on no device": [part for own in owners for part in (own.train, own.validation, own.test)],
+        "in no device's test split": [own.test for own in owners],
+        "in nothing that the cloud trains on": [public.train],
+        "not in the cloud's test split": [public.test],
     }
     total = torch.bincount(samples.labels, minlength=samples.num_classes)
-    told: set[int] = set()
+    on_none: set[int] = set()
+    notes = []
     for where, parts in places.items():
-        if not any(map(len, parts)):
-            continue
-        there = sum(torch.bincount(part.labels, minlength=samples.num_classes) for part in parts)
-        absent = ((total > 0) & (torch.as_tensor(there) == 0)).nonzero().flatten().tolist()
-        if where == "in any device's test split":
-            absent = [c for c in absent if c not in told]
-        if where == "on any device":
-            told |= set(absent)
+        there = torch.zeros_like(total)
+        for part in parts:
+            there += torch.bincount(part.labels, minlength=samples.num_classes)
+        absent = set(((total > 0) & (there == 0)).nonzero().flatten().tolist()) if there.any() else set()
+        if where == "in no device's test split":
+            absent -= on_none  # told already
+        elif where == "on no device":
+            on_none = absent
         if absent:
-            listed = ", ".join(f"{samples.label_names[c]!r} ({int(total[c])} samples)" for c in absent[:SHOWN])
+            listed = ", ".join(f"{samples.label_names[c]} {int(total[c]):,}" for c in sorted(absent)[:SHOWN])
             more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
-            notes.append(f"{'class' if len(absent) == 1 else 'classes'} {listed}{more} not {where}")
+            are = "1 class is" if len(absent) == 1 else f"{len(absent)} classes are"
+            notes.append(f"{are} {where} ({listed}{more})")
     for note in notes:
         log.info("data: %s", note)
     return tuple(notes)
@@ -259,15 +261,4 @@ def _rare(samples: Samples, public: Split, devices: Mapping[str, Split]) -> tupl
 def _not_shared_out(samples: Samples, private: Tensor, parts: Sequence[Tensor]) -> tuple[str, ...]:
     """What of the private samples no device has, in words."""
     left = len(private) - sum(map(len, parts))
-    if not left:
-        return ()
-    shared = private[torch.cat(list(parts))]
-    classes = set(samples.labels[private].tolist()) - set(samples.labels[shared].tolist())
-    listed = ", ".join(samples.label_names[c] for c in sorted(classes)[:SHOWN])
-    notes = [f"{left} private samples are no device's"]
-    if classes:
-        more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
-        are = "class is" if len(classes) == 1 else "classes are"
-        notes.append(f"{len(classes)} {are} on no device ({listed}{more})")
-    log.info("data.split: %s", "; ".join(notes))
-    return tuple(notes)
+    return (f"{left:,} private samples are no device's",) if left else ()

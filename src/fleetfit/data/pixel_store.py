@@ -143,7 +143,7 @@ def _decode(
     np.lib.format.write_array_header_1_0(file, header)
     none = np.zeros(form.shape, np.uint8).tobytes()
     tally = Tally(form.channels)
-    kind = _number_kind(table, column)
+    kind = table.number_kind(column)
     done = 0
     with ThreadPoolExecutor(threads) as pool:
         for chunk in table.chunks(column, rows, CHUNK):
@@ -198,18 +198,6 @@ def _one(
         return error.strerror or str(error)
     except Exception as error:  # a decoder may raise anything at bytes that are no image
         return str(error) or type(error).__name__
-
-
-def _number_kind(table: Table, column: str) -> np.dtype[Any] | None:
-    """What numbers a column of nested lists holds, by its type; None: it holds no such lists, or values say it."""
-    feature: Any = None if column in table.given else table.rows.features.get(column)
-    while getattr(feature, "feature", None) is not None:
-        feature = feature.feature
-    try:
-        kind: np.dtype[Any] = np.dtype(feature.dtype)
-    except (AttributeError, TypeError):
-        return None
-    return kind
 
 
 def _too_many(bad: int, looked_at: int, share: float, told: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -40,11 +41,13 @@ class Origin:
         chunks: Values of some rows of the source, in order, a few at a time.
         rows: The source's row of each row of the samples' store.
         folder: What relative paths in the values start from.
+        number_kind: What numbers arrays among the values hold, where they do not say it themselves.
     """
 
     chunks: Callable[[list[int]], Iterator[list[Any]]]
     rows: Int[Tensor, " stored"]
     folder: Path | None = None
+    number_kind: "np.dtype[Any] | None" = None
 
     def values(self, samples: Samples) -> Iterator[Any]:
         """The values that some of the samples were made of; images may be encoded, paths, or arrays of bytes."""
@@ -104,7 +107,10 @@ def load_source(job: Job, progress: Progress = silent) -> tuple[Samples, Origin]
     )
     stored = torch.zeros(len(found.inputs.store), dtype=torch.long)
     stored[found.inputs.index] = used
-    return samples, Origin(lambda chosen: table.chunks(column.name, chosen, CHUNK), stored, table.folder)
+    kind_of_numbers = table.number_kind(column.name)
+    return samples, Origin(
+        lambda chosen: table.chunks(column.name, chosen, CHUNK), stored, table.folder, kind_of_numbers
+    )
 
 
 def summary_of(

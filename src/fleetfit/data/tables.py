@@ -66,6 +66,17 @@ class Table:
         values: list[Any] = self.rows.select_columns([name]).with_format(None)[:][name]
         return values
 
+    def number_kind(self, name: str) -> "np.dtype[Any] | None":
+        """What numbers a column of nested lists holds, by its type; None: it holds no such lists, or values say it."""
+        feature: Any = None if name in self.given else self.rows.features.get(name)
+        while getattr(feature, "feature", None) is not None:
+            feature = feature.feature
+        try:
+            kind: np.dtype[Any] = np.dtype(feature.dtype)
+        except (AttributeError, TypeError):
+            return None
+        return kind
+
     def chunks(self, name: str, rows: Sequence[int], size: int) -> Iterator[list[Any]]:
         """Some rows of a column of large values, in order, a few at a time; images stay encoded."""
         from datasets import Image
