@@ -51,7 +51,7 @@ class Digits:
             "model": {"epochs": 4},
             "backbone": backbone,
             "header": {"budget_steps": 100 if method == "fleetfit" else 60},
-            "refine": {"epochs": 3, "sketch_samples": 16},
+            "refine": {"epochs": 3, "sketch_samples": 12},
             "run": {"cache": str(folder / "cache")},
         }
         self.job: Job = make_job(fields)

@@ -24,6 +24,8 @@ from fleetfit.records import Record
 
 START_SECONDS = 90.0
 LOOK_SECONDS = 1.0
+STARTS = 5  # each at another port inside
+TAKEN = "address already in use"
 SOON = timedelta(days=14)
 
 
@@ -76,14 +78,15 @@ class Hub:
         secret_file = kit.state / "secret"
         secret_file.unlink(missing_ok=True)
         write_secret(secret_file, secret)
-        self._inside = f"127.0.0.1:{free_port()}"
-        self._api = Api(self._inside, secret, None if kit.file.insecure else kit.ca)
         self._nodes: dict[str, int] = {}
         self._stop = threading.Event()
         door = listen(kit)
-        self._superlink = Daemon("flower-superlink", self._arguments(secret_file), kit.state)
         try:
-            self._wait()
+            self._start(secret, secret_file)
+        except BaseException:
+            door.close()
+            raise
+        try:
             if not kit.file.insecure:
                 self._nodes = register(self._api, {m.name: public_pem(m.public_key) for m in kit.file.members})
             self.gate = Gate(kit, self._inside, door, self._nodes, tell)
@@ -138,6 +141,20 @@ class Hub:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _start(self, secret: bytes, secret_file: Path) -> None:
+        """Start Flower's program at a port inside that is free, and at another if somebody takes it just then."""
+        for left in reversed(range(STARTS)):
+            self._inside = f"127.0.0.1:{free_port()}"
+            self._api = Api(self._inside, secret, None if self.kit.file.insecure else self.kit.ca)
+            self._superlink = Daemon("flower-superlink", self._arguments(secret_file), self.kit.state)
+            try:
+                self._wait()
+                return
+            except BaseException as error:
+                self._superlink.stop()
+                if not (left and isinstance(error, ValueError) and TAKEN in self._superlink.words()):
+                    raise
 
     def _arguments(self, secret_file: Path) -> list[str]:
         kit = self.kit
