@@ -87,9 +87,9 @@ def run(
 
       method                  fleetfit; paper: every choice as the paper makes it
       seed                    same job and seed, same models
-      data.source             digits; a file or a pattern of files (csv, tsv, json, jsonl,
-                              parquet, arrow), a folder, a data set's id on the Hugging
-                              Face hub, or a Python function, module:function
+      data.source             digits; a file or a pattern of files (csv, tsv, xlsx, json,
+                              jsonl, ndjson, parquet, arrow), a folder, a data set's id on the
+                              Hugging Face hub, or a Python function, module:function
       data.split              iid, classes, dirichlet, natural: what a device sees
       fleet.devices           count, storage_limit, gpu_capacity or a profile
       model.family            vit, deit, dinov2 (images); bert, roberta, distilbert (texts)

@@ -115,10 +115,16 @@ def told_problems(problems: Sequence[tuple[Place, str]], number: int, folder: Pa
 
 
 class Tally:
-    """Counts pictures as they are decoded."""
+    """Counts pictures as they are decoded.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: Of each.
+        white: The largest value that a pixel can have, where that is less than 255: 16 in digits kept as they are.
+    """
+
+    def __init__(self, channels: int, white: float = 255) -> None:
         self._channels = channels
+        self._flat = FLAT * min(white, 255) / 255
         self._bad: list[int] = []
         self._problems: list[tuple[Place, str]] = []
         self._weight = self._done = 0
@@ -167,7 +173,7 @@ class Tally:
         """
         extremes = np.frombuffer(self._extremes, np.uint8).reshape(-1, 2, self._channels).astype(np.int64)
         low, high = extremes[:, 0], extremes[:, 1]
-        flat = (high - low).max(1, initial=0) <= FLAT
+        flat = (high - low).max(1, initial=0) <= self._flat
         _, group, sizes = np.unique(np.frombuffer(self._digests, np.uint64), return_inverse=True, return_counts=True)
         twin = sizes[group] > 1
         if len(flat) >= ENOUGH:
@@ -202,7 +208,7 @@ class Tally:
     ) -> None:
         """Pictures of which nothing can be learned."""
         middle = (low + high) / 2
-        alike = flat & (np.abs(middle - np.median(middle, axis=0)).max(1) <= FLAT / 2)
+        alike = flat & (np.abs(middle - np.median(middle, axis=0)).max(1) <= self._flat / 2)
         pixels = f"their pixels go from {int(low.min())} to {int(high.max())} of 0 to 255"
         for number, words in (
             (int(sizes.max()), "identical"),

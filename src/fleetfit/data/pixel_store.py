@@ -142,7 +142,7 @@ def _decode(
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *form.shape)}
     np.lib.format.write_array_header_1_0(file, header)
     none = np.zeros(form.shape, np.uint8).tobytes()
-    tally = Tally(form.channels)
+    tally = Tally(form.channels, form.maximum)
     kind = table.number_kind(column)
     done = 0
     with ThreadPoolExecutor(threads) as pool:

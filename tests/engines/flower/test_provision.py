@@ -1,12 +1,12 @@
 """Kits: who gets which secret, certificates that verify, the very same data as the local engine, and bad input."""
 
-import shutil
 import ssl
 import stat
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -151,8 +151,21 @@ def test_data_are_named_or_split_but_not_both(tmp_path: Path, tiny: dict[str, An
     assert not (tmp_path / "kits").exists()
 
 
+def photos(kit: Path, folder: Path) -> None:
+    """A kit's digits as pictures that a person would have: white is 255."""
+    from datasets import Dataset
+    from PIL import Image
+
+    folder.mkdir()
+    for path in (kit / "data").glob("*.parquet"):
+        rows = Dataset.from_parquet(str(path))
+        images = [Image.fromarray(np.asarray(image) * 15) for image in rows["image"]]
+        data = {"image": images, "label": rows["label"]}
+        Dataset.from_dict(data, features=rows.features).to_parquet(str(folder / path.name))
+
+
 def test_each_may_name_its_own_data(kits: Path, tmp_path: Path, tiny: dict[str, Any], write: Any) -> None:
-    shutil.copytree(kits / "cloud" / "data", tmp_path / "public")
+    photos(kits / "cloud", tmp_path / "public")
     fields = {
         "job": "job.toml",
         "cloud": {"data": "public"},
@@ -164,7 +177,7 @@ def test_each_may_name_its_own_data(kits: Path, tmp_path: Path, tiny: dict[str, 
     assert sources["large"] == {"source": "/srv/shared", "cut": "own"}
     assert read_kit(tmp_path / "own" / "large-1").data_source == "photos"
     assert not (tmp_path / "own" / "large-1" / "data").exists()
-    shutil.copytree(kits / "large-1" / "data", tmp_path / "own" / "large-1" / "photos")
+    photos(kits / "large-1", tmp_path / "own" / "large-1" / "photos")
     kit = read_kit(tmp_path / "own" / "large-1")
     data = load_data(kit, 0.3, ("device", "large-1"))
     assert min(len(data.train), len(data.validation), len(data.test)) > 0
