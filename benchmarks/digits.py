@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from digits_page import markdown
 from digits_tables import (
     CHOICES,
     DEFAULT_RATE,
@@ -33,7 +34,6 @@ from digits_tables import (
     HEADER_SHAPES,
     RATES,
     SETTINGS,
-    markdown,
 )
 from scipy.stats import spearmanr
 
