@@ -309,7 +309,9 @@ class HeaderConfig(Section):
         2, description="enas, random: final pooling, to so many cells a side; 1 where no header fits otherwise"
     )
     hidden: int = Field(
-        0, ge=0, description="enas, random: hidden units of the MLP behind the blocks; 0: one linear layer"
+        0,
+        ge=0,
+        description="enas, random: hidden units of the MLP behind the blocks; 0, or where none fits: one linear layer",
     )
     operations: tuple[Operation, ...] = Field(OPERATIONS, min_length=1)
     room: Annotated[float, Field(ge=0, lt=1)] = Field(

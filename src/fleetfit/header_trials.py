@@ -212,12 +212,14 @@ def nothing_fits(search: Search) -> ValueError:
 def cell_spec(search: Search) -> HeaderSpec:
     """The one space of random search and ENAS: B blocks, all else fixed; this is one header of it.
 
+    Where none of many samples fits, it is that with pooling to one cell, and then without an inner MLP.
+
     Raises:
-        ValueError: none of many samples fits, even with pooling to one cell.
+        ValueError: none of those fits either.
     """
     config = search.config
     generator = named_generator(search.seed, "header_search", search.method, "space")
-    for pooling in (config.pooling, 1):
+    for pooling, hidden in ((config.pooling, config.hidden), (1, config.hidden), (1, 0)):
         for _ in range(SAMPLING_TRIES):
             spec = HeaderSpec(
                 kind="blocks",
@@ -225,7 +227,7 @@ def cell_spec(search: Search) -> HeaderSpec:
                 repeats=config.repeats,
                 channels=config.channels,
                 pooling=pooling,
-                hidden=config.hidden,
+                hidden=hidden,
             )
             if search.fits(spec):
                 return spec
