@@ -17,8 +17,7 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from banking77_page import RATES, TEXTS, markdown
-from digits import FEDAVG, FINE_TUNED, LOCAL, Figures, Transient, in_memory, names_of, nothing, way_of
+from digits import FEDAVG, FINE_TUNED, LOCAL, Figures, Transient, in_memory, names_of, nothing, nothing_twice, way_of
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fleetfit import device
 from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import Elastic, cut_and_specialise, elastic_of, make_elastic
 from fleetfit.config import Job, load_job, make_job
@@ -47,7 +45,6 @@ from fleetfit.files import content_hash, write_atomically
 from fleetfit.messages import BackboneAssignment, silent, take
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.features import Features
 from fleetfit.models.header import header_from_state
 from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.records import BackboneShape, DeviceAttributes
@@ -238,7 +235,7 @@ def devices_part(b: Bench) -> dict[str, Any]:
         for shape, cluster in zip(SHAPES, DEVICES_OF, strict=True):
             assignment = b.specialised(shape, cluster)
             found = b.header(assignment, cluster)
-            with features_kept():
+            with nothing_twice():
                 for variant, refine in VARIANTS.items():
                     job = job_of(b.seed, data=split, refine=refine)
                     members = {a.device_id: in_memory(a, data) for a in b.fleet[cluster]}
@@ -255,24 +252,6 @@ def devices_part(b: Bench) -> dict[str, Any]:
                         "shipped": way_of(report),
                     }
     return figures
-
-
-@contextmanager
-def features_kept() -> Iterator[None]:
-    """The same backbone on the same texts is run once: what devices compute is the same in every variant."""
-    run, kept = device._run, {}
-
-    def once(backbone: Backbone, samples: Samples) -> Features:
-        key = samples.inputs.index.numpy().tobytes()
-        if key not in kept:
-            kept[key] = run(backbone, samples)
-        return kept[key]
-
-    device._run = once
-    try:
-        yield
-    finally:
-        device._run = run
 
 
 def header_part(b: Bench) -> dict[str, Any]:

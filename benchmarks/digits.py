@@ -16,7 +16,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from digits_tables import (
 )
 from scipy.stats import spearmanr
 
+from fleetfit import device
 from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import (
     Candidates,
@@ -78,7 +80,8 @@ from fleetfit.messages import (
     silent,
 )
 from fleetfit.method.aggregation import distance_from_uniform
-from fleetfit.models.elastic import ElasticBackbone
+from fleetfit.models.elastic import Backbone, ElasticBackbone
+from fleetfit.models.features import Features
 from fleetfit.models.header import Header
 from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.presets import PAPER
@@ -389,31 +392,53 @@ def devices_part(b: Bench) -> dict[str, Any]:
     """Every way to refine, in every setting, on the same coarse models, splits and batches."""
     figures: dict[str, Any] = {}
     for setting, split in SETTINGS.items():
-        for variant, refine in VARIANTS.items():
-            job = make_job({"seed": b.seed, "data": split, "refine": refine})
-            data = share_out(b.samples, job.data, names_of(b.fleet), b.seed)
-            rows, shipped, distances, losses = [], [], [], []
-            for cluster, members in b.fleet.items():
-                assignment, found = b.coarse(cluster)
-                link = LocalLink({a.device_id: in_memory(a, data) for a in members}, Ledger(), "down", "up")
-                stats, edge_data = gather_stats(job, cluster, link, Transient()), data.edges[cluster]
-                report = refine_cluster(job, assignment, stats, found, edge_data, link, Transient(), silent)
-                rows += [(d.accuracy_coarse, d.accuracy) for d in report.devices]
-                shipped.append(way_of(report))
-                distances.append(distance_from_uniform(torch.tensor(report.similarity)))
-                losses.append((report.decision["loss_by_way"][way_of(report)], report.rounds[0]["num_samples"]))
-            table = np.array(rows, dtype=float)
-            loss, weight = np.array(losses).T
+        data = share_out(b.samples, make_job({"seed": b.seed, "data": split}).data, names_of(b.fleet), b.seed)
+        reports: dict[str, list[ClusterReport]] = {variant: [] for variant in VARIANTS}
+        for cluster, members in b.fleet.items():
+            assignment, found = b.coarse(cluster)
+            with nothing_twice():
+                for variant, refine in VARIANTS.items():
+                    job = make_job({"seed": b.seed, "data": split, "refine": refine})
+                    link = LocalLink({a.device_id: in_memory(a, data) for a in members}, Ledger(), "down", "up")
+                    stats, edge_data = gather_stats(job, cluster, link, Transient()), data.edges[cluster]
+                    report = refine_cluster(job, assignment, stats, found, edge_data, link, Transient(), silent)
+                    reports[variant].append(report)
+        for variant, of_clusters in reports.items():
+            table = np.array([(d.accuracy_coarse, d.accuracy) for r in of_clusters for d in r.devices], dtype=float)
+            loss = np.array([r.decision["loss_by_way"][way_of(r)] for r in of_clusters])
+            weight = np.array([r.rounds[0]["num_samples"] for r in of_clusters])
             figures[f"{setting}/{variant}"] = {
                 "coarse": table[:, 0].mean(),
                 "accuracy": table[:, 1].mean(),
                 "worst": table[:, 1].min(),
                 "by_device": [round(float(v), 6) for v in table[:, 1]],
                 "validation_loss": float((loss * weight).sum() / weight.sum()),
-                "from_uniform": max(distances),
-                "shipped": shipped,
+                "from_uniform": max(distance_from_uniform(torch.tensor(r.similarity)) for r in of_clusters),
+                "shipped": [way_of(r) for r in of_clusters],
             }
     return figures
+
+
+@contextmanager
+def nothing_twice() -> Iterator[None]:
+    """Inside, devices compute the same features once for all ways to refine, and no local fine-tuning for their report.
+
+    Features are those of one backbone, so this is for one cluster. ``local`` is a way of its own here.
+    """
+    run, train, kept = device._run, device._train_round, {}
+
+    def once(backbone: Backbone, samples: Samples) -> Features:
+        key = samples.inputs.index.numpy().tobytes()
+        if key not in kept:
+            kept[key] = run(backbone, samples)
+        return kept[key]
+
+    device._run = once
+    device._train_round = lambda *args, together: train(*args, together=together) if together else {}
+    try:
+        yield
+    finally:
+        device._run, device._train_round = run, train
 
 
 def way_of(report: ClusterReport) -> str:
