@@ -20,8 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 HEADER_SHAPES = ((0.25, 1), (0.25, 2), (1.0, 6))
 HEADER_BACKBONES = ("default", "linear header")
 HEADER_METHODS_OF = {
-    "default": ("distilled", "halving", "halving alone", "random", "enas", "cnn_ignore", "linear"),
-    "linear header": ("distilled", "halving", "halving alone", "linear"),
+    "default": ("distilled", "halving", "halving alone", "linear"),
+    "linear header": ("distilled", "halving alone", "linear"),
 }
 HEADER_TITLES = ("backbone distilled with the pooled header (default)", "backbone distilled with a linear header")
 RATES = (1e-3, 3e-3, 1e-2)  # each of the tuned ways takes the rate with the lowest pooled validation loss
@@ -32,11 +32,8 @@ UNTUNED = "default, untuned"
 AT_DEFAULT = (  # refined at the default rate
     UNTUNED,
     "default, alone",
-    "default, average",
     "default, Wasserstein (Eq. 20)",
     "default, no class prior",
-    "default, free (no anchor)",
-    "default, pruning 20 %",
     "paper",
 )
 CHOICES = ("pareto_grid", "greedy_accuracy", "greedy_size", "random", "smallest", "optimum")
