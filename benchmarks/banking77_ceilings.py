@@ -173,8 +173,8 @@ def markdown(results: Mapping[int, Mapping[str, Any]]) -> str:
             "# What a device's header gains on Banking77 if it is told more",
             "",
             f"`python benchmarks/banking77_ceilings.py --seeds {seeds}`; points over the general model, mean ± "
-            f"standard error over seeds. {machine()} Fleets, texts and models are those of benchmarks/banking77.py with "
-            "the same seeds.",
+            f"standard error over seeds. {machine()} Fleets, texts and models are those of benchmarks/banking77.py "
+            "with the same seeds.",
             "",
             *table(
                 ["", *SETTINGS],

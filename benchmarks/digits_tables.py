@@ -24,7 +24,7 @@ HEADER_METHODS_OF = {
     "linear header": ("distilled", "halving alone", "linear"),
 }
 HEADER_TITLES = ("backbone distilled with the pooled header (default)", "backbone distilled with a linear header")
-RATES = (1e-3, 3e-3, 1e-2)  # each of the tuned ways takes the rate with the lowest pooled validation loss
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # each of the tuned ways takes the rate with the lowest pooled validation loss
 DEFAULT_RATE = 3e-3
 FEDAVGS = ("FedAvg", "FedAvg + fine-tuning")
 ANY_FEDAVG = "the better of both, by validation"
