@@ -31,6 +31,7 @@ from banking77 import (
     sent_model,
     with_texts,
 )
+from banking77_page import RECIPE_RATE
 from digits import Figures, names_of
 from digits_tables import collect, machine, mean, spread, table
 from torch import Tensor
@@ -172,8 +173,8 @@ def markdown(results: Mapping[int, Mapping[str, Any]]) -> str:
             "# What a device's header gains on Banking77 if it is told more",
             "",
             f"`python benchmarks/banking77_ceilings.py --seeds {seeds}`; points over the general model, mean ± "
-            f"standard error over seeds. {machine()} Fleets, texts and models are those of "
-            "[banking77.md](banking77.md).",
+            f"standard error over seeds. {machine()} Fleets, texts and models are those of benchmarks/banking77.py "
+            "with the same seeds.",
             "",
             *table(
                 ["", *SETTINGS],
@@ -206,9 +207,9 @@ def run_seed(seed: int) -> tuple[int, dict[str, Any]]:
     figures = b.steps.step("figures-ceilings", Figures, lambda: Figures(figures=ceilings(b))).figures
     devices = figures_of(b, "devices")
     recipe = {
-        f"{setting}/{RECIPE}/{shape.width:g}/{shape.depth}": devices[f"{setting}/recipe/{shape.width:g}/{shape.depth}"][
-            "accuracy"
-        ]
+        f"{setting}/{RECIPE}/{shape.width:g}/{shape.depth}": devices[
+            f"{setting}/recipe/{RECIPE_RATE:g}/{shape.width:g}/{shape.depth}"
+        ]["accuracy"]
         for setting in SETTINGS
         for shape in SHAPES
     }

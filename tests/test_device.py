@@ -769,3 +769,23 @@ def test_what_ships_is_checked_against_the_limit_once_more() -> None:
     shrunk = replace(state, attributes=state.attributes.model_copy(update={"storage_limit_bytes": size - 1}))
     with pytest.raises(ValueError, match=rf"phones-1.* {size} bytes.* {size - 1}"):
         handle(shrunk, Finish(step=4, header="refined"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "share", "told"),
+    [
+        (HeaderSpec(), 0.2, "refine.prune_share 0.2 drops nothing: the linear header has no neurons"),
+        (SPEC, 0.02, f"refine.prune_share 0.02 drops nothing: the searched header has {NUM_NEURONS} neurons, "),
+        (SPEC, 0.5, None),
+        (HeaderSpec(), 0.0, None),
+    ],
+)
+def test_a_header_without_neurons_to_drop_is_told(spec: HeaderSpec, share: float, told: str | None) -> None:
+    state, _ = started(make_coarse(spec, prune_share=share, rounds=1, epochs=1))
+    state, reply = handle(state, RefineRound(step=2, round=1))
+    state, _ = handle(state, Propose(step=3, tensors=personal(reply)))  # type: ignore[arg-type]
+    _, done = handle(state, Finish(step=4, header="refined"))
+    assert isinstance(done, FinishReply)
+    notes = done.report.notes
+    assert any(note.startswith(told) for note in notes) if told else not any("prune" in note for note in notes)
+    assert (done.report.kept_neurons < done.report.neurons) is (share == 0.5)

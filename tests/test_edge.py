@@ -524,6 +524,16 @@ def test_class_shares_are_the_shared_sets_and_never_zero() -> None:
     assert told == pytest.approx((1 / 3, 1 / 3, 1 / 3))
 
 
+def test_a_header_of_which_nothing_can_be_dropped_is_noted() -> None:
+    assignment = make_assignment()
+    pooled = HeaderSpec(kind="blocks", channels=8, pooling=2)
+    for share, spec, told in ((0.2, HeaderSpec(), True), (0.0, HeaderSpec(), False), (0.2, pooled, False)):
+        found = HeaderResult(header=spec, trials=(), tensors={})
+        note = edge.pruning_note(make_job({"refine": {"prune_share": share}}), assignment, found)
+        assert (note is not None) is told
+        assert not told or "the linear header has no neurons" in str(note)
+
+
 def test_defaults_name_searches_that_exist() -> None:
     fields = HeaderConfig.model_fields["search"].annotation
     assert set(METHODS) == set(itertools.chain(*(getattr(a, "__args__", ()) for a in fields.__args__)))  # type: ignore[union-attr]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from fleetfit.config import HeaderConfig
-from fleetfit.header_search import METHODS, clearly_better, search_header
+from fleetfit.config import HeaderConfig, make_job
+from fleetfit.header_search import METHODS, search_header
 from fleetfit.header_trials import CachedFeatures, header_bytes
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import Header, build_header
+from fleetfit.models.pruning import prunable_layers
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import HeaderSpec
 
@@ -118,15 +119,6 @@ def test_a_good_given_header_wins_and_a_bad_one_does_not() -> None:
     assert len(lost.trials) == 2
 
 
-def test_clearly_better_by_hand() -> None:
-    # gains 1, 1, 1, -1: mean .5, standard deviation 1, standard error .5: not more than it
-    incumbent = torch.tensor([2.0, 2.0, 2.0, 2.0])
-    assert not clearly_better(torch.tensor([1.0, 1.0, 1.0, 3.0]), incumbent)
-    assert clearly_better(torch.tensor([0.9, 1.0, 1.0, 2.9]), incumbent)
-    assert not clearly_better(incumbent, incumbent)
-    assert clearly_better(torch.tensor([1.0]), torch.tensor([2.0]))
-
-
 def test_distilled_is_the_given_one_as_it_is() -> None:
     given = make_linear(5.0)
     result = search("distilled", given=[given])
@@ -163,3 +155,41 @@ def test_enas_trains_the_backbone_and_the_others_do_not(method: str, trained: bo
     train, validation = (LiveSource(make_source(n), scale) for n in ("train", "validation"))
     search_header(method, train, validation, CONFIG, SHAPE, 4, 10**6, 0)
     assert (scale.detach() != 1).any().item() is trained
+
+
+def test_the_papers_header_has_an_inner_mlp_that_can_be_pruned() -> None:
+    hidden = make_job({"method": "paper"}).header.hidden
+    config = CONFIG.model_copy(update={"hidden": hidden, "operations": ("identity", "avg_pool")})
+    for method in ("enas", "random"):
+        header = search(method, config).header
+        assert header.spec.hidden == hidden > 0
+        assert {name: layer.num_neurons for name, layer in prunable_layers(header).items()} == {"classifier": hidden}
+
+
+def test_where_no_mlp_fits_there_is_none() -> None:
+    config = CONFIG.model_copy(update={"hidden": 5000, "operations": ("identity",)})
+    assert search("random", config, max_bytes=10_000).header.spec.hidden == 0
+
+
+@pytest.mark.parametrize(("children", "interval"), [(1, 4), (4, 4), (2, 3)])
+def test_children_and_the_controllers_interval_are_those_of_the_job(children: int, interval: int) -> None:
+    """40 steps, half of them for the winner: 20 / M of the shared weights, and of the policy one in so many of them."""
+    config = CONFIG.model_copy(update={"children": children, "controller_interval": interval, "pooling": 4})
+    result = search("enas", config)
+    steps = 20 // children
+    assert sum(point["name"] == "controller" for point in result.history) == (steps - 1) // interval
+    assert result.steps_used == steps * children + 20
+    assert result.header.spec.pooling == 4
+
+
+def test_the_backbone_trains_at_its_own_rate() -> None:
+    """Adam's first steps are as long as its rate, whatever the gradient: after few steps the way is about their sum."""
+    moved = {}
+    for rate in (1e-5, 1e-3):
+        scale = torch.nn.Parameter(torch.ones(8))
+        train, validation = (LiveSource(make_source(n), scale) for n in ("train", "validation"))
+        config = CONFIG.model_copy(update={"backbone_learning_rate": rate})
+        search_header("enas", train, validation, config, SHAPE, 4, 10**6, 0)
+        moved[rate] = float((scale.detach() - 1).abs().max())
+    assert 0 < moved[1e-5] < 10 * 1e-5
+    assert 50 < moved[1e-3] / moved[1e-5] < 200

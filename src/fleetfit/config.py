@@ -318,18 +318,39 @@ class HeaderConfig(Section):
     max_blocks: Annotated[int, Field(ge=1, le=8)] = Field(3, description="B")
     repeats: Annotated[int, Field(ge=1, le=4)] = Field(1, description="U")
     channels: Steps = 16
+    pooling: Annotated[int, Field(ge=1)] = Field(
+        2, description="enas, random: final pooling, to so many cells a side; 1 where no header fits otherwise"
+    )
+    hidden: int = Field(
+        0,
+        ge=0,
+        description="enas, random: hidden units of the MLP behind the blocks; 0, or where none fits: one linear layer",
+    )
     operations: tuple[Operation, ...] = Field(OPERATIONS, min_length=1)
     room: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of the storage limit that the backbone leaves free for a header"
     )
     warm_start: bool = Field(True, description="halving: headers start as the distilled header computes")
-    keep_distilled: bool = Field(True, description="the header distilled with the backbone is always a candidate")
-    freeze_backbone: bool = Field(True, description="false: the search trains the backbone too, as the paper does")
+    keep_distilled: bool = Field(
+        True,
+        description="the header distilled with the backbone is shipped, unless a found one is clearly better on "
+        "held-out folds of the shared set",
+    )
+    freeze_backbone: bool = Field(
+        True, description="false: enas trains the backbone too, as the paper does; other searches never do"
+    )
+    backbone_learning_rate: float = Field(
+        5e-4,
+        gt=0,
+        description="with freeze_backbone = false: of the backbone; far below the header's, as it is trained",
+    )
+    children: Steps = Field(2, description="enas: M, headers drawn for a step of the shared weights or the policy")
+    controller_interval: Steps = Field(5, description="enas: steps of the shared weights to one of the policy")
     controller_learning_rate: float = Field(3.5e-3, gt=0)
     controller_entropy: float = Field(1e-4, ge=0)
     controller_baseline_decay: float = Field(0.99, ge=0, lt=1)
     final_share: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="enas, random: share of the budget that trains the winner alone"
+        0.5, description="enas: share of the budget that trains the winner alone; random trains each header fully"
     )
 
 

@@ -50,6 +50,7 @@ from fleetfit.refinement import (
     SKETCH_PROJECTIONS,
     drop_least_important,
     importance_set,
+    nothing_to_drop,
     train_header,
     ways_to_ship,
     with_dropped_as_shipped,
@@ -252,7 +253,7 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
         limit_bytes=state.attributes.storage_limit_bytes,
         kept_neurons=kept_neurons,
         neurons=neurons,
-        notes=_notes(data, len(memory.labels)),
+        notes=_notes(data, len(memory.labels), nothing_to_drop(coarse, memory.refine)),
     )
     if report.size_bytes > report.limit_bytes:
         raise ValueError(
@@ -420,9 +421,9 @@ def _test_accuracy(memory: DeviceMemory, header: Header, data: Split) -> float |
     return result.num_correct / result.num_samples
 
 
-def _notes(data: Split, num_classes: int) -> tuple[str, ...]:
-    """What a reader of the report should know about this device's data, in counts only."""
-    notes = []
+def _notes(data: Split, num_classes: int, of_pruning: str | None) -> tuple[str, ...]:
+    """What a reader of the report should know about this device's data, in counts only, and about its header."""
+    notes = [of_pruning] if of_pruning else []
     present = int((_counts(data.train, num_classes) > 0).sum())
     if len(data.train) == 1:
         notes.append("one training sample")

@@ -15,6 +15,7 @@ from fleetfit.data.augmentation import Augmentation, is_images, views_of
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.hardware import CPU, fits_on, torch_device_of
+from fleetfit.header_proof import make_folds
 from fleetfit.header_search import search_header
 from fleetfit.header_trials import CachedFeatures, FeatureSource
 from fleetfit.messages import (
@@ -41,9 +42,10 @@ from fleetfit.method.similarity import (
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.features import Features, concatenated
-from fleetfit.models.header import header_from_state
+from fleetfit.models.header import build_header, header_from_state
 from fleetfit.randomness import derive_seed, named_generator
 from fleetfit.records import Fault, HeaderSpec, HeaderTrial, JsonDict, ValidationScores
+from fleetfit.refinement import nothing_to_drop
 
 ProgressOf = Callable[[int, int, str], None]
 JS_BINS = 8
@@ -141,14 +143,18 @@ def find_header(
     distilled = header_from_state(assignment.header, shape, num_classes, take(assignment.tensors, "header"))
     distilled.to(torch_device)
     generator = named_generator(job.seed, "views", assignment.cluster)
+    images = is_images(data.train.inputs[:1])
     train = with_views(data.train, config.views, Augmentation(job.model.shift_pixels, job.model.flip), generator)
-    train, validation = train.to(torch_device), (data.validation if len(data.validation) else data.train)
-    validation = validation.to(torch_device)
+    train, alone = train.to(torch_device), len(data.validation) > 0
+    validation = (data.validation if alone else data.train).to(torch_device)
     trains_backbone = not config.freeze_backbone and config.search == "enas"
-    sources: tuple[FeatureSource, FeatureSource] = (
-        (LiveFeatures(backbone, train), LiveFeatures(backbone, validation))
-        if trains_backbone
-        else (cached_features(backbone, train), cached_features(backbone, validation))
+    source_of = LiveFeatures if trains_backbone else cached_features
+    sources: tuple[FeatureSource, FeatureSource] = source_of(backbone, train), source_of(backbone, validation)
+    folds = make_folds(
+        sources[0],
+        sources[1] if alone else None,
+        config.views if images else 1,
+        named_generator(job.seed, "folds", assignment.cluster),
     )
     held = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in backbone.model.state_dict().items()}
     result = search_header(
@@ -160,6 +166,7 @@ def find_header(
         limit_bytes - safetensors_size_bytes(held, {"format": "pt"}),
         derive_seed(job.seed, "header", assignment.cluster),
         given=[distilled] if config.keep_distilled or config.search == "distilled" else [],
+        folds=folds,
         on_progress=lambda done, total, note: progress(done, total, f"{assignment.cluster}: {note}"),
     )
     tensors = put("backbone", dict(backbone.model.state_dict())) | put("header", dict(result.header.state_dict()))
@@ -189,6 +196,14 @@ def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, 
         class_shares=tuple((counts / counts.sum()).tolist()),
         tensors=found.tensors,
     )
+
+
+def pruning_note(job: Job, assignment: BackboneAssignment, found: HeaderResult) -> str | None:
+    """That Algorithm 2 will drop nothing of the header that was found, and why; None if it will, or is not asked to."""
+    with torch.device("meta"):
+        shape = Backbone(assignment.family, assignment.config).feature_shape
+        header = build_header(found.header, shape, len(assignment.labels))
+    return nothing_to_drop(header, job.refine)
 
 
 def pooled(scores: Sequence[ValidationScores]) -> ValidationScores:

@@ -13,8 +13,6 @@ from fleetfit.models.header_supernet import HeaderSupernet
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import Block
 
-CHILDREN_PER_STEP = 2  # both phases: children a gradient is averaged over
-CONTROLLER_EVERY = 5  # steps of the shared weights to one of the controller
 CONTROLLER_CLIP = 5.0  # largest norm of its gradient
 FINAL_CHILDREN = 10  # children ranked by shared weights at the end
 
@@ -22,8 +20,9 @@ FINAL_CHILDREN = 10  # children ranked by shared weights at the end
 def search_enas(search: Search) -> list[Finalist]:
     """The paper's search: shared weights (Eq. 15) and an LSTM policy (REINFORCE) in turn; the best child trains alone.
 
-    Where the training source has trainable parameters, the backbone is trained with the shared weights. A step of one
-    child is one step of the budget; the last ``final_share`` of it trains the child that inherits its weights.
+    Where the training source has trainable parameters, the backbone is trained with the shared weights, at a rate of
+    its own. A step of one child is one step of the budget; the last ``final_share`` of it trains the best child, which
+    inherits its weights.
 
     Reading: AdamW for the shared weights, as for every header here, so that searches differ in their search only.
     """
@@ -36,7 +35,7 @@ def search_enas(search: Search) -> list[Finalist]:
     shared.to(search.torch_device)
     optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller_learning_rate)
     final_steps = max(1, round(config.budget_steps * config.final_share))
-    steps = max(1, (config.budget_steps - final_steps) // CHILDREN_PER_STEP)
+    steps = max(1, (config.budget_steps - final_steps) // config.children)
     baseline: float | None = None
     done = 0
 
@@ -46,7 +45,7 @@ def search_enas(search: Search) -> list[Finalist]:
 
     def controller_step() -> None:
         nonlocal baseline
-        choices = [controller.score(draw()) for _ in range(CHILDREN_PER_STEP)]
+        choices = [controller.score(draw()) for _ in range(config.children)]
         rewards = [search.scores(partial(shared, blocks=c.blocks)).accuracy for c in choices]
         reward = sum(rewards) / len(rewards)
         loss = policy_loss(
@@ -65,18 +64,18 @@ def search_enas(search: Search) -> list[Finalist]:
 
     def loss_of(rows: Tensor) -> Tensor:
         nonlocal done
-        if done and done % CONTROLLER_EVERY == 0:
+        if done and done % config.controller_interval == 0:
             controller_step()
         done += 1
         features, labels = search.train.features(rows), search.train.labels[rows]
         losses = [
             cross_entropy(shared(features, draw()), labels, label_smoothing=LABEL_SMOOTHING)
-            for _ in range(CHILDREN_PER_STEP)
+            for _ in range(config.children)
         ]
         return shared_weight_loss(torch.stack(losses))
 
-    parameters = [*shared.parameters(), *search.train.parameters()]
-    search.fit(loss_of, parameters, steps, "shared weights", cost=CHILDREN_PER_STEP)
+    backbone = search.train.parameters()
+    search.fit(loss_of, list(shared.parameters()), steps, "shared weights", cost=config.children, backbone=backbone)
     ranked = []
     for _ in range(FINAL_CHILDREN):
         blocks = draw()

@@ -1,20 +1,21 @@
 """Find a header for a backbone on an edge's few shared samples: halving, random, enas or a fixed one; one signature.
 
-Every decision is made on the validation source. A budget counts optimiser steps of headers, alike for all methods.
+A search chooses on its validation source. Whether what it found replaces a given header is tested on held-out folds
+(header_proof.py). A budget counts a search's optimiser steps of headers, alike for all methods.
 """
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fleetfit.config import HeaderConfig
 from fleetfit.enas import search_enas
+from fleetfit.header_proof import Fold, Proof, backbone_of, clearly_better, set_backbone
 from fleetfit.header_trials import (
     SAMPLING_TRIES,
     FeatureSource,
@@ -29,7 +30,7 @@ from fleetfit.header_trials import (
 from fleetfit.method.search_space import sample_blocks
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import Header
-from fleetfit.randomness import named_generator
+from fleetfit.randomness import derive_seed, named_generator
 from fleetfit.records import FIXED_HEADERS, Block, FixedHeaderKind, HeaderSpec, HeaderTrial
 
 CANDIDATES = 8  # of halving; more of them get too few steps each to be told apart
@@ -162,16 +163,6 @@ METHODS: dict[str, Callable[[Search], list[Finalist]]] = {
 }
 
 
-def clearly_better(losses: Float[Tensor, " sample"], incumbent: Float[Tensor, " sample"]) -> bool:
-    """Whether losses are lower than an incumbent's, sample by sample, by more than the standard error of the mean.
-
-    A given header saw far more data than the edge has; ten validation samples alone would replace it by chance.
-    """
-    gain = incumbent - losses
-    error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else 0.0
-    return float(gain.mean()) > error
-
-
 def _no_progress(done: int, total: int, note: str) -> None:
     """Say nothing."""
 
@@ -186,6 +177,7 @@ def search_header(
     max_bytes: int,
     seed: int,
     given: Sequence[Header] = (),
+    folds: Sequence[Fold] = (),
     on_progress: ProgressCallback = _no_progress,
 ) -> SearchResult:
     """Search a header by one of the methods, and train it.
@@ -199,11 +191,14 @@ def search_header(
         num_classes: Classes.
         max_bytes: Larger headers are never sampled.
         seed: Decides all randomness, with the method's name.
-        given: Trained headers; the best of them wins unless a found one is clearly better.
+        given: Trained headers; the best of them wins unless what is found is clearly better on held-out samples.
+        folds: Of all that ``train`` and ``validation`` have, for that test; without them it is made on ``validation``.
+            The searches without each fold come on top of the budget, where a found header has the lower loss.
         on_progress: Called as (done, total, note) in steps of the budget.
 
     Returns:
         The header with the lowest validation loss among those trained to the end; a given one unless clearly worse.
+        Where the backbone trains, it is left as the header needs it.
 
     Raises:
         ValueError: unknown method, no samples, or no header fits.
@@ -216,28 +211,83 @@ def search_header(
             raise ValueError(f"header search: {name} must have at least 1 sample, got 0")
     start = given[0] if given and config.warm_start and method == "halving" else None
     search = Search(train, validation, config, shape, num_classes, max_bytes, seed, method, on_progress, start)
-    found = METHODS[method](search)
+    came = backbone_of(train)
     given_ones = [search.finalist(f"given {spec_name(h.spec)}", copy.deepcopy(h).eval()) for h in given]
-    # Found ones come with the one trained to the end first: those that dropped out on the way cannot win.
-    contenders = [*found, *given_ones] if method == "random" else [*found[:1], *given_ones]
-    if not contenders:
+    found = METHODS[method](search)
+    best = winner_of(method, found)
+    if best is None and not given_ones:
         raise ValueError(f"header.search {method!r} needs given headers, got none")
-    winner = min(contenders, key=lambda f: f.scores.loss)
+    note = ""
     if given_ones:
         incumbent = min(given_ones, key=lambda f: f.scores.loss)
-        # One that started as the given header knows what that knows; a fresh one has to prove itself.
-        warm = search.starts(winner.header.spec) and winner.scores.loss < incumbent.scores.loss
-        winner = winner if warm or clearly_better(winner.losses, incumbent.losses) else incumbent
-    trials = sorted((_trial(f) for f in (*found, *given_ones)), key=lambda t: t.loss)
-    on_progress(config.budget_steps, config.budget_steps, f"{len(trials)} headers compared")
-    return SearchResult(winner.header, tuple(trials), search.steps_used, search.history)
+        if best is not None and best.scores.loss < incumbent.scores.loss:
+            trained = backbone_of(train)
+            proof = _prove(search, found, best, incumbent, folds, came)
+            search.history.append({"step": search.steps_used, "name": "held out", **proof.model_dump(mode="json")})
+            note = f", the given one {'replaced' if proof.holds else 'stays'} by {proof.samples} held-out samples"
+            set_backbone(train, trained)
+            best = best if proof.holds else None
+        else:
+            best = None
+        if best is None:
+            set_backbone(train, came)
+            best = incumbent
+    assert best is not None
+    trials = sorted((_trial(f, f is best) for f in (*found, *given_ones)), key=lambda t: t.loss)
+    on_progress(config.budget_steps, config.budget_steps, f"{len(trials)} headers compared{note}")
+    return SearchResult(best.header, tuple(trials), search.steps_used, search.history)
 
 
-def _trial(finalist: Finalist) -> HeaderTrial:
+def winner_of(method: str, found: Sequence[Finalist]) -> Finalist | None:
+    """The best by validation loss of those that were trained to the end; others, which come later, cannot win."""
+    contenders = found if method == "random" else found[:1]
+    return min(contenders, key=lambda f: f.scores.loss, default=None)
+
+
+def _prove(
+    search: Search,
+    found: Sequence[Finalist],
+    best: Finalist,
+    incumbent: Finalist,
+    folds: Sequence[Fold],
+    came: Sequence[Tensor],
+) -> Proof:
+    """The test of a found header: search again without each fold, and compare on it."""
+    if not folds:
+        return clearly_better(best.losses, incumbent.losses, best.right, incumbent.right, looks=max(1, len(found)))
+    budget = search.config.budget_steps
+    pairs = []
+    for i, fold in enumerate(folds):
+
+        def on_progress(done: int, total: int, note: str, i: int = i) -> None:
+            search.on_progress(budget - 1, budget, f"held-out fold {i + 1} of {len(folds)}")
+
+        set_backbone(fold.train, came)
+        without = replace(
+            search,
+            train=fold.train,
+            validation=fold.validation,
+            seed=derive_seed(search.seed, "fold", i),
+            on_progress=on_progress,
+            steps_used=0,
+            history=[],
+        )
+        scored = replace(without, validation=fold.held_out)
+        of_given = scored.finalist(incumbent.name, incumbent.header)
+        winner = winner_of(search.method, METHODS[search.method](without))
+        assert winner is not None, "a search that found a header on all samples finds one on fewer"
+        pairs.append((scored.finalist(winner.name, winner.header), of_given))
+    losses, given = (torch.cat([p[j].losses for p in pairs]) for j in (0, 1))
+    right, right_given = (torch.cat([p[j].right for p in pairs]) for j in (0, 1))
+    return clearly_better(losses, given, right, right_given, num_folds=len(folds))
+
+
+def _trial(finalist: Finalist, chosen: bool) -> HeaderTrial:
     return HeaderTrial(
         name=finalist.name,
         spec=finalist.header.spec,
         loss=finalist.scores.loss,
         accuracy=finalist.scores.accuracy,
         parameters=sum(p.numel() for p in finalist.header.parameters()),
+        chosen=chosen,
     )

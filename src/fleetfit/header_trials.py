@@ -1,11 +1,11 @@
 """The workbench of every header search: sources of features, a budget of steps, headers built, trained and scored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,7 +23,6 @@ from fleetfit.training import Scores, evaluate, fit, predict, score
 ProgressCallback = Callable[[int, int, str], None]
 
 LABEL_SMOOTHING = 0.1
-CELL_POOLING = 2  # random, enas: final pooling of their space
 OFFSET_BYTES = 16
 SAMPLING_TRIES = 200
 WARM_RATE_SHARE = 1 / 3  # a header that starts as a trained one moves less
@@ -65,12 +64,13 @@ class CachedFeatures:
 
 @dataclass(frozen=True)
 class Finalist:
-    """A trained header with its scores on the validation source, and its loss on each sample there."""
+    """A trained header with its scores on the validation source, and how it does on each sample there."""
 
     name: str
     header: Header
     scores: Scores
     losses: Float[Tensor, " sample"]
+    right: Bool[Tensor, " sample"]
 
 
 @dataclass
@@ -121,8 +121,12 @@ class Search:
         *names: str | int,
         cost: int = 1,
         rate_share: float = 1.0,
+        backbone: Sequence[nn.Parameter] = (),
     ) -> None:
-        """Train something at a share of the job's rate; each step takes ``cost`` of the budget."""
+        """Train something at a share of the job's rate; each step takes ``cost`` of the budget.
+
+        The backbone's parameters, where they are trained too, have a rate of their own.
+        """
         note = " ".join(map(str, names))
         start = self.steps_used
 
@@ -144,6 +148,8 @@ class Search:
             generator=named_generator(self.seed, "header_search", self.method, "batches", *names),
             each_step=each_step,
             after_step=after_step,
+            slower=backbone,
+            slower_rate=self.config.backbone_learning_rate,
             name=f"header search ({self.method}): {note}",
         )
 
@@ -170,7 +176,8 @@ class Search:
         scores = score(logits, labels)
         point = {"step": self.steps_used, "name": name, "loss": scores.loss, "accuracy": scores.accuracy}
         self.history.append(point)
-        return Finalist(name, header, scores, cross_entropy(logits, labels, reduction="none").cpu())
+        losses = cross_entropy(logits, labels, reduction="none").cpu()
+        return Finalist(name, header, scores, losses, (logits.argmax(-1) == labels).cpu())
 
 
 def header_bytes(spec: HeaderSpec, shape: FeatureShape, num_classes: int) -> int:
@@ -205,12 +212,14 @@ def nothing_fits(search: Search) -> ValueError:
 def cell_spec(search: Search) -> HeaderSpec:
     """The one space of random search and ENAS: B blocks, all else fixed; this is one header of it.
 
+    Where none of many samples fits, it is that with pooling to one cell, and then without an inner MLP.
+
     Raises:
-        ValueError: none of many samples fits, even with pooling to one cell.
+        ValueError: none of those fits either.
     """
     config = search.config
     generator = named_generator(search.seed, "header_search", search.method, "space")
-    for pooling in (CELL_POOLING, 1):
+    for pooling, hidden in ((config.pooling, config.hidden), (1, config.hidden), (1, 0)):
         for _ in range(SAMPLING_TRIES):
             spec = HeaderSpec(
                 kind="blocks",
@@ -218,6 +227,7 @@ def cell_spec(search: Search) -> HeaderSpec:
                 repeats=config.repeats,
                 channels=config.channels,
                 pooling=pooling,
+                hidden=hidden,
             )
             if search.fits(spec):
                 return spec

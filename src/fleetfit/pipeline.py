@@ -174,6 +174,8 @@ def refine_cluster(
     name = assignment.cluster
     total = job.refine.rounds + 3
     progress("refine", 0, total, f"{name}: coarse model")
+    if told := edge.pruning_note(job, assignment, found):
+        progress("pruning", 1, 1, f"{name}: {told}")
     coarse = edge.coarse_model(job, assignment, found, data, step=1)
     known = {a.device_id: a for a in stats.devices}
     expected = expected_of(coarse, known, job.privacy, job.links.send_models)

@@ -14,7 +14,14 @@ PAPER: dict[str, dict[str, Any]] = {
         "grid_ties": "loss",
         "specialise_steps": 0,
     },
-    "header": {"search": "enas", "freeze_backbone": False, "keep_distilled": False, "warm_start": False, "views": 1},
+    "header": {
+        "search": "enas",
+        "hidden": 32,
+        "freeze_backbone": False,
+        "keep_distilled": False,
+        "warm_start": False,
+        "views": 1,
+    },
     "refine": {
         "exchange": "importance",
         "similarity": "wasserstein",
@@ -32,6 +39,7 @@ PAPER: dict[str, dict[str, Any]] = {
 PRETRAINED: dict[str, dict[str, Any]] = {
     "model": {"epochs": 4, "learning_rate": 2e-4},
     "backbone": {"learning_rate": 5e-4},
+    "header": {"backbone_learning_rate": 2e-5},
 }
 
 SMALL: dict[str, Any] = {

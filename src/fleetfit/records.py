@@ -145,6 +145,7 @@ class HeaderTrial(Record):
     loss: float
     accuracy: float
     parameters: int
+    chosen: bool = Field(False, description="it is the one that is sent")
 
 
 class DataSummary(Record):

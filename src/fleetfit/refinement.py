@@ -157,6 +157,22 @@ def drop_least_important(
     return {name: mask.to(kept[name].device) for name, mask in left.items()}
 
 
+def nothing_to_drop(header: Header, refine: RefineConfig) -> str | None:
+    """Why Algorithm 2 drops no neuron of this header though ``refine.prune_share`` asks for it; None if it does.
+
+    A linear classifier has no neurons, nor have blocks without convolutions; the last neuron of a layer stays.
+    """
+    if not refine.prune_share:
+        return None
+    neurons = [layer.num_neurons for layer in prunable_layers(header).values()]
+    asked = f"refine.prune_share {refine.prune_share:g} drops nothing"
+    if sum(neurons) == len(neurons):
+        return f"{asked}: the {header.spec.name} header has no {'neurons' if not neurons else 'neuron to spare'}"
+    if round(sum(neurons) * refine.prune_share) == 0:
+        return f"{asked}: the {header.spec.name} header has {sum(neurons)} neurons, and that is less than half of one"
+    return None
+
+
 def with_dropped_as_shipped(
     header: Header, own: Mapping[str, Tensor], kept: Mapping[str, Tensor], coarse: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -140,6 +141,8 @@ def fit(
     after_epoch: Callable[[int], None] | None = None,
     bookmark: Bookmark | None = None,
     also_drawn_from: Sequence[torch.Generator] = (),
+    slower: Iterable[Tensor] = (),
+    slower_rate: float = 0.0,
     name: str = "training",
 ) -> Fitted:
     """Minimise ``loss_of(rows)`` by AdamW, with warm-up and cosine decay.
@@ -166,6 +169,8 @@ def fit(
         after_epoch: Called with the number of steps done.
         bookmark: Where the training is kept at the end of an epoch, and gone on with.
         also_drawn_from: Generators that ``loss_of`` draws from; the bookmark keeps their states too.
+        slower: Trained with them, at a peak rate of their own: ``slower_rate``.
+        slower_rate: Of ``slower``.
         name: For the error message.
 
     Raises:
@@ -174,13 +179,20 @@ def fit(
     """
     if num_samples < 1:
         raise ValueError(f"{name}: needs at least 1 sample, got {num_samples}")
-    trained = [p for p in parameters if p.requires_grad]
-    matrices, vectors = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    rated = [(p, learning_rate) for p in parameters] + [(p, slower_rate) for p in slower]
+    trained = [p for p, _ in rated if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p, r in rated if r == rate and (p.ndim > 1) == matrices and p.requires_grad]}
+        | {"weight_decay": weight_decay if matrices else 0.0, "peak": rate}
+        for rate in dict.fromkeys([learning_rate, *(r for _, r in rated)])
+        for matrices in (True, False)
+    ]
     torch_device = trained[0].device if trained else CPU
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True if torch_device.type == "cuda" else None)
     losses = _Losses(name, steps, _look_every(torch_device), after_step)
-    whole = _Training([*matrices, *vectors], optimizer, average, (generator, *also_drawn_from), losses)
+    whole = _Training(
+        [p for group in groups for p in group["params"]], optimizer, average, (generator, *also_drawn_from), losses
+    )
     step = 0
     if bookmark is not None and (kept := bookmark.load()) is not None:
         try:
@@ -197,7 +209,7 @@ def fit(
                 losses.add(loss.detach())
                 torch.nn.utils.clip_grad_norm_(trained, gradient_clip)
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate * rate_share(step, steps, warmup_share)
+                    group["lr"] = group["peak"] * rate_share(step, steps, warmup_share)
                 optimizer.step()
                 step += 1
                 if average is not None:

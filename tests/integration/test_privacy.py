@@ -75,7 +75,7 @@ MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
     "cluster_report": (
         {"cluster", "similarity", "distance", "decision.header", "decision.prior_strength"}
         | under("header", HEADER | BLOCK)
-        | under("trials", {"name", "loss", "accuracy", "parameters"} | under("spec", HEADER | BLOCK))
+        | under("trials", {"name", "loss", "accuracy", "parameters", "chosen"} | under("spec", HEADER | BLOCK))
         | under("rounds", {"round", "num_samples", "loss_sum", "num_correct"})
         | {"decision.loss_by_way.coarse", "decision.loss_by_way.refined"}
         | under("devices", REPORT)

@@ -47,16 +47,15 @@ def headers(run: Run) -> Markup:
     """For each cluster the chosen header as a graph, and what it was compared with."""
     config = run.job.header
     kept = (
-        " The header that was distilled with the backbone has seen far more data than the edge has: a header that was "
-        "trained afresh must be better by more than the standard error of their difference, one that started as the "
-        "distilled header computes must only have the lower loss."
+        " The header that was distilled with the backbone has seen far more data than the edge has: what is found "
+        "replaces it only if the search, run anew without each fifth of the shared samples, is clearly better on it."
         if config.keep_distilled
         else ""
     )
     parts = []
     for cluster in run.summary.clusters:
         report = run.reports[cluster.id]
-        chosen = next((t for t in sorted(report.trials, key=_loss) if t.spec == report.header), None)
+        chosen = next((t for t in report.trials if t.chosen), None)
         searched = next((t for t in sorted(report.trials, key=_loss) if t.spec.blocks), None)
         graphs = [_graph(f"Chosen for {cluster.id}", report.header, chosen)]
         if searched is not None and report.header.kind != "blocks":
