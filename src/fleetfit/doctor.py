@@ -13,7 +13,7 @@ from fleetfit.config import RunConfig
 from fleetfit.records import Record
 
 MODULES = {"scikit-learn": "sklearn", "pillow": "PIL"}  # where a package's module is not its name with underscores
-EXTRAS = {"export": "fleetfit export", "privacy": "[privacy]"}  # what an extra is for
+EXTRAS = {"export": "fleetfit export", "privacy": "[privacy]", "xlsx": "spreadsheets"}  # what an extra is for
 SMALL_MEMORY_BYTES = 2 * 2**30
 SMALL_DISK_BYTES = 2**30
 

@@ -119,6 +119,7 @@ def calm_libraries(debug: bool) -> None:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     else:
         warnings.simplefilter("ignore")
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it complains of a home that cannot be written
 
 
 class Phases:
