@@ -80,14 +80,14 @@ def load_model(folder: str | Path) -> Classifier:
         raise ValueError(f"{path} is missing") from None
     except SafetensorError as error:
         raise ValueError(f"{path} is corrupt: {error}") from None
-    if wrong := not_finite(tensors):
-        raise ValueError(f"{path} has wrong weights: {first_few(wrong)}")
     try:
         backbone = Backbone(card.family, card.config)
         backbone.load_state_dict(take(tensors, "backbone"), strict=True)
         header = header_from_state(card.header, backbone.feature_shape, len(card.labels), take(tensors, "header"))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit {folder / 'model.json'}: {error}") from None
+    if wrong := not_finite(tensors):
+        raise ValueError(f"{path} has wrong weights: {first_few(wrong)}")
     return Classifier(backbone, header).eval()
 
 
