@@ -266,7 +266,7 @@ def weak_points(results: Results, parts: tuple[str, ...]) -> list[str]:
             "**The header search** replaced the pooled header that was distilled with the backbone in "
             f"{sum(bool(g) for g in gains)} of {len(gains)} cells, by {100 * min(gains):+.1f} to "
             f"{100 * max(gains):+.1f} points. Up to commit 43374a6 the loss of ten validation samples decided, and in "
-            "two of fifteen cells (seeds 15-19) it sent a header that was 9 to 10 points worse."
+            "two of fifteen cells (seeds 15-19) it sent a header that was 9.2 and 10.5 points worse."
         )
     if "importance" in parts:
         heads = spread(collect(results, "importance", "heads_within_layers"), 1, 2)
