@@ -66,9 +66,20 @@ def interval(values: list[float], base: list[float]) -> str:
     return f"{d.mean():+.1f} ({d.mean() - half:+.1f} to {d.mean() + half:+.1f}): {each}"
 
 
+def over_seeds(results: Results) -> str:
+    """What stands behind a figure."""
+    number = len(results)
+    return f"mean ± standard error over {number} seeds" if number > 1 else "one seed, so nothing is known of the spread"
+
+
 def each(values: list[float]) -> str:
     """Mean ± standard error, and each seed's, in per cent."""
     return f"{spread(values)}: {' '.join(f'{100 * v:.1f}' for v in values)}"
+
+
+def tie(values: list[float], base: list[float]) -> str:
+    """' (a tie)' where the 95 % interval of the paired difference holds 0."""
+    return "" if len(values) < 2 or excludes_zero(values, base) else " (a tie)"
 
 
 def excludes_zero(values: list[float], base: list[float]) -> bool:

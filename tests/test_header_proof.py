@@ -1,7 +1,5 @@
 """Whether a found header replaces a given one: folds that hold out every sample once, the test, and both outcomes."""
 
-import math
-
 import pytest
 import torch
 from scipy import stats
@@ -44,7 +42,7 @@ def test_fewer_right_answers_or_one_sample_prove_nothing() -> None:
     assert clearly_better(losses, given, ALL_RIGHT, ALL_RIGHT).holds
     assert not clearly_better(losses, given, some, ALL_RIGHT).holds
     one = clearly_better(losses[:1], given[:1], ALL_RIGHT[:1], ALL_RIGHT[:1])
-    assert (one.holds, one.error) == (False, math.inf)
+    assert (one.holds, one.error) == (False, None)
 
 
 def test_a_header_that_is_no_better_rarely_passes() -> None:
@@ -161,6 +159,15 @@ def test_a_clearly_better_header_replaces_the_given_one() -> None:
     assert [t.spec for t in result.trials if t.chosen] == [result.header.spec]
     assert next(point for point in result.history if point["name"] == "held out")["holds"]
     assert result.steps_used <= CONFIG.budget_steps
+
+
+def test_too_few_samples_replace_nothing() -> None:
+    """Three samples that are trained on and chosen on say nothing, however well a header knows them."""
+    source, given = cls_source("few", 3, 3.0), linear(-1.0)
+    folds = make_folds(source, None, 1, named_generator(0, "folds"))
+    result = search_header("linear", source, source, CONFIG, SHAPE, 4, 10**6, 0, [given], folds)
+    assert min(t.loss for t in result.trials if not t.name.startswith("given")) < 0.5
+    assert torch.equal(result.header.last_linear.weight, given.last_linear.weight)
 
 
 class Live:

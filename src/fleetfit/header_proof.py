@@ -126,10 +126,13 @@ class Proof(Record):
 
     samples: int
     gain: float
-    error: float
+    error: float | None
     correct: int
     correct_given: int
     holds: bool
+
+
+NOTHING_HELD_OUT = Proof(samples=0, gain=0.0, error=None, correct=0, correct_given=0, holds=False)
 
 
 def clearly_better(
@@ -149,9 +152,9 @@ def clearly_better(
     """
     gains = (given - losses).double()
     number = len(gains)
-    if number < 2:
-        error, bound = math.inf, math.inf
-    else:
+    error: float | None = None
+    bound = math.inf
+    if number > 1:
         factor = 1 + num_folds / (num_folds - 1) if num_folds > 1 else 1.0
         error = float(gains.std()) * math.sqrt(factor / number)
         bound = float(student_t.ppf(1 - LEVEL / looks, number - 1)) * error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fleetfit.config import HeaderConfig
 from fleetfit.enas import search_enas
-from fleetfit.header_proof import Fold, Proof, backbone_of, clearly_better, set_backbone
+from fleetfit.header_proof import NOTHING_HELD_OUT, Fold, Proof, backbone_of, clearly_better, set_backbone
 from fleetfit.header_trials import (
     SAMPLING_TRIES,
     FeatureSource,
@@ -177,7 +177,7 @@ def search_header(
     max_bytes: int,
     seed: int,
     given: Sequence[Header] = (),
-    folds: Sequence[Fold] = (),
+    folds: Sequence[Fold] | None = None,
     on_progress: ProgressCallback = _no_progress,
 ) -> SearchResult:
     """Search a header by one of the methods, and train it.
@@ -192,8 +192,9 @@ def search_header(
         max_bytes: Larger headers are never sampled.
         seed: Decides all randomness, with the method's name.
         given: Trained headers; the best of them wins unless what is found is clearly better on held-out samples.
-        folds: Of all that ``train`` and ``validation`` have, for that test; without them it is made on ``validation``.
-            The searches without each fold come on top of the budget, where a found header has the lower loss.
+        folds: Of all that ``train`` and ``validation`` have, for that test; of too few samples there are none, and
+            nothing replaces a given header. None: it is made on ``validation``, which must not be what was trained on.
+            Searches without each fold come on top of the budget, and only where a found header has the lower loss.
         on_progress: Called as (done, total, note) in steps of the budget.
 
     Returns:
@@ -249,12 +250,14 @@ def _prove(
     found: Sequence[Finalist],
     best: Finalist,
     incumbent: Finalist,
-    folds: Sequence[Fold],
+    folds: Sequence[Fold] | None,
     came: Sequence[Tensor],
 ) -> Proof:
     """The test of a found header: search again without each fold, and compare on it."""
-    if not folds:
+    if folds is None:
         return clearly_better(best.losses, incumbent.losses, best.right, incumbent.right, looks=max(1, len(found)))
+    if not folds:
+        return NOTHING_HELD_OUT
     budget = search.config.budget_steps
     pairs = []
     for i, fold in enumerate(folds):
