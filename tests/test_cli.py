@@ -179,6 +179,17 @@ def test_progress_on_a_terminal_keeps_a_line_for_each_phase(monkeypatch: pytest.
     ]
 
 
+def test_the_last_step_is_not_over_before_it_is(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Neither 100 % nor no time left, while a slow last step is at work."""
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "perf_counter", lambda: clock[0])
+    with terminal.Phases(terminal.Signals()) as phases:
+        phases("header search", 0, 1000, "phones: rung 1")
+        clock[0] += 99.9
+        phases("header search", 999, 1000, "phones: fold 4 of 4")
+    assert capfd.readouterr().err.splitlines()[-1] == "header search phones: 99 %, fold 4 of 4"
+
+
 @pytest.mark.parametrize("first", [1, 501])
 def test_a_slow_phase_is_told_when_it_ends(monkeypatch: pytest.MonkeyPatch, capfd: Any, first: int) -> None:
     """A step a second, also where the first half was read back; without a terminal, a line a minute."""
@@ -191,7 +202,7 @@ def test_a_slow_phase_is_told_when_it_ends(monkeypatch: pytest.MonkeyPatch, capf
     lines = capfd.readouterr().err.splitlines()
     done = first + 61
     left = terminal.format_duration(1000 - done)
-    assert lines[:2] == ["reference ...", f"reference: {100 * done / 1000:.0f} %, loss 1, {left} left"]
+    assert lines[:2] == ["reference ...", f"reference: {100 * done // 1000} %, loss 1, {left} left"]
     assert len(lines) == 2 + (1000 - first) // 61
     assert lines[-1].startswith("reference: done in ")
 
@@ -520,7 +531,7 @@ def test_profile_says_when_the_formula_says_a_machine_badly(shell: Any, monkeypa
 
     monkeypatch.setattr(profiling, "profile_machine", machine(flat=True))
     result = shell("profile")
-    assert "poor: was the machine busy?" in result.stdout
+    assert "a poor fit: was the machine busy?" in result.stdout
     assert (
         "power:   P = 3 + 0 w d + 1.5 p watts, R² 1.000, worst error 0.0%\n         measured, a meter\n"
         in result.stdout
@@ -571,6 +582,20 @@ def test_profile_refuses(shell: Any, arguments: tuple[object, ...], code: int, m
     assert message in result.stderr
     assert not Path("profile.toml").exists()
     assert RECIPE.read_bytes() == recipe
+
+
+@pytest.mark.parametrize(
+    "command", ["run", "report", "export", "predict", "pretrain", "profile", "provision", "start", "doctor"]
+)
+def test_help_fits_into_80_columns(command: str) -> None:
+    """Its lines are laid out by hand: none is broken where a terminal is as narrow as they come."""
+
+    def prose(columns: str) -> list[str]:
+        text = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": columns, "NO_COLOR": "1"}).stdout
+        return [line.rstrip() for line in text.split("╭")[0].splitlines()]
+
+    assert len(prose("80")) > 5
+    assert prose("80") == prose("160")
 
 
 def test_help_teaches(shell: Any) -> None:

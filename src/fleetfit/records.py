@@ -1,5 +1,6 @@
 """Plain values that the tiers speak of; immutable, validated, JSON in and out."""
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -148,6 +149,13 @@ class HeaderTrial(Record):
     chosen: bool = Field(False, description="it is the one that is sent")
 
 
+def counted(number: int, what: str) -> str:
+    """'1 blank row', '2 blank rows'; '1 file that is no data here', '2 files that are no data here'."""
+    if number == 1:
+        what = re.sub(r"\b(row|file|image|text|sample)s\b", r"\1", what, count=1).replace(" that are ", " that is ")
+    return f"{number:,} {what}"
+
+
 class DataSummary(Record):
     """What was read of a source, what was left out and why, and what was found by itself."""
 
@@ -171,17 +179,24 @@ class DataSummary(Record):
     form: str = Field("", description="changes with how inputs are made of it")
 
     @property
+    def unit(self) -> str:
+        """What a sample of the source is called."""
+        return "images" if self.kind == "image" else "rows"
+
+    @property
     def lines(self) -> tuple[str, ...]:
         """All of it for a person, a line each; no line has a colon before its first number or name."""
-        files = f" in {self.num_files:,} file{'s' if self.num_files > 1 else ''}" if self.num_files else ""
+        files = f" in {counted(self.num_files, 'files')}" if self.num_files not in (0, self.num_rows) else ""
         used = "all used" if self.num_samples == self.num_rows else f"{self.num_samples:,} used"
-        lines = [f"{self.num_rows:,} rows{files}, {used} ({self.origin})"]
+        lines = [f"{counted(self.num_rows, self.unit)}{files}, {used} ({self.origin})"]
         if self.left_out:
-            lines.append("left out " + ", ".join(f"{number:,} {why}" for why, number in self.left_out.items()))
+            lines.append("left out " + ", ".join(counted(number, why) for why, number in self.left_out.items()))
         if self.input_column:
             lines.append(f"inputs from column {self.input_column!r} ({self.input_why})")
         if self.label_column:
             lines.append(f"labels from column {self.label_column!r} ({self.label_why})")
+        elif self.label_why:
+            lines.append(f"labels from {self.label_why}")
         shown = [f"{name} {number:,}" for name, number in list(self.classes.items())[:MOST_CLASSES]]
         more = f", and {len(self.classes) - MOST_CLASSES} more" if len(self.classes) > MOST_CLASSES else ""
         lines.append(f"{len(self.classes)} classes ({', '.join(shown)}{more})")

@@ -185,7 +185,7 @@ class Phases:
             self.bar.update(self.task, completed=min(done, total), total=total, note=note)
             self.drawn = now
         elif not self.live and now - self.drawn > LINE_EVERY_SECONDS and done < total:
-            told = (f"{100 * done / total:.0f} %", what, self._left(now, done, total))
+            told = (f"{100 * done // total} %", what, self._left(now, done, total))
             self.console.print(f"{' '.join(key).strip()}: {', '.join(filter(None, told))}")
             self.drawn = now
         if done >= total:
@@ -204,7 +204,8 @@ class Phases:
         since, first = self.begun
         if now - since < SLOW_SECONDS or not first < done < total:
             return ""
-        return f"{format_duration((total - done) * (now - since) / (done - first))} left"
+        left = (total - done) * (now - since) / (done - first)
+        return f"{format_duration(left)} left" if left >= 1 else ""
 
     def _begin(self, key: tuple[str, str], total: int) -> None:
         self.current, self.finished = key, None

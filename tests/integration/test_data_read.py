@@ -68,7 +68,7 @@ def test_what_was_read_is_told_before_anything_is_trained(folder: Path) -> None:
     told = (folder / "told.txt").read_text().splitlines()
     data = [line.removeprefix("· ") for line in told[: next(i for i, t in enumerate(told) if "reference" in t)]]
     assert f"161 rows in 1 file, 160 used ({folder / 'rows.csv'})" in data
-    assert "left out 1 blank rows" in data
+    assert "left out 1 blank row" in data
     assert "inputs from column 'text' (its name)" in data
     assert "labels from column 'label' (its name)" in data
     assert "4 classes (01 40, 1 40, <b>é</b> 40, NA 40)" in data
@@ -84,6 +84,11 @@ def test_what_was_read_is_kept_and_on_the_page(folder: Path) -> None:
     page = (folder / "run" / "report.html").read_text()
     assert "What was read" in page
     assert "160 samples of 161 rows" in page
+    assert "Left out: 1 blank row." in page
+    assert "<td>column text (its name)</td>" in page
+    assert re.search(
+        r"What was noted</h3><ul [^>]*><li>[^<]*semicolons|What was noted</h3><ul [^>]*><li>rows.csv", page
+    )
     assert "&lt;b&gt;é&lt;/b&gt;" in page
     assert "<b>é</b>" not in page
     assert json.loads((folder / "run/devices/small-1/model.json").read_text())["labels"] == sorted(CODES)

@@ -37,7 +37,7 @@ def export(
     min_agreement: Annotated[
         float | None,
         typer.Option(
-            "--min-agreement", metavar="SHARE", help="With int8: of labels, how many must stay. Default: 0.95."
+            "--min-agreement", metavar="SHARE", help="With int8: share of labels that must stay. Default: 0.95."
         ),
     ] = None,
     keep_anyway: Annotated[
@@ -52,17 +52,18 @@ def export(
 ) -> None:
     """Write devices' models for use without fleetfit.
 
-    [bold]RUN[/bold] is the folder of a finished run. Each model is compared with the one that
-    it comes from, on public samples and for several batch sizes, and its size
-    with the storage of its device. What fails is not kept. An earlier export of
-    the same device is replaced.
+    [bold]RUN[/bold] is the folder of a finished run. Each model is compared with the one
+    that it comes from, on public samples and for several batch sizes, and its
+    size with the storage of its device. What fails is not kept. An earlier export
+    of the same device is replaced.
 
-    With [bold]--quantize int8[/bold], a model must keep 95 of 100 labels of public samples, and lose
-    3 points of accuracy at most. Where it does not, layers that int8 harms stay in
-    float, the fewest that mend it; export.json and README.md name them. What cannot
-    be mended is not kept, unless --keep-anyway is given.
+    With [bold]--quantize int8[/bold], a model must keep 95 of 100 labels of public samples,
+    and lose 3 points of accuracy at most. Where it does not, layers that int8
+    harms stay in float, the fewest that mend it; export.json and README.md name
+    them. What cannot be mended is not kept, unless --keep-anyway is given.
 
-      onnx          model.onnx for ONNX Runtime, any batch size; README.md shows how
+      onnx          model.onnx for ONNX Runtime, of any batch size; README.md
+                    has the lines that run it
       safetensors   a copy of the device's folder, for fleetfit.load
       torch         model.pt2 for torch.export.load
 
@@ -102,7 +103,8 @@ def _print_exports(exports: "Mapping[Path, Export]") -> None:
     console.print(_export_table(exports, quantized))
     console.print(f"differs: the most that a logit is off{', before int8' if quantized else ''}", style="dim")
     if quantized:
-        console.print("agree: public samples whose label stays; accuracy: on these, of all classes", style="dim")
+        console.print("float: the size before int8; agree: public samples whose label stays", style="dim")
+        console.print("before, int8: accuracy on these samples, of all classes", style="dim")
         for line in _int8_notes(exports.values()):
             console.print(line, soft_wrap=True)
     console.print()
@@ -132,12 +134,12 @@ def _export_table(exports: "Mapping[Path, Export]", quantized: bool) -> "Table":
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("device", overflow="fold", min_width=10)
     names = ["size", "limit", "differs"]
-    for name in names + ["float", "agree", "accuracy", "float"] * quantized:
+    for name in names + ["float", "agree", "before", "int8"] * quantized:
         table.add_column(name, justify="right", no_wrap=True)
     for made in exports.values():
         row = [format_bytes(made.size_bytes), format_bytes(made.limit_bytes), f"{made.max_difference:.0e}"]
         if made.int8:
-            shares = (made.int8.agreement, made.int8.accuracy, made.int8.accuracy_before)
+            shares = (made.int8.agreement, made.int8.accuracy_before, made.int8.accuracy)
             row += [format_bytes(made.int8.size_before_bytes), *map(percent, shares)]
         table.add_row(Text(made.device_id), *row)
     return table

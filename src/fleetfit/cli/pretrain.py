@@ -24,19 +24,19 @@ def pretrain(
 ) -> None:
     """Train the reference of a job, and write it as a checkpoint.
 
-    [bold]JOB[/bold] is a job file. Its reference is trained on the public samples as [bold]fleetfit run[/bold]
-    would, and kept in the same cache: a run of the same job then finds it there.
-    The folder has the base model as Transformers knows it, its header, and what is
-    known of both (card.json, README.md). [bold]model.pretrained[/bold] = DIR in another
-    job starts from it.
+    [bold]JOB[/bold] is a job file. Its reference is trained on the public samples as
+    [bold]fleetfit run[/bold] would, and kept in the same cache: a run of the same job then
+    finds it there. The folder has the base model as Transformers knows it, its
+    header, and what is known of both (card.json, README.md).
+    [bold]model.pretrained[/bold] = DIR in another job starts from it.
 
     [bold]Examples[/bold]
 
       fleetfit pretrain recipes/digits.toml
-      fleetfit pretrain my.toml -s model.epochs=300 -s model.mixup=0.2 -o models/mine
+      fleetfit pretrain my.toml -s model.epochs=300 -o models/mine
 
-    [bold]To go on[/bold] after Ctrl-C or a crash, give the same command again: a long training is
-    kept every few minutes, at the end of an epoch.
+    [bold]To go on[/bold] after Ctrl-C or a crash, give the same command again: a long
+    training is kept every few minutes, at the end of an epoch.
     """
     with reporting(
         debug, resumable=True, go_on="the same command goes on from the last epoch that was kept"

@@ -63,8 +63,9 @@ def profile(
     core; as much again where power is read. Close other programs first.
 
     Image models get images of their size. Text models (bert, roberta, distilbert)
-    get texts of data.max_tokens tokens of the job, else of 128, the most that a job
-    takes by itself; no data is read, and the time depends on how long texts are.
+    get texts of as many tokens as data.max_tokens of the job says, else of 128,
+    the most that a job takes by itself. No data is read; the longer the texts,
+    the longer the time.
 
     [bold]Examples[/bold]
 
@@ -161,7 +162,9 @@ def _print_profiling(found: "Profiling", out: Path) -> None:
         soft_wrap=True,
     )
     if found.latency.r_squared < POOR_FIT:
-        console.print("         poor: was the machine busy? else width and depth do not act alike here", style="dim")
+        console.print(
+            "         a poor fit: was the machine busy? If not, width and depth do not act alike here", style="dim"
+        )
     if found.power is not None:
         console.print(
             f"power:   P = {constants.power_watts:.4g} + {constants.power_slope_watts:.4g} w d + "

@@ -72,13 +72,15 @@ def run(
     [bold]Engines[/bold] give the same models with the same seed.
 
       local        all in this process, one device after the other
-      simulation   devices in processes of Ray, as many at a time as there is room for,
-                   on this machine or a Ray cluster (--address). All machines of a cluster
-                   have fleetfit\\[flower] and share the storage of the run folder and of
-                   run.cache. Ray is started with the run and ends with it.
-      flower       edges and devices that are programs of their own, on their own machines:
-                   made by fleetfit provision, started with fleetfit start. Each device
-                   keeps its model. This is the cloud (--cloud)
+      simulation   devices in processes of Ray, as many at a time as there is
+                   room for, on this machine or a Ray cluster (--address). All
+                   machines of a cluster have fleetfit\\[flower] and share the
+                   storage of the run folder and of run.cache. Ray is started
+                   with the run and ends with it.
+      flower       edges and devices that are programs of their own, on their
+                   own machines: made by fleetfit provision, started with
+                   fleetfit start. Each device keeps its model. This is the
+                   cloud (--cloud).
 
     [bold]To go on[/bold] after Ctrl-C, a crash or a full disk, give the same command again:
     what was finished is read back, not computed again.
@@ -87,13 +89,18 @@ def run(
 
       method                  fleetfit; paper: every choice as the paper makes it
       seed                    same job and seed, same models
-      data.source             digits; a file or a pattern of files (csv, tsv, xlsx, json,
-                              jsonl, ndjson, parquet, arrow), a folder, a data set's id on the
-                              Hugging Face hub, or a Python function, module:function
+      data.source             digits; a file or a pattern of files (csv, tsv,
+                              xlsx, json, jsonl, ndjson, parquet, arrow), a
+                              folder, a data set's id on the Hugging Face hub,
+                              or a Python function, module:function
+      data.input_column       the column of images or texts, where names and
+      data.label_column       types do not tell; and the column of labels
       data.split              iid, classes, dirichlet, natural: what a device sees
       fleet.devices           count, storage_limit, gpu_capacity or a profile
-      model.family            vit, deit, dinov2 (images); bert, roberta, distilbert (texts)
-      model.config            the size of the reference Transformer
+      model.family            vit, deit, dinov2 (images);
+                              bert, roberta, distilbert (texts)
+      model.config            the size of the reference Transformer; by itself
+                              a small one, for images of 8x8 pixels in grey
       model.pretrained        start from a folder or a hub id instead
       backbone.widths         shares of heads and neurons to choose from
       backbone.depths         numbers of layers to choose from

@@ -1,6 +1,6 @@
 """What was read: files, columns and why, what was left out and why, classes, and what looked odd."""
 
-from fleetfit.records import DataSummary
+from fleetfit.records import DataSummary, counted
 from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
 from fleetfit.report.markup import Child, Markup, count, element, plural
 from fleetfit.report.run_data import Run
@@ -13,15 +13,15 @@ def data(run: Run) -> Markup | None:
     read = run.summary.data
     if read is None:
         return None
-    sides = [panel("Classes", _classes(read)), panel("How it was read", _facts(read))]
-    told = [paragraph(_left_out(read))]
+    cards = [panel("Classes", _classes(read)), panel("How it was read", _facts(read))]
     if read.notes:
-        told.append(element("ul", *(element("li", line) for line in read.notes)))
+        noted = element("ul", *(element("li", line) for line in read.notes), class_="noted")
+        cards.append(panel("What was noted", noted))
     return section(
         "data",
         "What was read",
-        *told,
-        grid(*sides),
+        paragraph(_left_out(read)),
+        grid(*cards),
         note(
             "The cloud’s own data; what edges and devices have read is told on their machines."
             if not run.has_all_data
@@ -32,10 +32,10 @@ def data(run: Run) -> Markup | None:
 
 
 def _left_out(read: DataSummary) -> str:
-    used = f"{plural(read.num_samples, 'sample')} of {plural(read.num_rows, 'row')} from {read.origin}."
+    used = f"{plural(read.num_samples, 'sample')} of {counted(read.num_rows, read.unit)} from {read.origin}."
     if not read.left_out:
         return f"{used} Nothing was left out."
-    return f"{used} Left out: {', '.join(f'{count(number)} {why}' for why, number in read.left_out.items())}."
+    return f"{used} Left out: {', '.join(counted(number, why) for why, number in read.left_out.items())}."
 
 
 def _facts(read: DataSummary) -> Markup:
@@ -43,9 +43,11 @@ def _facts(read: DataSummary) -> Markup:
     if read.num_files:
         rows.append(("Files", count(read.num_files)))
     if read.input_column:
-        rows.append(("Inputs", f"column {read.input_column}: {read.input_why}"))
+        rows.append(("Inputs", f"column {read.input_column} ({read.input_why})"))
     if read.label_column:
-        rows.append(("Labels", f"column {read.label_column}: {read.label_why}"))
+        rows.append(("Labels", f"column {read.label_column} ({read.label_why})"))
+    elif read.label_why:
+        rows.append(("Labels", read.label_why))
     rows += [(name[:1].upper() + name[1:], f"{value:g}") for name, value in read.values.items()]
     return table("What was taken, and why", ["what", "as read"], [table_row(name, value) for name, value in rows])
 

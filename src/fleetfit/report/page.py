@@ -144,7 +144,10 @@ def _headline(run: Run) -> Markup:
             "within their storage limit",
         ),
         (percent(run.reference.accuracy), f"reference, {count(summary.reference.parameters)} parameters, public test"),
-        (f"{count(smallest)} – {count(largest)}", "parameters of what ships"),
+        (
+            count(largest) if smallest == largest else f"{count(smallest)} – {count(largest)}",
+            "parameters of each model that ships",
+        ),
         (bytes_text(upload) if known(upload) else NOT_KNOWN, "sent by all devices together"),
         (seconds_text(sum(summary.seconds.values())), f"of wall time{_cpu_time(summary)}, all steps added up"),
     ]

@@ -42,6 +42,8 @@ section { margin: 52px 0 0; scroll-margin-top: 12px; }
 .tile { background: var(--panel); padding: 12px 14px; display: flex; flex-direction: column; justify-content: center; }
 .tile b { display: block; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .tile p { color: var(--muted); font-size: .84rem; line-height: 1.35; margin: 2px 0 0; }
+ul.noted { padding-left: 1.1em; margin: 0; font-size: .88rem; overflow-wrap: anywhere; }
+ul.noted li { margin: 0 0 .45em; }
 ol.how { padding-left: 1.3em; margin: 0; } ol.how li { margin: 0 0 .6em; max-width: 68ch; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 14px; margin: 0; font-size: .92rem; }
 dt { color: var(--muted); } dd { margin: 0; text-align: right; font-variant-numeric: tabular-nums;
