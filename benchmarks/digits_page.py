@@ -133,7 +133,7 @@ def markdown(results: Results, parts: tuple[str, ...]) -> str:
     lines = [
         "# Figures on digits",
         "",
-        f"`python benchmarks/digits.py --seeds {seeds}`; {over_seeds(results)}. {machine()}",
+        f"`python benchmarks/digits.py --seeds {seeds} --parts {' '.join(parts)}`; {over_seeds(results)}. {machine()}",
         "Defaults were chosen on seeds 100-104, and nothing on the seeds reported here. But digits has 1,797 images: "
         "each seed, also those, is another split and another training on the same images, so all figures belong to "
         "this data set, and intervals speak of splits, not of other data.",
