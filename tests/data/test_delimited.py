@@ -230,3 +230,50 @@ def test_an_encoding_that_is_given_is_kept_to(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it has zero bytes"):
         read(tmp_path, b"text,label\n\0\1\2\0\3,yes\n")
+
+
+# -- files that were put together, or are in another encoding than they are said to be -------------------------------
+
+
+def test_further_headers_are_left_out_and_told(tmp_path: Path) -> None:
+    found = read(tmp_path, "text,label\none,a\n\ntext,label\ntwo,b\ntext,c\n")
+    assert rows_of(found) == [("one", "a"), ("two", "b"), ("text", "c")]
+    assert found.blank_rows == 1
+    assert found.notes == ("left out 1 rows of rows.csv that repeat its header, the first in line 4",)
+
+
+def test_two_marks_at_the_beginning_are_no_name(tmp_path: Path) -> None:
+    assert list(read(tmp_path, b"\xef\xbb\xbf\xef\xbb\xbftext,label\none,a\n").columns) == ["text", "label"]
+    assert list(read(tmp_path, "\ufefftext,label\none,a\n".encode("utf-16")).columns) == ["text", "label"]
+
+
+def test_lines_in_several_encodings_are_an_error(tmp_path: Path) -> None:
+    lines = [f"café {i},x\n" for i in range(4)]
+    mixed = b"text,label\n" + "".join(lines).encode() + lines[0].encode("cp1252")
+    with pytest.raises(ValueError, match=r"rows\.csv is not UTF-8 \(line 6\), but 4 other lines are"):
+        read(tmp_path, mixed)
+    # A line can be both by chance: of 20 here, one.
+    by_chance = "text,label\n" + "Spaß“,x\n" + "Straße,x\n" * 19
+    assert read(tmp_path, by_chance.encode("cp1252")).columns["text"][:2] == ["Spaß“", "Straße"]
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "says"),
+    [
+        ("text,label\ncafé,x\n".encode(), "cp1252", r"is UTF-8 \('xt,label café,x'\), but data\.encoding = 'cp1252'"),
+        ("\ufefftext,label\none,x\n".encode(), "latin-1", "begins with the mark of UTF-8, but"),
+        ("text,label\none,x\n".encode("utf-16"), "cp1252", "begins with the mark of UTF-16, but"),
+    ],
+)
+def test_an_encoding_that_the_file_contradicts_is_an_error(
+    tmp_path: Path, content: bytes, encoding: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        read(tmp_path, content, encoding=encoding)
+
+
+def test_an_encoding_may_say_what_the_file_says(tmp_path: Path) -> None:
+    text = "text,label\ncafé,x\n"
+    for encoding, content in (("utf8", f"\ufeff{text}".encode()), ("utf-16", text.encode("utf-16")), ("cp1252", None)):
+        found = read(tmp_path, content or text.encode(encoding), encoding=encoding)
+        assert rows_of(found) == [("café", "x")]

@@ -40,7 +40,7 @@ def read_delimited(path: Path, separator: str = "", encoding: str = "") -> FileR
     """All rows of a file; the first one names the columns.
 
     Separator: the one in which the header has several names and all rows as many fields. Empty fields at the end of
-    rows, and columns without a name and any value, are dropped; so are rows without any value.
+    rows, and columns without a name and any value, are dropped; so are rows without any value, and further headers.
 
     Args:
         path: The file.
@@ -74,9 +74,16 @@ def read_delimited(path: Path, separator: str = "", encoding: str = "") -> FileR
         notes.append(f"quotes in {path.name} are signs like others: they do not pair")
     header, *body = rows
     full = [row for row in body if any(field.strip() for field in row.fields)]
+    num_blank = len(body) - len(full)
     names, more = _names(header, full, path)
+    again = [row for row in full if len(names) > 1 and row.fields == header.fields]
+    if again:  # of files that were put together
+        full = [row for row in full if row.fields != header.fields]
+        notes.append(
+            f"left out {len(again)} rows of {path.name} that repeat its header, the first in line {again[0].line}"
+        )
     columns = {name: [row.fields[i] for row in full] for i, name in names.items()}
-    return FileRows(columns, True, len(body) - len(full), (*notes, *more))
+    return FileRows(columns, True, num_blank, (*notes, *more))
 
 
 def _rows(text: str, path: Path, separator: str) -> tuple[str, list[_Row], bool]:
