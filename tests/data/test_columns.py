@@ -161,6 +161,8 @@ def test_users_are_numbered_whatever_they_are_called() -> None:
     rows = Dataset.from_dict({"who": ["eve", None, "eve"]})
     with pytest.raises(ValueError, match=r"data\.user_column = 'who': 1 of 3 values are missing"):
         read_users(Table(rows, "", ""), "who")
+    with pytest.raises(ValueError, match="1 of 2 values are missing"):
+        read_users(Table(Dataset.from_dict({"who": ["eve", " "]}), "", ""), "who")
 
 
 def test_drawing_keeps_shares() -> None:

@@ -277,3 +277,25 @@ def test_an_encoding_may_say_what_the_file_says(tmp_path: Path) -> None:
     for encoding, content in (("utf8", f"\ufeff{text}".encode()), ("utf-16", text.encode("utf-16")), ("cp1252", None)):
         found = read(tmp_path, content or text.encode(encoding), encoding=encoding)
         assert rows_of(found) == [("café", "x")]
+
+
+@pytest.mark.parametrize("swallowed", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("label,text", "{label},{text}"),
+        ("id,label,text", "{i},{label},{text}"),
+        ("id,text,label", "{i},{text},{label}"),
+        ("text,label", "{text},{label}"),
+    ],
+)
+def test_a_quote_that_opens_and_one_that_closes_later_swallow_nothing(
+    tmp_path: Path, header: str, row: str, swallowed: int
+) -> None:
+    """Each text is there once, as it is nowhere else; only labels come again."""
+    texts = [f"t{i}" for i in range(12)]
+    texts[3], texts[4 + swallowed] = '"t3', f't{4 + swallowed}"'
+    lines = [row.format(i=i, label="no" if i % 2 else "yes", text=text) for i, text in enumerate(texts)]
+    found = read(tmp_path, "\n".join([header, *lines, ""]))
+    assert found.columns["text"] == texts
+    assert found.notes == ("quotes in rows.csv are signs like others: they do not pair",)

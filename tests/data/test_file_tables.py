@@ -1,5 +1,6 @@
 """Files that are read together: joined only where they hold the same, and never a part of them without a word."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Value
 
 from fleetfit.config import DataConfig
 from fleetfit.data.tables import Table, open_table
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_data import picture
 
 TEXTS = ["one", "two", "three", "four"]
 
@@ -104,3 +108,49 @@ def test_whole_numbers_and_others_in_one_column_of_json_are_several_types(tmp_pa
     assert opened(tmp_path / "a.jsonl").mixed == {"label": "float (100.0) and int (100)"}
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n{"text": "y", "label": NaN}\n')
     assert opened(tmp_path / "a.jsonl").column("label") == [1, None]
+
+
+CARD = "---\nlicense: mit\n---\n# A set\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text,label\none,01\ntwo,1\n",
+        "text,label\none,01,\ntwo,1,\n",
+        "text, label\none,01\ntwo,1\n,\n",
+        "text;label\none;01\ntwo;1\n",
+        "text,label\none,01\ntext,label\ntwo,1\n",
+        b"\xff\xfe" + "text\tlabel\none\t01\ntwo\t1\n".encode("utf-16-le"),
+    ],
+)
+def test_a_copy_with_a_card_is_read_as_other_files_are(tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "README.md").write_text(CARD)
+    (tmp_path / "a" / "train.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = opened(tmp_path / "a")
+    assert {name: found.column(name) for name in found.rows.features} == {"text": ["one", "two"], "label": ["01", "1"]}
+
+
+def test_a_card_says_which_files_are_of_which_split_and_how_they_are_divided(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    says = "configs:\n- config_name: default\n  sep: '|'\n  data_files:\n  - split: mine\n    path: one.csv\n"
+    (tmp_path / "a" / "README.md").write_text(f"---\n{says}---\n")
+    (tmp_path / "a" / "one.csv").write_text("text,a|label\none,x|u\ntwo,y|v\n")
+    (tmp_path / "a" / "two.csv").write_text("text,a|label\nthree,x|u\n")
+    assert opened(tmp_path / "a", splits=["mine"]).column("text,a") == ["one,x", "two,y"]
+
+
+def test_a_copy_of_pictures_with_a_card_has_the_classes_of_other_folders(tmp_path: Path) -> None:
+    for i, name in enumerate(("cat/2021", "cat/2022", "dog/2021", "dog/2022")):
+        (tmp_path / "a" / name).mkdir(parents=True)
+        picture(i).save(tmp_path / "a" / name / "0.png")
+    (tmp_path / "a" / "README.md").write_text(CARD)
+    assert opened(tmp_path / "a").column("label") == ["cat", "cat", "dog", "dog"]
+
+
+def test_a_copy_of_typed_files_with_a_card_is_not_joined_where_types_differ(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "a", first=part([0, 1, 0, 1], AB), second=part([0, 1, 0, 1], BA))
+    (source / "README.md").write_text(CARD)
+    with pytest.raises(ValueError, match="the column 'label' holds the classes a, b in"):
+        opened(source)

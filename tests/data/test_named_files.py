@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset
@@ -95,3 +97,15 @@ def test_names_are_taken_as_they_are_if_there_is_such_a_file(tmp_path: Path) -> 
     (tmp_path / "b\\c.png").touch()
     assert locate(tmp_path, "b\\c.png") == tmp_path / "b\\c.png"
     assert locate(tmp_path, "d\\e.png") == tmp_path / "d\\e.png"
+
+
+def test_metadata_with_types_are_read_anew(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(encoded(i))
+    table, found = tmp_path / "metadata.parquet", []
+    for first, second in (("cat", "dog"), ("cow", "pig")):
+        rows = {"file_name": [f"{i}.png" for i in range(4)], "label": [first, second, second, first]}
+        pq.write_table(pa.table(rows), table)
+        os.utime(table, ns=(1, 1))
+        found.append(load(tmp_path, tmp_path / "cache").label_names)
+    assert found == [("cat", "dog"), ("cow", "pig")]

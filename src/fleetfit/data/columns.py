@@ -169,7 +169,7 @@ def read_users(table: Table, column: str) -> Int[Tensor, " sample"]:
         ValueError: it is not said of every sample.
     """
     values = table.column(column)
-    missing = sum(v is None or v != v or v == "" for v in values)
+    missing = sum(v is None or v != v or (isinstance(v, str) and not v.strip()) for v in values)
     if missing:
         raise ValueError(f"data.user_column = {column!r}: {missing:,} of {len(values):,} values are missing")
     number = {user: i for i, user in enumerate(sorted(set(values), key=lambda user: (str(type(user)), user)))}

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from fleetfit.config import DataConfig
-from fleetfit.data.delimited import read_delimited
 from fleetfit.data.file_rows import FileRows, shown
 from fleetfit.data.image_folder import (
     METADATA,
@@ -93,11 +92,7 @@ def _read(
         return Read(saved if isinstance(saved, DatasetDict) else {"all": saved}, len(files))
     page = place / "README.md"
     if page.exists() and page.read_text(encoding="utf-8", errors="replace").startswith("---"):
-        read = _described(str(place), config.subset, tables, len(files))
-        for file in files if read.as_text else ():
-            if READERS.get(file.suffix.lower()) == "csv":
-                read_delimited(file, config.separator, config.encoding)  # an error here is one there, without a word
-        return read
+        return _described(place, config, tables, known)
     pictures = [f for f in files if is_picture(f)]
     rest = without_sidecars(files, pictures) if place.is_dir() else list(files)
     described = {f for f in rest if f.name.lower() in METADATA}
@@ -133,16 +128,34 @@ def _no_kind(files: Sequence[Path]) -> str:
     return f"files must be images, or of one kind of {', '.join(READERS)}, got {names}{hint}"
 
 
-def _described(place: str, subset: str, tables: str, num_files: int) -> Read:
-    """A copy of a hub repository, by its own description of its files."""
+def _described(place: Path, config: DataConfig, tables: str, known: Sequence[str]) -> Read:
+    """A copy of a hub repository, by its own description: which files are of which split, and of which types.
+
+    Files of which it says no more are read as all others are.
+    """
     from datasets import load_dataset_builder
 
     def make(folder: str) -> Any:
-        return load_dataset_builder(place, subset or None, cache_dir=folder)
+        return load_dataset_builder(str(place), config.subset or None, cache_dir=folder)
 
-    builder = as_written(make(tables), lambda: make(f"{tables}-as-written"))
+    builder = make(tables)
+    split_by_file = {Path(f): str(split) for split, there in (builder.config.data_files or {}).items() for f in there}
+    files = list(split_by_file)
+    if not (builder.config.features or builder.info.features):
+        kind = type(builder.config).__name__
+        if kind == "ImageFolderConfig":
+            tables_of = [f for f in files if f.name.lower() in METADATA]
+            return read_images(place, files, [f for f in files if is_picture(f)], tables_of, config, known)
+        if kind == "JsonConfig" and builder.config.field is None:
+            return _untyped(files, place, "json", config, split_by_file)
+        if kind == "CsvConfig" and not (builder.config.names or builder.config.skiprows):
+            separator = builder.config.sep if builder.config.sep != "," else config.separator
+            return _untyped(files, place, "csv", config.model_copy(update={"separator": separator}), split_by_file)
+        if kind == "ParquetConfig":
+            _check_typed(files, "parquet")
+    builder = as_written(builder, lambda: make(f"{tables}-as-written"))
     builder.download_and_prepare()
-    return Read(builder.as_dataset(), num_files, as_text=is_plain_csv(builder))
+    return Read(builder.as_dataset(), len(files), as_text=is_plain_csv(builder))
 
 
 def as_written(builder: Any, again: Callable[[], Any]) -> Any:
@@ -172,28 +185,34 @@ def is_plain_csv(builder: Any) -> bool:
 
 def _typed(files: Sequence[Path], place: Path, kind: str, tables: str, config: DataConfig) -> Read:
     """Files whose columns have types, memory-mapped."""
-    import pyarrow.parquet as pq
-    from datasets import Dataset, Features, load_dataset
+    from datasets import load_dataset
 
     # Splits are ours, not those that datasets finds: it takes /home/test/data/train.csv for a test split.
     by_split: dict[str, list[str]] = {}
     for file in files:
         by_split.setdefault(split_of(file, place), []).append(glob.escape(str(file)))
     ordered = {name: by_split[name] for name in _chosen(by_split, config)}
-    used = [file for file in files if split_of(file, place) in ordered]
-    is_parquet = kind == "parquet"
-    check_alike(
-        (f.name, Features.from_arrow_schema(pq.read_schema(f)) if is_parquet else Dataset.from_file(str(f)).features)
-        for f in used
-    )
+    _check_typed([file for file in files if split_of(file, place) in ordered], kind)
     return Read(load_dataset(kind, data_files=ordered, cache_dir=tables), len(files))
 
 
-def _untyped(files: Sequence[Path], place: Path, kind: str, config: DataConfig) -> Read:
+def _check_typed(files: Sequence[Path], kind: str) -> None:
+    import pyarrow.parquet as pq
+    from datasets import Dataset, Features
+
+    if kind == "parquet":
+        check_alike((f.name, Features.from_arrow_schema(pq.read_schema(f))) for f in files)
+    else:
+        check_alike((f.name, Dataset.from_file(str(f)).features) for f in files)
+
+
+def _untyped(
+    files: Sequence[Path], place: Path, kind: str, config: DataConfig, split_by_file: Mapping[Path, str] | None = None
+) -> Read:
     """Files of text, read as it is written."""
     parts: dict[str, list[tuple[Path, FileRows]]] = {}
     for file in files:
-        split = split_of(file, place)
+        split = split_by_file[file] if split_by_file else split_of(file, place)
         for name, rows in rows_of(file, config).items():
             named = SPLIT_WORDS.get(name.lower(), name) if name else split
             parts.setdefault(named, []).append((file, rows))
