@@ -299,3 +299,32 @@ def test_a_quote_that_opens_and_one_that_closes_later_swallow_nothing(
     found = read(tmp_path, "\n".join([header, *lines, ""]))
     assert found.columns["text"] == texts
     assert found.notes == ("quotes in rows.csv are signs like others: they do not pair",)
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "encoding"),
+    [
+        ("a long text in English, of many words", "да", "cp1251"),
+        ("le café", "été", "mac_roman"),
+        ("le café", "été", "cp850"),
+        ("zażółć gęślą jaźń and words in English", "źle", "iso8859-2"),
+    ],
+)
+def test_words_that_are_none_in_western_languages_are_no_cp1252(
+    tmp_path: Path, text: str, label: str, encoding: str
+) -> None:
+    content = f'text,label\n"{text}",{label}\n'.encode(encoding)
+    with pytest.raises(
+        ValueError,
+        match=r"as cp1252 it has words like .*, which no Western language has",
+    ):
+        read(tmp_path, content)
+    assert rows_of(read(tmp_path, content, encoding=encoding)) == [(text, label)]
+
+
+def test_words_of_western_languages_are_cp1252(tmp_path: Path) -> None:
+    words = "où l’été à l’école «CAFÉ» ŒUVRE m² „Größe“ Übung ¿Qué ¡Olé! niño São às øl æble ÅRHUS é col·lecció 20 °C"
+    words += " which are some of the words that people write among many others; "
+    words += "½ naïve… ŠKODA Žižek över två hyvää yötä það á Ærø Straße – €5"
+    found = read(tmp_path, f"text,label\n{words},x\n".encode("cp1252"))
+    assert rows_of(found) == [(words, "x")]

@@ -154,3 +154,14 @@ def test_a_copy_of_typed_files_with_a_card_is_not_joined_where_types_differ(tmp_
     (source / "README.md").write_text(CARD)
     with pytest.raises(ValueError, match="the column 'label' holds the classes a, b in"):
         opened(source)
+
+
+def test_files_without_rows_are_passed_over_and_told_if_there_are_no_others(tmp_path: Path) -> None:
+    source = parquet(tmp_path / "a", train=part([0, 1, 0, 1]), test=part([0, 1, 0, 1]).select([]))
+    assert opened(source).column("label") == [0, 1, 0, 1]
+    for name, content in (("a.json", '{"data": []}'), ("a.csv", "text,label\n"), ("a.jsonl", "{}\n")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match="has no rows"):
+            opened(tmp_path / name)
+    with pytest.raises(ValueError, match="has no rows"):
+        opened(parquet(tmp_path / "b", rows=part([0, 1, 0, 1]).select([])))

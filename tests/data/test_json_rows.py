@@ -102,3 +102,8 @@ def test_columns_of_other_rows_are_told(tmp_path: Path) -> None:
 def test_what_is_not_a_number_is_missing(tmp_path: Path) -> None:
     found = read(tmp_path, '[{"text": "x", "label": NaN}, {"text": NaN, "label": 3}]')[""]
     assert found.columns == {"text": ["x", None], "label": [None, 3]}
+
+
+@pytest.mark.parametrize("content", ['{"data": []}', '{"text": [], "label": []}', "[]", "{}"])
+def test_files_without_rows(tmp_path: Path, content: str) -> None:
+    assert len(read(tmp_path, content)[""]) == 0

@@ -185,10 +185,15 @@ def is_plain_csv(builder: Any) -> bool:
 
 def _typed(files: Sequence[Path], place: Path, kind: str, tables: str, config: DataConfig) -> Read:
     """Files whose columns have types, memory-mapped."""
+    import pyarrow.parquet as pq
     from datasets import load_dataset
 
     # Splits are ours, not those that datasets finds: it takes /home/test/data/train.csv for a test split.
     by_split: dict[str, list[str]] = {}
+    if kind == "parquet":  # datasets cannot read a file without rows
+        files = [file for file in files if pq.read_metadata(file).num_rows]
+        if not files:
+            raise ValueError(f"{place} has no rows")
     for file in files:
         by_split.setdefault(split_of(file, place), []).append(glob.escape(str(file)))
     ordered = {name: by_split[name] for name in _chosen(by_split, config)}

@@ -116,6 +116,8 @@ def _of_columns(value: Mapping[str, Any], path: Path) -> list[Any]:
         if odd is not None:
             raise ValueError(f"{path}: its columns are not of the same rows: {next(iter(value))!r}, {odd!r}")
         columns = {name: [column[key] for key in keys] for name, column in value.items()}
+    if columns and all(column == [] for column in columns.values()):
+        return []
     sizes = {len(c) if isinstance(c, list) else -1 for c in columns.values()}
     if len(sizes) == 1 and min(sizes) > 0:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
