@@ -161,6 +161,8 @@ def test_users_are_numbered_whatever_they_are_called() -> None:
     rows = Dataset.from_dict({"who": ["eve", None, "eve"]})
     with pytest.raises(ValueError, match=r"data\.user_column = 'who': 1 of 3 values are missing"):
         read_users(Table(rows, "", ""), "who")
+    with pytest.raises(ValueError, match="1 of 2 values are missing"):
+        read_users(Table(Dataset.from_dict({"who": ["eve", " "]}), "", ""), "who")
 
 
 def test_drawing_keeps_shares() -> None:
@@ -174,3 +176,12 @@ def test_drawing_keeps_shares() -> None:
         assert (counts - limit * torch.tensor([0.6, 0.3, 0.09, 0.01])).abs().max() <= 1
     one, other = (draw_by_class(of, 100, named_generator(seed, "draw")) for seed in (0, 1))
     assert not torch.equal(one, other)
+
+
+def test_names_that_the_job_gives_may_be_in_another_case() -> None:
+    both = table(Body="text", Note="text", Kind="text")
+    assert names(both, DataConfig(input_column="body", label_column="KIND"), "text") == ("Body", "Kind")
+    twice = table(body="text", Body="text", label="text")
+    assert names(twice, DataConfig(input_column="Body"), "text") == ("Body", "label")
+    with pytest.raises(ValueError, match=r"data\.input_column = 'BODY' is no column"):
+        find_columns(twice, DataConfig(input_column="BODY"), "text")

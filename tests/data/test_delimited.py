@@ -230,3 +230,101 @@ def test_an_encoding_that_is_given_is_kept_to(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="it has zero bytes"):
         read(tmp_path, b"text,label\n\0\1\2\0\3,yes\n")
+
+
+# -- files that were put together, or are in another encoding than they are said to be -------------------------------
+
+
+def test_further_headers_are_left_out_and_told(tmp_path: Path) -> None:
+    found = read(tmp_path, "text,label\none,a\n\ntext,label\ntwo,b\ntext,c\n")
+    assert rows_of(found) == [("one", "a"), ("two", "b"), ("text", "c")]
+    assert found.blank_rows == 1
+    assert found.notes == ("left out 1 rows of rows.csv that repeat its header, the first in line 4",)
+
+
+def test_two_marks_at_the_beginning_are_no_name(tmp_path: Path) -> None:
+    assert list(read(tmp_path, b"\xef\xbb\xbf\xef\xbb\xbftext,label\none,a\n").columns) == ["text", "label"]
+    assert list(read(tmp_path, "\ufefftext,label\none,a\n".encode("utf-16")).columns) == ["text", "label"]
+
+
+def test_lines_in_several_encodings_are_an_error(tmp_path: Path) -> None:
+    lines = [f"café {i},x\n" for i in range(4)]
+    mixed = b"text,label\n" + "".join(lines).encode() + lines[0].encode("cp1252")
+    with pytest.raises(ValueError, match=r"rows\.csv is not UTF-8 \(line 6\), but 4 other lines are"):
+        read(tmp_path, mixed)
+    # A line can be both by chance: of 20 here, one.
+    by_chance = "text,label\n" + "Spaß“,x\n" + "Straße,x\n" * 19
+    assert read(tmp_path, by_chance.encode("cp1252")).columns["text"][:2] == ["Spaß“", "Straße"]
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "says"),
+    [
+        ("text,label\ncafé,x\n".encode(), "cp1252", r"is UTF-8 \('xt,label café,x'\), but data\.encoding = 'cp1252'"),
+        ("\ufefftext,label\none,x\n".encode(), "latin-1", "begins with the mark of UTF-8, but"),
+        ("text,label\none,x\n".encode("utf-16"), "cp1252", "begins with the mark of UTF-16, but"),
+    ],
+)
+def test_an_encoding_that_the_file_contradicts_is_an_error(
+    tmp_path: Path, content: bytes, encoding: str, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        read(tmp_path, content, encoding=encoding)
+
+
+def test_an_encoding_may_say_what_the_file_says(tmp_path: Path) -> None:
+    text = "text,label\ncafé,x\n"
+    for encoding, content in (("utf8", f"\ufeff{text}".encode()), ("utf-16", text.encode("utf-16")), ("cp1252", None)):
+        found = read(tmp_path, content or text.encode(encoding), encoding=encoding)
+        assert rows_of(found) == [("café", "x")]
+
+
+@pytest.mark.parametrize("swallowed", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("label,text", "{label},{text}"),
+        ("id,label,text", "{i},{label},{text}"),
+        ("id,text,label", "{i},{text},{label}"),
+        ("text,label", "{text},{label}"),
+    ],
+)
+def test_a_quote_that_opens_and_one_that_closes_later_swallow_nothing(
+    tmp_path: Path, header: str, row: str, swallowed: int
+) -> None:
+    """Each text is there once, as it is nowhere else; only labels come again."""
+    texts = [f"t{i}" for i in range(12)]
+    texts[3], texts[4 + swallowed] = '"t3', f't{4 + swallowed}"'
+    lines = [row.format(i=i, label="no" if i % 2 else "yes", text=text) for i, text in enumerate(texts)]
+    found = read(tmp_path, "\n".join([header, *lines, ""]))
+    assert found.columns["text"] == texts
+    assert found.notes == ("quotes in rows.csv are signs like others: they do not pair",)
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "encoding"),
+    [
+        ("a long text in English, of many words", "да", "cp1251"),
+        ("le café", "été", "mac_roman"),
+        ("le café", "été", "cp850"),
+        ("zażółć gęślą jaźń and words in English", "źle", "iso8859-2"),
+    ],
+)
+def test_words_that_are_none_in_western_languages_are_no_cp1252(
+    tmp_path: Path, text: str, label: str, encoding: str
+) -> None:
+    content = f'text,label\n"{text}",{label}\n'.encode(encoding)
+    with pytest.raises(
+        ValueError,
+        match=r"as cp1252 it has words like .*, which no Western language has",
+    ):
+        read(tmp_path, content)
+    assert rows_of(read(tmp_path, content, encoding=encoding)) == [(text, label)]
+
+
+def test_words_of_western_languages_are_cp1252(tmp_path: Path) -> None:
+    words = "où l’été à l’école «CAFÉ» ŒUVRE m² „Größe“ Übung ¿Qué ¡Olé! niño São às øl æble ÅRHUS é col·lecció 20 °C"
+    words += " which are some of the words that people write among many others; "
+    words += "½ naïve… ŠKODA Žižek över två hyvää yötä það á Ærø Straße – €5"
+    found = read(tmp_path, f"text,label\n{words},x\n".encode("cp1252"))
+    assert rows_of(found) == [(words, "x")]

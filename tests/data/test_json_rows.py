@@ -30,6 +30,10 @@ def read(folder: Path, content: str) -> Any:
         json.dumps({key: {str(i): v for i, v in enumerate(values)} for key, values in COLUMNS.items()}),
         json.dumps({"columns": ["text", "label"], "index": [0, 1, 2], "data": [list(row.values()) for row in ROWS]}),
         "\ufeff" + json.dumps(ROWS),
+        json.dumps({"status": "ok", "response": {"page": 1, "items": ROWS}}),
+        json.dumps({"data": COLUMNS}),
+        json.dumps({str(i): row for i, row in enumerate(ROWS)}),
+        json.dumps({"text": dict(enumerate(COLUMNS["text"])), "label": {i: ROWS[i]["label"] for i in (2, 0, 1)}}),
     ],
 )
 def test_all_forms_give_the_same_rows(tmp_path: Path, content: str) -> None:
@@ -76,3 +80,30 @@ def test_what_is_no_list_of_rows_is_told(tmp_path: Path, content: str, says: str
         read(tmp_path, content)
     assert says in str(caught.value)
     assert str(tmp_path / "rows.json") in str(caught.value)
+
+
+def test_of_several_lists_one_is_named_and_splits_go_first(tmp_path: Path) -> None:
+    content = json.dumps({"authors": [{"name": "x"}], "data": ROWS})
+    with pytest.raises(ValueError, match=r"several lists of rows: 'authors', 'data'; name one with data\.subset"):
+        read(tmp_path, content)
+    assert read_json(tmp_path / "rows.json", wanted="data")[""].columns == COLUMNS
+    found = read(tmp_path, json.dumps({"train": ROWS[:2], "test": ROWS[2:], "labels": [{"name": "a"}]}))
+    assert {name: len(rows) for name, rows in found.items()} == {"train": 2, "test": 1}
+    assert found["train"].notes == ("rows.json: 'labels' are no splits, and not read",)
+    columns = {name: {key: values[:2] for key, values in COLUMNS.items()} for name in ("train", "test")}
+    assert {name: len(rows) for name, rows in read(tmp_path, json.dumps(columns)).items()} == {"train": 2, "test": 2}
+
+
+def test_columns_of_other_rows_are_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="its columns are not of the same rows: 'text', 'label'"):
+        read(tmp_path, json.dumps({"text": {"0": "x", "1": "y"}, "label": {"0": "a", "2": "b"}}))
+
+
+def test_what_is_not_a_number_is_missing(tmp_path: Path) -> None:
+    found = read(tmp_path, '[{"text": "x", "label": NaN}, {"text": NaN, "label": 3}]')[""]
+    assert found.columns == {"text": ["x", None], "label": [None, 3]}
+
+
+@pytest.mark.parametrize("content", ['{"data": []}', '{"text": [], "label": []}', "[]", "{}"])
+def test_files_without_rows(tmp_path: Path, content: str) -> None:
+    assert len(read(tmp_path, content)[""]) == 0

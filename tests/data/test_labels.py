@@ -164,3 +164,23 @@ def test_an_owners_labels_that_the_job_does_not_know(values: list[Any], names: t
     with pytest.raises(ValueError, match=r"^data\.source = a\.csv: the labels in column 'label'") as caught:
         known(values, names)
     assert says in str(caught.value)
+
+
+def test_numbers_that_are_names_of_other_classes_are_refused() -> None:
+    stars = ("1", "2", "3", "4", "5")
+    assert labels([0, 4, 1], stars) == ([0, 4, 1], stars)  # no name is 0
+    assert labels(["5", "1", "2"], stars) == ([4, 0, 1], stars)  # 5 is no number of one
+    with pytest.raises(
+        ValueError, match=r"'1', '2', which may be names in data\.label_names, or numbers of other ones"
+    ):
+        labels([1, 2, 1], stars)
+    with pytest.raises(ValueError, match="which may be names"):
+        known([1, 2, 1], stars, label_names=stars)
+    # A type says which names are meant; numbers that are their own names are clear.
+    assert known([1, 0, 1], stars, ClassLabel(names=["1", "2"]), label_names=stars) == [1, 0, 1]
+    assert labels([1, 2, 1], ("0", "1", "2")) == ([1, 2, 1], ("0", "1", "2"))
+
+
+def test_minus_one_is_a_class_and_told() -> None:
+    assert of([-1, 0, 1, -1]).notes == ("-1 is a class like others (2 samples), not a missing label",)
+    assert of([2, 0, 1, 0]).notes == ()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from PIL import Image
 
 from fleetfit.config import Job, make_job
 from fleetfit.data.owned import load_owned, write_owned
@@ -133,3 +134,42 @@ def test_texts_become_the_same_tokens_on_each_owners_machine(tmp_path: Path) -> 
             ours, theirs = getattr(split, part), getattr(found, part)
             assert torch.equal(ours.inputs[:], theirs.inputs[:])
             assert torch.equal(ours.labels, theirs.labels)
+
+
+@pytest.mark.parametrize(
+    ("folders", "label"),
+    [
+        (["dog"], {"dog"}),
+        (["dog/2021", "dog/2022"], {"dog"}),
+        (["site a/owl", "site a/cat", "site b/owl"], {"owl", "cat"}),
+        (["train/owl ", "test/owl "], {"owl"}),
+    ],
+)
+def test_folders_called_like_classes_of_the_job_are_the_classes(
+    tmp_path: Path, folders: list[str], label: set[str]
+) -> None:
+    for i, folder in enumerate(folders * 2):
+        (tmp_path / "own" / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path / "own" / folder / f"{i}.png")
+    split = load(tmp_path, tmp_path / "own", class_folder=2)
+    assert {LABELS[number] for number in of(split).values()} == label
+    assert len(of(split)) == 2 * len(folders)
+
+
+def test_folders_that_are_none_of_the_jobs_classes_are_told(tmp_path: Path) -> None:
+    for i, name in enumerate(("Dog", "owl")):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        Image.fromarray(np.full((4, 4), i, np.uint8)).save(tmp_path / "own" / name / "0.png")
+    with pytest.raises(ValueError, match=r"have 'Dog', which the job does not know; .* case matters"):
+        load(tmp_path, tmp_path / "own")
+
+
+def test_pictures_that_an_owners_table_names_are_part_of_its_data(tmp_path: Path) -> None:
+    found = []
+    for value in (1, 2):
+        Image.fromarray(np.full((4, 4), value, np.uint8)).save(tmp_path / "a.png")
+        (tmp_path / "rows.csv").write_text("image,label\na.png,owl\n")
+        split = load(tmp_path, tmp_path / "rows.csv")
+        assert of(split) == {value: 2}
+        found.append(split.summary and split.summary.fingerprint)
+    assert found[0] != found[1]

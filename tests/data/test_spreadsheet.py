@@ -1,4 +1,4 @@
-"""Spreadsheets: cells as they are shown there."""
+"""Spreadsheets: the values of their cells as text."""
 
 import datetime
 import sys
@@ -22,7 +22,7 @@ def book(path: Path, **sheets: list[list[object]]) -> Path:
     return path
 
 
-def test_cells_are_text_as_it_is_shown(tmp_path: Path) -> None:
+def test_values_are_text(tmp_path: Path) -> None:
     day = datetime.datetime(2024, 5, 6)
     rows = [["text", "label", "when"], ["01", 7, day], ["NA", 7.0, None], [None, None, None], [True, 0.5, day]]
     found = read_spreadsheet(book(tmp_path / "a.xlsx", one=[[], [None, None], *rows]))
@@ -67,3 +67,32 @@ def test_what_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(ImportError, match=r"pip install 'fleetfit\[xlsx\]' to read it, or save it as CSV"):
         read_spreadsheet(tmp_path / "a.xlsx")
+
+
+def test_a_cell_of_several_rows_has_its_value_in_each(tmp_path: Path) -> None:
+    path = book(tmp_path / "a.xlsx", one=[["text", "label"], ["t", None], ["a", "x"], ["b", None], ["c", "y"]])
+    made = openpyxl.load_workbook(path)
+    made["one"].merge_cells("B3:B4")
+    made["one"].merge_cells("A2:B2")
+    made.save(path)
+    assert read_spreadsheet(path).columns == {"text": ["t", "a", "b", "c"], "label": ["", "x", "x", "y"]}
+
+
+def test_blanks_further_headers_and_hidden_rows(tmp_path: Path) -> None:
+    rows = [["text", "label"], ["a", "x"], ["  ", " "], ["text", "label"], ["b", "y"]]
+    path = book(tmp_path / "a.xlsx", one=rows)
+    made = openpyxl.load_workbook(path)
+    made["one"].row_dimensions[5].hidden = True
+    made.save(path)
+    found = read_spreadsheet(path)
+    assert (found.columns, found.blank_rows) == ({"text": ["a", "b"], "label": ["x", "y"]}, 1)
+    assert found.notes == (
+        "left out 1 rows of a.xlsx that repeat its header",
+        "1 rows of a.xlsx are hidden there, and read like the others",
+    )
+
+
+def test_a_formula_without_a_value_is_an_error(tmp_path: Path) -> None:
+    path = book(tmp_path / "a.xlsx", one=[["text", "label"], ["a", '=IF(1, "x", "y")']])
+    with pytest.raises(ValueError, match=r"sheet 'one': B2 has a formula and no value; open it in a spreadsheet"):
+        read_spreadsheet(path)

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fleetfit.config import DataConfig
-from fleetfit.data.file_tables import LABEL_NAMES
+from fleetfit.data.row_files import LABEL_NAMES
 from fleetfit.data.tables import GIVEN, Table
 
 Kind = Literal["image", "text"]
@@ -48,6 +48,7 @@ def find_columns(table: Table, config: DataConfig, kind: Kind) -> tuple[Column, 
     there = {name: _type(table, name) for name in table.rows.features if name != INDEX}
     there |= dict.fromkeys(table.given, "any") | {name: f"mixed: {kinds}" for name, kinds in table.mixed.items()}
     listed = ", ".join(f"{name} ({found})" for name, found in there.items())
+    config = _as_written(config, there)
     for key in ("input_column", "label_column", "user_column"):
         name = getattr(config, key)
         if name and name not in there:
@@ -60,6 +61,16 @@ def find_columns(table: Table, config: DataConfig, kind: Kind) -> tuple[Column, 
     if problems or label is None or found is None:
         raise ValueError(f"{'; '.join(problems)}. The data has {listed}")
     return found, label
+
+
+def _as_written(config: DataConfig, there: Mapping[str, str]) -> DataConfig:
+    """The job's names of columns as the data write them, where only case is different."""
+    names = {}
+    for key in ("input_column", "label_column"):
+        name = getattr(config, key)
+        same = [n for n in there if n.lower() == name.lower()]
+        names[key] = same[0] if name not in there and len(same) == 1 else name
+    return config.model_copy(update=names)
 
 
 def _label(table: Table, config: DataConfig, there: Mapping[str, str], problems: list[str]) -> Column | None:
@@ -158,7 +169,7 @@ def read_users(table: Table, column: str) -> Int[Tensor, " sample"]:
         ValueError: it is not said of every sample.
     """
     values = table.column(column)
-    missing = sum(v is None or v != v or v == "" for v in values)
+    missing = sum(v is None or v != v or (isinstance(v, str) and not v.strip()) for v in values)
     if missing:
         raise ValueError(f"data.user_column = {column!r}: {missing:,} of {len(values):,} values are missing")
     number = {user: i for i, user in enumerate(sorted(set(values), key=lambda user: (str(type(user)), user)))}

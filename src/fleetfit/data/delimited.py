@@ -40,7 +40,7 @@ def read_delimited(path: Path, separator: str = "", encoding: str = "") -> FileR
     """All rows of a file; the first one names the columns.
 
     Separator: the one in which the header has several names and all rows as many fields. Empty fields at the end of
-    rows, and columns without a name and any value, are dropped; so are rows without any value.
+    rows, and columns without a name and any value, are dropped; so are rows without any value, and further headers.
 
     Args:
         path: The file.
@@ -74,9 +74,16 @@ def read_delimited(path: Path, separator: str = "", encoding: str = "") -> FileR
         notes.append(f"quotes in {path.name} are signs like others: they do not pair")
     header, *body = rows
     full = [row for row in body if any(field.strip() for field in row.fields)]
+    num_blank = len(body) - len(full)
     names, more = _names(header, full, path)
+    again = [row for row in full if len(names) > 1 and row.fields == header.fields]
+    if again:  # of files that were put together
+        full = [row for row in full if row.fields != header.fields]
+        notes.append(
+            f"left out {len(again)} rows of {path.name} that repeat its header, the first in line {again[0].line}"
+        )
     columns = {name: [row.fields[i] for row in full] for i, name in names.items()}
-    return FileRows(columns, True, len(body) - len(full), (*notes, *more))
+    return FileRows(columns, True, num_blank, (*notes, *more))
 
 
 def _rows(text: str, path: Path, separator: str) -> tuple[str, list[_Row], bool]:
@@ -180,30 +187,30 @@ def _as_wide(rows: list[_Row], separator: str) -> list[_Row]:
 def _check_swallowed(rows: Sequence[_Row], separator: str) -> None:
     """A quoted value over several lines that hold whole rows of their own has swallowed them.
 
-    So it looks if its first line, up to the end, is the rest of a row, and each line between is a whole one: as many
-    fields, the last of which is a value that its column has elsewhere. A text written over several lines is not like
-    that.
+    So it looks if each line is a row of as many fields, one of which is a value that its column has elsewhere. The
+    first line is but the rest of a row, and the last one may be the beginning of another. A text written over several
+    lines is not like that.
     """
     width = len(rows[0].fields)
     if width == 1 or all(row.lines == 1 for row in rows[1:]):
         return
-    known = {row.fields[-1].strip() for row in rows[1:] if row.lines == 1}
-    firsts = {row.fields[0].strip() for row in rows[1:] if row.lines == 1}
+    known = [{row.fields[i].strip() for row in rows[1:] if row.lines == 1} - {""} for i in range(width)]
 
-    def is_row(line: str, fields: int) -> bool:
-        parts = line.split(separator)
-        return len(parts) == fields and (parts[-1].strip() in known or (fields == width and parts[0].strip() in firsts))
+    def is_row(line: str, start: int) -> bool:
+        parts = [part.strip() for part in line.split(separator)]
+        return len(parts) == width - start and any(p in there for p, there in zip(parts, known[start:], strict=True))
 
     for row in rows[1:]:
         if row.lines == 1:
             continue
         for place, value in enumerate(row.fields):
-            first, *between = value.splitlines()[:-1] or [""]
+            first, *others = value.splitlines() or [""]
             is_last = place == width - 1
-            if (between if is_last else is_row(first, width - place)) and all(is_row(b, width) for b in between):
+            held = (others[:-1] or others) if is_last else [first, *others[:-1]]
+            if others and all(is_row(line, 0 if is_last or i else place) for i, line in enumerate(held)):
                 raise _Unreadable(
                     f"{row.line} a quote that opens here closes only in line {row.line + row.lines - 1}, and what it "
-                    f"holds looks like rows of their own: {(between or [first])[0]!r}"
+                    f"holds looks like rows of their own: {(others[:-1] or held)[0]!r}"
                 )
 
 

@@ -1,6 +1,7 @@
 """What the reader of one file of rows gives, and how the file's bytes become text."""
 
 import codecs
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +14,13 @@ BOMS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+BOM = "\ufeff"
 WESTERN = "cp1252"
+MOST_LUCKY = 0.1  # share of lines (words) that are valid UTF-8 (look like another encoding) by chance: Spaß“ is
 MOST_FOREIGN = 0.25  # share of letters outside ASCII in Western languages: below a sixth in all that were looked at
+ODD = re.compile(  # as cp1252 has words of other encodings: of accented letters alone, or with signs behind letters
+    r"\b[À-ÖØ-öø-ÿŠŽŒšžœŸ]{2,}\b|[^\W\d_][‚„¿¡¶¤¦¨¬¯±¸¼]|[a-zß-öø-ÿ][ŠŽŒŸ]"
+)
 EXAMPLE = 12  # characters shown on either side
 
 
@@ -42,19 +48,21 @@ def read_text(path: Path, encoding: str = "") -> tuple[str, str]:
     """The text of a file, and its encoding in words; line ends stay as they are.
 
     Without ``encoding``: what a byte order mark says, else UTF-8, else cp1252 if most letters are ASCII then, as in
-    Western languages; nothing else can be told from it.
+    Western languages, and no other lines are UTF-8; nothing else can be told from it.
 
     Raises:
         ValueError: no text, or of an encoding that has to be given; names the file.
         OSError: the file cannot be read.
     """
     content = path.read_bytes()
+    named = next((name for mark, name in BOMS if content.startswith(mark)), "")
     if encoding:
         text = _decoded(content, encoding, path)
-        return text.removeprefix("\ufeff"), encoding
-    named = next((name for mark, name in BOMS if content.startswith(mark)), "")
+        _check_encoding(content, encoding, named, path)
+        return text.lstrip(BOM), encoding
     if named:
-        return _decoded(content, named, path), "UTF-8 with BOM" if named == "utf-8-sig" else named.upper()
+        told = "UTF-8 with BOM" if named == "utf-8-sig" else named.upper()
+        return _decoded(content, named, path).lstrip(BOM), told  # twice, if files were joined
     if b"\0" in content:
         return _without_mark(content, path), "UTF-16 without BOM"
     try:
@@ -62,6 +70,10 @@ def read_text(path: Path, encoding: str = "") -> tuple[str, str]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
     said = f"{path} is not UTF-8 (line {line})"
+    odd = [part for part in content.split(b"\n") if not part.isascii()]
+    others = sum(_is_utf8(part) for part in odd)
+    if others > MOST_LUCKY * len(odd):
+        raise ValueError(f"{said}, but {others:,} other lines are: it is in several encodings; save it as UTF-8")
     try:
         text = content.decode(WESTERN)
     except UnicodeDecodeError:
@@ -73,6 +85,13 @@ def read_text(path: Path, encoding: str = "") -> tuple[str, str]:
             f"{said}; as {WESTERN} {foreign / letters:.0%} of its letters are accented ({_example(text)!r}), as no "
             "Western language has them; say what it is with data.encoding"
         )
+    words = [word for word in text.split() if not word.isascii()]
+    odd_words = [word for word in words if ODD.search(word)]
+    if len(odd_words) > MOST_LUCKY * len(words):
+        raise ValueError(
+            f"{said}; as {WESTERN} it has words like {odd_words[0][-2 * EXAMPLE :]!r}, which no Western language has; "
+            "say what it is with data.encoding"
+        )
     return text, f"{WESTERN}, for want of a mark ({_example(text)!r} in line {line})"
 
 
@@ -83,6 +102,25 @@ def _decoded(content: bytes, encoding: str, path: Path) -> str:
         raise ValueError(f"data.encoding = {encoding!r} is no encoding that Python knows") from None
     except UnicodeError as error:
         raise ValueError(f"{path} is not {encoding}: {error}") from None
+
+
+def _check_encoding(content: bytes, encoding: str, named: str, path: Path) -> None:
+    """Raises where a file says itself that it is in another encoding than the job has it."""
+    said = codecs.lookup(encoding).name
+    mark = named.removesuffix("-sig")
+    if mark and not said.startswith(mark):
+        raise ValueError(f"{path} begins with the mark of {mark.upper()}, but data.encoding = {encoding!r}")
+    if not said.startswith("utf") and not content.isascii() and _is_utf8(content):
+        example = _example(content.decode("utf-8"))
+        raise ValueError(f"{path} is UTF-8 ({example!r}), but data.encoding = {encoding!r}")
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _without_mark(content: bytes, path: Path) -> str:

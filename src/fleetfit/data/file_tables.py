@@ -4,72 +4,51 @@ import glob
 import hashlib
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fleetfit.config import DataConfig
-from fleetfit.data.delimited import read_delimited
-from fleetfit.data.file_rows import FileRows, LeftOut, shown
+from fleetfit.data.file_rows import FileRows, shown
 from fleetfit.data.image_folder import (
     METADATA,
     SPLIT_WORDS,
-    ImageFiles,
     count_others,
     files_below,
     is_picture,
-    read_image_folder,
-    readable_endings,
     without_sidecars,
 )
-from fleetfit.data.json_rows import read_json
-from fleetfit.data.spreadsheet import read_spreadsheet
+from fleetfit.data.image_tables import read_images
+from fleetfit.data.row_files import READERS, SPLITS, Read, as_dataset, named_split, rows_of, split_of, values_of
 
-READERS = {
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".xlsx": "xlsx",
-    ".arrow": "arrow",
-}
 SAVE_AS = {
     ".xls": "save it as .xlsx or as CSV (UTF-8)",
     ".ods": "save it as .xlsx or as CSV (UTF-8)",
     ".numbers": "export it as CSV (UTF-8)",
     ".gz": "unpack it first",
     ".zip": "unpack it first",
+    ".txt": "if it is a table, call it .csv or .tsv",
+    ".tab": "call it .tsv",
 }
-FILE_NAMES = ("file_name", "filename", "file", "image", "path")  # columns of a metadata table that name the picture
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "intent", "category", "target", "y")
-SPLITS = ("train", "validation", "test")
 SHOWN = 5
 HASHING_THREADS = 4
 
 
-@dataclass
-class Read:
-    """What was read of files: rows by split, and what a person should know of it."""
-
-    splits: Mapping[str, Any]
-    num_files: int
-    as_text: bool = False
-    mixed: dict[str, str] = field(default_factory=dict)
-    class_rule: str = ""
-    left_out: LeftOut = field(default_factory=LeftOut)
-    notes: list[str] = field(default_factory=list)
-
-
-def read_files(places: list[Path], config: DataConfig, cache: Path, said: str) -> tuple[Read, str, Path]:
+def read_files(
+    places: list[Path], config: DataConfig, cache: Path, said: str, known: Sequence[str] = ()
+) -> tuple[Read, str, Path]:
     """Rows of some files, or of a folder; a digest of their content; and what paths in the rows start from.
+
+    Args:
+        places: The files, or one folder.
+        config: The job's data.
+        cache: Where tables of typed files are kept, memory-mapped, by their content.
+        said: What the job calls it, for messages.
+        known: Names of the classes, if they are.
 
     Raises:
         ValueError: nothing there, or what cannot be read or is not clear; names the file.
@@ -79,6 +58,7 @@ def read_files(places: list[Path], config: DataConfig, cache: Path, said: str) -
     place, subset = places[0], config.subset
     if place.is_dir() and subset and (place / subset).is_dir():
         place, subset = place / subset, ""
+        config = config.model_copy(update={"subset": ""})
     folder = place
     if not place.is_dir():
         folder = place.parent if len(places) == 1 else Path(os.path.commonpath([p.parent for p in places]))
@@ -87,7 +67,7 @@ def read_files(places: list[Path], config: DataConfig, cache: Path, said: str) -
         raise ValueError(f"{said}: {place} is empty")
     digest = _digest(files, folder)
     try:
-        read = _read(place, files, folder, subset, config, str(cache / "tables" / digest[:16]))
+        read = _read(place, files, folder, config, str(cache / "tables" / digest[:16]), known)
     except (OSError, ImportError):
         raise
     except Exception as error:  # of datasets, of pyarrow, of our readers
@@ -101,7 +81,9 @@ def _naming(error: Exception, place: Path) -> str:
     return told if str(place) in told or told.startswith("data.") else f"{place} cannot be read: {told}"
 
 
-def _read(place: Path, files: Sequence[Path], folder: Path, subset: str, config: DataConfig, tables: str) -> Read:
+def _read(
+    place: Path, files: Sequence[Path], folder: Path, config: DataConfig, tables: str, known: Sequence[str]
+) -> Read:
     """Rows of a folder that ``save_to_disk`` wrote, of a copy of a hub repository, or of plain files."""
     from datasets import DatasetDict, load_from_disk
 
@@ -110,25 +92,32 @@ def _read(place: Path, files: Sequence[Path], folder: Path, subset: str, config:
         return Read(saved if isinstance(saved, DatasetDict) else {"all": saved}, len(files))
     page = place / "README.md"
     if page.exists() and page.read_text(encoding="utf-8", errors="replace").startswith("---"):
-        read = _described(str(place), subset, tables, len(files))
-        for file in files if read.as_text else ():
-            if READERS.get(file.suffix.lower()) == "csv":
-                read_delimited(file, config.separator, config.encoding)  # an error here is one there, without a word
-        return read
+        return _described(place, config, tables, known)
     pictures = [f for f in files if is_picture(f)]
     rest = without_sidecars(files, pictures) if place.is_dir() else list(files)
     described = {f for f in rest if f.name.lower() in METADATA}
     kinds = Counter(READERS[f.suffix.lower()] for f in rest if f.suffix.lower() in READERS and f not in described)
     used = [f for f in rest if f.suffix.lower() in READERS]
     if pictures and (len(pictures) >= sum(kinds.values()) if place.is_dir() else len(pictures) == len(files)):
-        return _images(folder, files, pictures, [f for f in used if f in described], config)
+        return read_images(folder, files, pictures, [f for f in used if f in described], config, known)
     if not place.is_dir() and (len(kinds) != 1 or kinds.total() != len(files)):
         kinds = Counter()
     if not kinds:
         raise ValueError(_no_kind(files))
-    ((kind, _),) = kinds.most_common(1)
+    ((kind, number),) = kinds.most_common(1)
+    others = [f for f in used if READERS[f.suffix.lower()] != kind and f not in described]
+    if list(kinds.values()).count(number) > 1 or any(named_split(f, place) for f in others):
+        listed = shown([f.name for f in used])
+        raise ValueError(
+            f"{place} has tables of several kinds: {listed}; say which are meant with a pattern in data.source, as "
+            f"{place / '*'}{used[0].suffix}"
+        )
     used = [f for f in used if READERS[f.suffix.lower()] == kind]
-    read = _typed(used, place, kind, tables) if kind in ("parquet", "arrow") else _untyped(used, place, kind, config)
+    read = (
+        _typed(used, place, kind, tables, config)
+        if kind in ("parquet", "arrow")
+        else _untyped(used, place, kind, config)
+    )
     count_others(files, used, read.left_out)
     return read
 
@@ -139,16 +128,34 @@ def _no_kind(files: Sequence[Path]) -> str:
     return f"files must be images, or of one kind of {', '.join(READERS)}, got {names}{hint}"
 
 
-def _described(place: str, subset: str, tables: str, num_files: int) -> Read:
-    """A copy of a hub repository, by its own description of its files."""
+def _described(place: Path, config: DataConfig, tables: str, known: Sequence[str]) -> Read:
+    """A copy of a hub repository, by its own description: which files are of which split, and of which types.
+
+    Files of which it says no more are read as all others are.
+    """
     from datasets import load_dataset_builder
 
     def make(folder: str) -> Any:
-        return load_dataset_builder(place, subset or None, cache_dir=folder)
+        return load_dataset_builder(str(place), config.subset or None, cache_dir=folder)
 
-    builder = as_written(make(tables), lambda: make(f"{tables}-as-written"))
+    builder = make(tables)
+    split_by_file = {Path(f): str(split) for split, there in (builder.config.data_files or {}).items() for f in there}
+    files = list(split_by_file)
+    if not (builder.config.features or builder.info.features):
+        kind = type(builder.config).__name__
+        if kind == "ImageFolderConfig":
+            tables_of = [f for f in files if f.name.lower() in METADATA]
+            return read_images(place, files, [f for f in files if is_picture(f)], tables_of, config, known)
+        if kind == "JsonConfig" and builder.config.field is None:
+            return _untyped(files, place, "json", config, split_by_file)
+        if kind == "CsvConfig" and not (builder.config.names or builder.config.skiprows):
+            separator = builder.config.sep if builder.config.sep != "," else config.separator
+            return _untyped(files, place, "csv", config.model_copy(update={"separator": separator}), split_by_file)
+        if kind == "ParquetConfig":
+            _check_typed(files, "parquet")
+    builder = as_written(builder, lambda: make(f"{tables}-as-written"))
     builder.download_and_prepare()
-    return Read(builder.as_dataset(), num_files, as_text=is_plain_csv(builder))
+    return Read(builder.as_dataset(), len(files), as_text=is_plain_csv(builder))
 
 
 def as_written(builder: Any, again: Callable[[], Any]) -> Any:
@@ -176,29 +183,46 @@ def is_plain_csv(builder: Any) -> bool:
     return _is_csv(builder) and builder.config.dtype is str
 
 
-def _typed(files: Sequence[Path], place: Path, kind: str, tables: str) -> Read:
+def _typed(files: Sequence[Path], place: Path, kind: str, tables: str, config: DataConfig) -> Read:
     """Files whose columns have types, memory-mapped."""
+    import pyarrow.parquet as pq
     from datasets import load_dataset
 
     # Splits are ours, not those that datasets finds: it takes /home/test/data/train.csv for a test split.
     by_split: dict[str, list[str]] = {}
+    if kind == "parquet":  # datasets cannot read a file without rows
+        files = [file for file in files if pq.read_metadata(file).num_rows]
+        if not files:
+            raise ValueError(f"{place} has no rows")
     for file in files:
-        by_split.setdefault(_split_of(file, place), []).append(glob.escape(str(file)))
-    ordered = {name: by_split[name] for name in SPLITS if name in by_split}
+        by_split.setdefault(split_of(file, place), []).append(glob.escape(str(file)))
+    ordered = {name: by_split[name] for name in _chosen(by_split, config)}
+    _check_typed([file for file in files if split_of(file, place) in ordered], kind)
     return Read(load_dataset(kind, data_files=ordered, cache_dir=tables), len(files))
 
 
-def _untyped(files: Sequence[Path], place: Path, kind: str, config: DataConfig) -> Read:
+def _check_typed(files: Sequence[Path], kind: str) -> None:
+    import pyarrow.parquet as pq
+    from datasets import Dataset, Features
+
+    if kind == "parquet":
+        check_alike((f.name, Features.from_arrow_schema(pq.read_schema(f))) for f in files)
+    else:
+        check_alike((f.name, Dataset.from_file(str(f)).features) for f in files)
+
+
+def _untyped(
+    files: Sequence[Path], place: Path, kind: str, config: DataConfig, split_by_file: Mapping[Path, str] | None = None
+) -> Read:
     """Files of text, read as it is written."""
     parts: dict[str, list[tuple[Path, FileRows]]] = {}
     for file in files:
-        split = _split_of(file, place)
-        for name, rows in _rows_of(file, config).items():
+        split = split_by_file[file] if split_by_file else split_of(file, place)
+        for name, rows in rows_of(file, config).items():
             named = SPLIT_WORDS.get(name.lower(), name) if name else split
             parts.setdefault(named, []).append((file, rows))
     read = Read({}, len(files), as_text=kind != "json")
-    ordered: list[str] = [n for n in SPLITS if n in parts]
-    ordered += [n for n in parts if n not in ordered]
+    ordered = _chosen(parts, config)
     columns = list(parts[ordered[0]][0][1].columns)
     for name in ordered:
         for file, rows in parts[name]:
@@ -206,8 +230,8 @@ def _untyped(files: Sequence[Path], place: Path, kind: str, config: DataConfig) 
                 raise ValueError(f"{file} has the columns {shown(list(rows.columns))}, another file {shown(columns)}")
             columns += [c for c in rows.columns if c not in columns]
             read.left_out.add("blank rows", rows.blank_rows)
-            read.notes += rows.notes
-    joined = {name: [v for n in ordered for _, rows in parts[n] for v in _values(rows, name)] for name in columns}
+            read.notes += [note for note in rows.notes if note not in read.notes]
+    joined = {name: [v for n in ordered for _, rows in parts[n] for v in values_of(rows, name)] for name in columns}
     whole, read.mixed = as_dataset(joined, read.as_text)
     ends = np.cumsum([0, *(sum(len(rows) for _, rows in parts[n]) for n in ordered)]).tolist()
     read.splits = {
@@ -216,54 +240,45 @@ def _untyped(files: Sequence[Path], place: Path, kind: str, config: DataConfig) 
     return read
 
 
-def _rows_of(file: Path, config: DataConfig) -> Mapping[str, FileRows]:
-    """Rows of one file by split; the one reader of plain files, of whomever they are."""
-    kind = READERS[file.suffix.lower()]
-    if kind == "csv":
-        return {"": read_delimited(file, config.separator, config.encoding)}
-    if kind == "xlsx":
-        return {"": read_spreadsheet(file, config.subset)}
-    if kind == "json":
-        return read_json(file, config.encoding)
-    from datasets import Dataset
-
-    whole = Dataset.from_parquet(str(file), keep_in_memory=True) if kind == "parquet" else Dataset.from_file(str(file))
-    return {"": FileRows(whole[:], False)}
+def _chosen(splits: Collection[str], config: DataConfig) -> list[str]:
+    """Names of splits in order; only those that the job wants, if all of them are there."""
+    ordered: list[str] = [n for n in SPLITS if n in splits]
+    ordered += [n for n in splits if n not in ordered]
+    return (
+        [n for n in ordered if n in config.splits] if set(config.splits) <= set(ordered) and config.splits else ordered
+    )
 
 
-def _values(rows: FileRows, name: str) -> Sequence[Any]:
-    return rows.columns.get(name, [None] * len(rows))
+def check_alike(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """See that parts of a table, to be joined, have the same columns of the same types; else they would be converted.
+
+    Args:
+        parts: The name of each, and the features of its columns.
+
+    Raises:
+        ValueError: one holds other things than another; names the column and both.
+    """
+    before: dict[str, tuple[str, str]] = {}
+    for part, features in parts:
+        for column, feature in features.items():
+            kind = _kind(feature)
+            first, there = before.setdefault(column, (part, kind))
+            if kind == "null" or there == "null":
+                before[column] = (part, kind) if there == "null" else (first, there)
+            elif kind != there:
+                raise ValueError(f"the column {column!r} holds {there} in {first}, but {kind} in {part}")
 
 
-def as_dataset(columns: Mapping[str, Sequence[Any]], as_text: bool) -> tuple[Any, dict[str, str]]:
-    """Columns as a ``datasets.Dataset``, and those that cannot be in one, since they hold values of several types."""
-    import pyarrow as pa
-    from datasets import Dataset, Features, Value
+def _kind(feature: Any) -> str:
+    from datasets import ClassLabel, Value
 
-    if as_text:
-        features = Features({name: Value("large_string") for name in columns})
-        return Dataset.from_dict(dict(columns), features=features), {}
-    kept, mixed = {}, {}
-    for name, values in columns.items():
-        try:
-            pa.array(list(values))
-            kept[name] = list(values)
-        except (pa.ArrowException, TypeError, ValueError, OverflowError):
-            kinds: dict[str, object] = {}
-            for value in values:
-                kinds.setdefault(type(value).__name__, value)
-            mixed[name] = " and ".join(f"{kind} ({kinds[kind]!r})" for kind in kinds if kind != "NoneType")
-    if mixed and not kept:
-        kept["row"] = list(range(len(next(iter(columns.values())))))
-    return Dataset.from_dict(kept), mixed
-
-
-def _split_of(file: Path, place: Path) -> str:
-    """The split that a file belongs to by its name or its folder's."""
-    if not place.is_dir():
-        return "train"  # as datasets calls what is not split
-    words = [word for part in reversed(file.relative_to(place).parts) for word in re.split(r"[^a-z]+", part.lower())]
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
+    if isinstance(feature, ClassLabel):
+        return f"the classes {', '.join(feature.names)}"
+    if not isinstance(feature, Value):
+        return type(feature).__name__
+    if feature.dtype.startswith(("int", "uint", "float")):
+        return "numbers"
+    return "texts" if "string" in feature.dtype else str(feature.dtype)
 
 
 def _digest(files: Sequence[Path], folder: Path) -> str:
@@ -280,75 +295,6 @@ def _digest(files: Sequence[Path], folder: Path) -> str:
         for part in pool.map(of, there, chunksize=1):
             digest.update(part)
     return digest.hexdigest()
-
-
-# -- folders of images ------------------------------------------------------------------------------------------------
-
-
-def _images(
-    folder: Path, files: Sequence[Path], pictures: Sequence[Path], tables: Sequence[Path], config: DataConfig
-) -> Read:
-    """Pictures by class folders, or by tables of metadata that lie in their folders."""
-    from datasets import Dataset, Features, Image, Value
-
-    read = Read({}, len(pictures) + len(tables))
-    described = [(table, rows) for table in tables for rows in _rows_of(table, config).values()]
-    for table, rows in described:
-        read.notes += rows.notes
-        read.left_out.add(f"blank rows of {table.name}", rows.blank_rows)
-    columns = list(dict.fromkeys(name for _, rows in described for name in rows.columns))
-    wanted = {config.label_column.lower()} if config.label_column else set(LABEL_NAMES)
-    by_table = any(name.lower() in wanted for name in columns)
-    found = (
-        ImageFiles(tuple(pictures), tuple(_split_of(p, folder) for p in pictures), (None,) * len(pictures), "", ())
-        if by_table
-        else read_image_folder(folder, pictures, config.class_folder)
-    )
-    count_others(files, [*pictures, *tables], read.left_out)
-    read.class_rule, read.notes = found.why, [*read.notes, *found.notes]
-    for ending, times in sorted(Counter(p.suffix.lower() for p in pictures).items()):
-        if ending not in readable_endings():
-            end = f"{times:,} pictures end" if times > 1 else "1 picture ends"
-            read.notes.append(f"{end} in {ending or 'nothing'}: read by what they hold, if it can be")
-    rows_by_split: dict[str, list[dict[str, Any]]] = {}
-    place = {os.path.abspath(path): i for i, path in enumerate(pictures)}
-    named: set[int] = set()
-    for table, rows in described:
-        key = next((n for wanted_name in FILE_NAMES for n in rows.columns if n.lower() == wanted_name), None)
-        if key is None:
-            raise ValueError(f"{table} must have a column file_name, got {shown(list(rows.columns))}")
-        for row in range(len(rows)):
-            path = os.path.abspath(table.parent / str(rows.columns[key][row]))
-            number = place.get(path)
-            named |= set() if number is None else {number}
-            values = {name: _values(rows, name)[row] for name in columns if name != key}
-            split = found.splits[number] if number is not None else _split_of(table, folder)
-            rows_by_split.setdefault(split, []).append({"image": _at(path), **values, **_class(found, number)})
-    for number, picture in enumerate(found.paths):
-        if number not in named:
-            rows_by_split.setdefault(found.splits[number], []).append({"image": _at(picture), **_class(found, number)})
-    if described and len(named) < len(pictures):
-        read.notes.append(f"{len(pictures) - len(named):,} of {len(pictures):,} pictures are in no table of metadata")
-    ordered = [n for n in SPLITS if n in rows_by_split]
-    whole = [row for n in ordered for row in rows_by_split[n]]
-    names = [n for n in dict.fromkeys(n for row in whole for n in row) if n != "image"]
-    typed, read.mixed = as_dataset({n: [row.get(n) for row in whole] for n in names}, False) if names else (None, {})
-    features = Features({"image": Image(), **(typed.features if typed else {})})
-    data = {"image": [row["image"] for row in whole], **({n: typed[:][n] for n in typed.features} if typed else {})}
-    data = {n: v for n, v in data.items() if any(x is not None for x in v)}
-    features = Features({n: features[n] if features[n] != Value("null") else Value("string") for n in data})
-    joined = Dataset.from_dict(data, features=features)
-    ends = np.cumsum([0, *(len(rows_by_split[n]) for n in ordered)]).tolist()
-    read.splits = {n: joined.select(range(a, b)) for n, a, b in zip(ordered, ends[:-1], ends[1:], strict=True)}
-    return read
-
-
-def _at(path: Path | str) -> dict[str, Any]:
-    return {"path": os.path.abspath(path), "bytes": None}
-
-
-def _class(found: ImageFiles, number: int | None) -> dict[str, str | None]:
-    return {"label": found.classes[number]} if number is not None and any(found.classes) else {}
 
 
 def first_line(error: BaseException) -> str:

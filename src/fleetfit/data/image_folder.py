@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from fleetfit.data.file_rows import LeftOut, shown
+from fleetfit.data.label_text import tidy
 
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -85,7 +86,7 @@ def files_below(folder: Path) -> list[Path]:
         for name in names:
             if (here / name).is_symlink() and os.path.realpath(here / name) in above:
                 raise ValueError(f"{here / name} links to a folder that it is in")
-        found += [here / f for f in sorted(files) if not f.startswith(".") and f.lower() not in LITTER]
+        found += [here / f for f in sorted(files) if not f.startswith((".", "~$")) and f.lower() not in LITTER]
     return sorted(found)
 
 
@@ -108,7 +109,9 @@ class ImageFiles:
     notes: tuple[str, ...]
 
 
-def read_image_folder(folder: Path, pictures: Sequence[Path], class_folder: int | None = None) -> ImageFiles:
+def read_image_folder(
+    folder: Path, pictures: Sequence[Path], class_folder: int | None = None, known: Sequence[str] = ()
+) -> ImageFiles:
     """Splits and classes of pictures by their places below a folder, by the rule above.
 
     Args:
@@ -116,6 +119,7 @@ def read_image_folder(folder: Path, pictures: Sequence[Path], class_folder: int 
         pictures: Its pictures.
         class_folder: Which folder of a picture's path is its class, 1 for the first below the source (and below
             train, validation, test); None: found.
+        known: Names of the classes, if they are: the folders whose names all are among them are the classes.
 
     Raises:
         ValueError: several levels of folders may be the classes.
@@ -130,6 +134,13 @@ def read_image_folder(folder: Path, pictures: Sequence[Path], class_folder: int 
         if level:
             notes.append(f"folders {shown(sorted(set(splits)))} below the classes divide the pictures")
     depth = max(map(len, parts))
+    names = [_names_at(parts, i) for i in range(depth)]
+    wanted = set(map(tidy, known))
+    called = [i for i, there in enumerate(names) if there.total() == len(parts) and set(map(tidy, there)) <= wanted]
+    if len(called) == 1:
+        why = "the folder whose names are classes of the job"
+        chosen = tuple(p[called[0]] for p in parts)
+        return ImageFiles(tuple(pictures), tuple(splits), chosen, why, tuple(notes))
     if class_folder is not None:
         if class_folder > depth:
             raise ValueError(
@@ -142,10 +153,9 @@ def read_image_folder(folder: Path, pictures: Sequence[Path], class_folder: int 
             f"folder {class_folder} of each path, as data.class_folder says",
             tuple(notes),
         )
-    names = [_names_at(parts, i) for i in range(depth)]
     differing = [i for i, there in enumerate(names) if len(there) > 1]
     if not differing:
-        why = "all in one folder" if depth else ""
+        why = "all in one folder" if depth or level is None else f"only {shown(sorted(set(splits)))} divide them"
         return ImageFiles(tuple(pictures), tuple(splits), (None,) * len(parts), why, tuple(notes))
     first, *deeper = differing
     why = "the first folder below the source whose names differ"

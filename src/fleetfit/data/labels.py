@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fleetfit.config import DataConfig
 from fleetfit.data.file_rows import shown
+from fleetfit.data.label_text import tidy
 from fleetfit.data.tables import Table
 
+UNKNOWN = "-1"  # so some data sets mark samples without a label; for others it is one
 INTEGER = re.compile(r"-?(0|[1-9]\d*)")
-UNSEEN = dict.fromkeys(map(ord, "\u200b\u2060\ufeff\u00ad"))  # signs of no width
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,6 @@ class Labels:
     def num_missing(self) -> int:
         """Rows without a label."""
         return int((self.numbers < 0).sum())
-
-
-def tidy(name: str) -> str:
-    """A label without what cannot be seen: spare white space, and Unicode's several ways to write one letter."""
-    return " ".join(unicodedata.normalize("NFC", name).translate(UNSEEN).split())
 
 
 def written(values: Sequence[Any], feature: Any, said: str) -> list[str | None]:
@@ -102,6 +98,7 @@ def read_labels(table: Table, column: str, config: DataConfig) -> Labels:
         names = tuple(dict.fromkeys(map(tidy, known)))
     elif config.label_names:
         names = tuple(map(tidy, config.label_names))
+        _check_numbers(there, names, said)
         if not there <= set(names):
             return _numbered(tidied, names, said, notes)
     else:
@@ -111,6 +108,8 @@ def read_labels(table: Table, column: str, config: DataConfig) -> Labels:
             what = "numbers" if all(map(INTEGER.fullmatch, names)) else "texts"
             raise ValueError(f"{said} holds {len(names):,} different {what} in {filled:,} rows: is it the label?")
     number = {name: i for i, name in enumerate(names)}
+    if not known and UNKNOWN in there:
+        notes = (*notes, f"{UNKNOWN} is a class like others ({tidied.count(UNKNOWN):,} samples), not a missing label")
     return _checked([-1 if t is None else number[t] for t in tidied], names, said, (*notes, *_alike(names)))
 
 
@@ -123,8 +122,11 @@ def read_known_labels(table: Table, column: str, names: tuple[str, ...], config:
     Raises:
         ValueError: too many labels are missing, or labels that the fleet does not know.
     """
+    from datasets import ClassLabel
+
     said = f"data.source = {table.origin}: the labels in column {column!r}"
-    texts = written(table.column(column), table.rows.features.get(column), said)
+    feature = table.rows.features.get(column)
+    texts = written(table.column(column), feature, said)
     missing = sum(t is None for t in texts)
     if missing > config.missing_label_share * len(texts):
         raise ValueError(
@@ -134,6 +136,8 @@ def read_known_labels(table: Table, column: str, names: tuple[str, ...], config:
     tidied = [None if t is None else tidy(t) for t in texts]
     known = {tidy(name): i for i, name in enumerate(names)}
     there = {t for t in tidied if t is not None}
+    if config.label_names and not isinstance(feature, ClassLabel):
+        _check_numbers(there, tuple(map(tidy, config.label_names)), said)
     if there - set(known) and config.label_names and all(map(INTEGER.fullmatch, there)):
         known = {str(i): known[tidy(name)] for i, name in enumerate(config.label_names) if tidy(name) in known}
     unknown = sorted(there - set(known))
@@ -153,6 +157,17 @@ def read_known_labels(table: Table, column: str, names: tuple[str, ...], config:
         )
     numbers = [-1 if t is None else known[t] for t in tidied]
     return Labels(torch.tensor(numbers, dtype=torch.long), names, _joined(texts, tidied))
+
+
+def _check_numbers(there: set[str], names: tuple[str, ...], said: str) -> None:
+    """Raises where labels could be names that the job has, or else the numbers of other ones."""
+    if there <= set(names) and all(INTEGER.fullmatch(t) and 0 <= int(t) < len(names) for t in there):
+        wrong = sorted(t for t in there if names[int(t)] != t)
+        if wrong:
+            raise ValueError(
+                f"{said} holds {shown(wrong)}, which may be names in data.label_names, or numbers of other ones, from "
+                "0: give names that are no such numbers ('1 star')"
+            )
 
 
 def _numbered(tidied: Sequence[str | None], names: tuple[str, ...], said: str, notes: tuple[str, ...]) -> Labels:

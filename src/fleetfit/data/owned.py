@@ -16,6 +16,7 @@ from fleetfit.config import Job
 from fleetfit.data.columns import Kind, find_columns
 from fleetfit.data.inputs import make_images, make_texts, read_texts
 from fleetfit.data.labels import read_known_labels
+from fleetfit.data.named_files import locate
 from fleetfit.data.partition import Split, split_rows
 from fleetfit.data.pixels import as_image
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
@@ -115,9 +116,10 @@ def _part(
     given = {"source": source, "root": "", "subset": "", "splits": splits, "user_column": ""}
     config = job.data.model_copy(update=given)
     cache = Path(job.run.cache).expanduser()
-    table = open_table(config, cache, lambda words: progress("data", 0, 1, words))
+    table = open_table(config, cache, lambda words: progress("data", 0, 1, words), labels)
     kind: Kind = "text" if isinstance(form, TextPreprocessing) else "image"
     column, label_column = find_columns(table, config, kind)
+    table = table.with_files_of(column.name) if kind == "image" else table
     found = read_known_labels(table, label_column.name, labels, config)
     rows = (found.numbers >= 0).nonzero().flatten()
 
@@ -162,7 +164,7 @@ def _encoded(value: Any, origin: Origin) -> bytes:
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
     if isinstance(value, (str, Path)):
-        return Path(origin.folder or ".", value).read_bytes()
+        return locate(origin.folder, value).read_bytes()
     if isinstance(value, bytes):
         return value
     if isinstance(value, list) and origin.number_kind is not None:

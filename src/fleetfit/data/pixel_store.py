@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from pydantic import ValidationError
 from torch import Tensor
 
+from fleetfit.data.named_files import locate
 from fleetfit.data.pixel_facts import PictureFacts, Place, Tally, digest_of, place_of
 from fleetfit.data.pixels import Decoded, as_image, decode, open_image
 from fleetfit.data.preprocessing import Preprocessing
@@ -185,7 +186,7 @@ def _one(
         if value is None:
             return "there is no image"
         if isinstance(value, (str, Path)):
-            value = Path(folder or ".", value).read_bytes()
+            value = locate(folder, value).read_bytes()
         if isinstance(value, bytes):
             image, weight = open_image(value), len(value)
         else:

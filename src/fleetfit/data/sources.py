@@ -85,6 +85,7 @@ def load_source(job: Job, progress: Progress = silent) -> tuple[Samples, Origin]
     cache = Path(job.run.cache).expanduser()
     table = open_table(job.data, cache, lambda words: progress("data", 0, 1, words))
     column, label_column = find_columns(table, job.data, kind)
+    table = table.with_files_of(column.name) if kind == "image" else table
     labels = read_labels(table, label_column.name, job.data)
     users = read_users(table, job.data.user_column) if job.data.user_column else None
     rows = _drawn(labels.numbers, job)

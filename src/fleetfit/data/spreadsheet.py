@@ -1,4 +1,4 @@
-"""Spreadsheets (.xlsx) as rows of text, as a person sees them there."""
+"""Spreadsheets (.xlsx) as rows of text: the values of their cells, whatever format they are shown in."""
 
 import datetime
 import re
@@ -12,14 +12,17 @@ PADDED = re.compile(r"0+")  # a number format that shows 1 as 001
 
 
 def read_spreadsheet(path: Path, sheet: str = "") -> FileRows:
-    """All rows of a sheet; the first row that has a value names the columns.
+    """All rows of a sheet, hidden ones too; the first row that has a value names the columns.
+
+    A cell that was merged of several rows has its value in each of them.
 
     Args:
         path: The file.
         sheet: Its name; empty: the only one that has values.
 
     Raises:
-        ValueError: no spreadsheet, no such sheet, several sheets with values, a header that names a column twice.
+        ValueError: no spreadsheet, no such sheet, several sheets with values, a header that names a column twice,
+            formulas without a value.
         ImportError: openpyxl is not installed.
         OSError: the file cannot be read.
     """
@@ -39,33 +42,66 @@ def read_spreadsheet(path: Path, sheet: str = "") -> FileRows:
         tables = {
             name: _values(book[name]) for name in ([sheet] if sheet else book.sheetnames) if _is_sheet(book[name])
         }
-    filled = {name: rows for name, rows in tables.items() if any(any(row) for row in rows)}
+        formulas = openpyxl.load_workbook(file)
+    for name in tables:
+        _check_formulas(formulas[name], book[name], path)
+    filled = {name: rows for name, rows in tables.items() if any(map(_has_value, rows))}
     if not filled:
         raise ValueError(f"{path} is empty")
     if len(filled) > 1:
         raise ValueError(f"{path} has several sheets with values: {shown(list(filled))}; name one with data.subset")
     ((name, rows),) = filled.items()
-    header, *body = rows[next(i for i, row in enumerate(rows) if any(row)) :]
-    full = [row for row in body if any(row)]
+    header, *body = rows[next(i for i, row in enumerate(rows) if _has_value(row)) :]
+    full = [row for row in body if _has_value(row) and row != header]
+    num_blank = sum(not _has_value(row) for row in body)
     names = {i: n.strip() or f"column {i + 1}" for i, n in enumerate(header) if n.strip() or any(r[i] for r in full)}
     if len(set(names.values())) < len(names):
         twice = [n for n in names.values() if list(names.values()).count(n) > 1]
         raise ValueError(f"{path}, sheet {name!r}: the header has {shown(sorted(set(twice)))} more than once")
     columns = {n: [row[i] for row in full] for i, n in names.items()}
-    notes = (f"sheet {name!r} of {path.name} was read",) if len(book.sheetnames) > 1 else ()
-    return FileRows(columns, True, len(body) - len(full), notes)
+    notes = [f"sheet {name!r} of {path.name} was read"] if len(book.sheetnames) > 1 else []
+    again = len(body) - num_blank - len(full)
+    if again:
+        notes.append(f"left out {again} rows of {path.name} that repeat its header")
+    hidden = sum(dimension.hidden for row, dimension in book[name].row_dimensions.items() if row <= len(rows))
+    if hidden:
+        notes.append(f"{hidden} rows of {path.name} are hidden there, and read like the others")
+    return FileRows(columns, True, num_blank, tuple(notes))
 
 
 def _is_sheet(sheet: Any) -> bool:
     return hasattr(sheet, "iter_rows")  # a chart is none
 
 
+def _has_value(row: list[str]) -> bool:
+    return any(field.strip() for field in row)
+
+
 def _values(sheet: Any) -> list[list[str]]:
-    return [[_text(cell) for cell in row] for row in sheet.iter_rows()]
+    rows = [[_text(cell) for cell in row] for row in sheet.iter_rows()]
+    for area in sheet.merged_cells.ranges:
+        for row in rows[area.min_row : area.max_row]:
+            row[area.min_col - 1] = rows[area.min_row - 1][area.min_col - 1]
+    return rows
+
+
+def _check_formulas(formulas: Any, sheet: Any, path: Path) -> None:
+    """Raises where a program wrote formulas and no values; an empty text is one."""
+    for row in formulas.iter_rows():
+        for cell in row:
+            if (
+                cell.data_type == "f"
+                and sheet[cell.coordinate].value is None
+                and sheet[cell.coordinate].data_type == "n"
+            ):
+                raise ValueError(
+                    f"{path}, sheet {sheet.title!r}: {cell.coordinate} has a formula and no value; open it in a "
+                    "spreadsheet program, and save it there"
+                )
 
 
 def _text(cell: Any) -> str:
-    """A cell's value as it is shown."""
+    """A cell's value as text."""
     value = cell.value
     if value is None:
         return ""

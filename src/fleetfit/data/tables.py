@@ -9,14 +9,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fleetfit.config import DataConfig
-from fleetfit.data.file_tables import READERS, Read, as_dataset, as_written, first_line, is_plain_csv, read_files
+from fleetfit.data.file_tables import as_written, check_alike, first_line, is_plain_csv, read_files
+from fleetfit.data.named_files import digest_of_files
+from fleetfit.data.row_files import READERS, Read, as_dataset
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ class Table:
 
     Attributes:
         rows: A ``datasets.Dataset``, memory-mapped where it comes from typed files.
-        fingerprint: Changes with the content, whatever the files are called and wherever they are.
+        fingerprint: Changes with the content, whatever the files are called and wherever they are; with that of
+            files that the rows name, see ``with_files_of``.
         origin: Where the rows came from, for a person.
         folder: What relative paths in the rows start from.
         given: Columns that a function gave as they are.
@@ -45,6 +48,7 @@ class Table:
         num_files: How many files the rows are of.
         left_out: What of the source is not in the rows, by why.
         notes: How it was read, for a person.
+        digested: Absolute paths of files that the rows name whose content is in the fingerprint already.
     """
 
     rows: Any
@@ -58,6 +62,12 @@ class Table:
     num_files: int = 0
     left_out: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    digested: frozenset[str] = frozenset()
+
+    def with_files_of(self, column: str) -> "Table":
+        """The same rows; the fingerprint changes with the content of the files that a column names, too."""
+        digest = digest_of_files(self.rows, self.given.get(column), column, self.folder, self.digested)
+        return replace(self, fingerprint=_hash([self.fingerprint, digest])) if digest else self
 
     def column(self, name: str) -> list[Any]:
         """A whole column of small values."""
@@ -94,13 +104,14 @@ class Table:
             yield part[name]
 
 
-def open_table(config: DataConfig, cache: Path, tell: Tell) -> Table:
+def open_table(config: DataConfig, cache: Path, tell: Tell, known: Sequence[str] = ()) -> Table:
     """The rows that a job names: all splits of it, joined, or those that the job chooses.
 
     Args:
         config: The job's data.
         cache: Where tables of typed files are kept, memory-mapped, by their content.
         tell: Told in words what takes long.
+        known: Names of the classes, if they are.
 
     Raises:
         ValueError: no such file, folder or function, no such data set, no network; rows that cannot be read or joined.
@@ -113,7 +124,7 @@ def open_table(config: DataConfig, cache: Path, tell: Tell) -> Table:
         place, origin = _find(config, said)
         if place:
             tell(f"reading {origin}")
-            read, digest, folder = read_files(place, config, cache, said)
+            read, digest, folder = read_files(place, config, cache, said, known)
         else:
             tell("asking the Hugging Face hub")
             (read, digest), folder = _of_hub(config, cache, said), None
@@ -131,6 +142,7 @@ def open_table(config: DataConfig, cache: Path, tell: Tell) -> Table:
             num_files=read.num_files,
             left_out=read.left_out.counts,
             notes=tuple(read.notes),
+            digested=read.digested,
         )
 
 
@@ -177,6 +189,7 @@ def _joined(splits: Mapping[str, Any], wanted: Sequence[str], said: str) -> tupl
             raise ValueError(f"data.splits: {said} has no split {name!r}; there are {', '.join(splits)}")
     chosen = list(wanted or splits)
     try:
+        check_alike((f"the split {name}", splits[name].features) for name in chosen)
         rows = concatenate_datasets([splits[name] for name in chosen])
     except Exception as error:  # of datasets or of pyarrow, by what differs
         raise ValueError(f"{said}: its splits have different columns; choose some with data.splits: {error}") from error
@@ -253,8 +266,8 @@ def _of_function(config: DataConfig, said: str) -> Table:
     rows, mixed = as_dataset({"label": plain, "row": range(len(plain))}, as_text=False)
     digest = hashlib.sha256(json.dumps([repr(value) for value in plain]).encode())
     for value in inputs:
-        array = value if isinstance(value, str) else np.asarray(value)
-        digest.update(repr(value).encode() if isinstance(array, str) else f"{array.dtype}{array.shape}".encode())
+        array = str(value) if isinstance(value, str | Path) else np.asarray(value)
+        digest.update(repr(array).encode() if isinstance(array, str) else f"{array.dtype}{array.shape}".encode())
         digest.update(b"" if isinstance(array, str) else array.tobytes())
     return Table(rows, digest.hexdigest(), origin, Path.cwd(), {GIVEN: inputs}, mixed=mixed)
 
