@@ -243,17 +243,6 @@ def test_what_was_read_of_many_classes_in_folders(run: Path):
     assert "one <i>note</i>" in words
 
 
-def test_one_size_is_no_range(run: Path):
-    path = run / "summary.json"
-    summary = json.loads(path.read_text())
-    for device in summary["devices"]:
-        device["parameters"] = 17_500
-    path.write_text(json.dumps(summary))
-    text = read_page(run).text
-    assert "17,500 – 17,500" not in text
-    assert "17,500" in text
-
-
 def test_wall_time_and_cpu_time_are_told_apart_by_name(run: Path):
     path = run / "summary.json"
     summary = json.loads(path.read_text())
