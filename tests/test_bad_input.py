@@ -181,7 +181,7 @@ def test_a_local_copy_is_named_on_the_terminal(shell: Shell, tmp_path: Path, mon
     result = shell.run("data.source=someone/tiny", "data.split=iid", "data.input_column=image", quiet=False)
     assert result.exit_code == 0, result.output
     origin = f"the local copy {tmp_path / 'copies' / 'tiny'} (FLEETFIT_DATA)"
-    assert re.search(rf"^. 400 rows in 1 file, all used \({re.escape(origin)}\)$", result.stderr, re.MULTILINE)
+    assert re.search(rf"^. 400 images in 1 file, all used \({re.escape(origin)}\)$", result.stderr, re.MULTILINE)
     assert re.search(r"^. labels from column 'label' \(its name\)$", result.stderr, re.MULTILINE)
 
 

@@ -217,6 +217,32 @@ def test_one_page_that_tells_everything(run: Path):
         assert fact in words, fact
 
 
+def test_what_was_read_of_many_classes_in_folders(run: Path):
+    """The first classes with their counts, how many there are more, and no word of a column that there is not."""
+    path = run / "summary.json"
+    read = {
+        "source": "photos",
+        "origin": "photos",
+        "kind": "image",
+        "num_files": 100,
+        "num_rows": 100,
+        "num_samples": 99,
+        "left_out": {"images that cannot be read": 1},
+        "label_why": "the first folder whose names differ",
+        "classes": {f"class-{number}": number for number in range(25)},
+        "notes": ["one <i>note</i>"],
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": read}))
+    words = read_page(run).text
+    assert "99 samples of 100 images from photos. Left out: 1 image that cannot be read." in words
+    assert "Samples of 25 classes; 5 more are in summary.json" in words
+    assert "class-19" in words
+    assert "class-20" not in words
+    assert "the first folder whose names differ" in words
+    assert "column" not in words.partition("How it was read")[2].partition("What each cluster got")[0]
+    assert "one <i>note</i>" in words
+
+
 def test_wall_time_and_cpu_time_are_told_apart_by_name(run: Path):
     path = run / "summary.json"
     summary = json.loads(path.read_text())

@@ -5,7 +5,7 @@ from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, sectio
 from fleetfit.report.markup import Child, Markup, count, element, plural
 from fleetfit.report.run_data import Run
 
-MOST_CLASSES = 40
+MOST_CLASSES = 20
 
 
 def data(run: Run) -> Markup | None:

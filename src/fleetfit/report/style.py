@@ -19,7 +19,7 @@ h1, h2, h3 { font-family: Charter, "Iowan Old Style", Georgia, "Liberation Serif
 h1 { font-size: clamp(1.9rem, 5vw, 2.9rem); margin: .2em 0 .35em; letter-spacing: -.01em; }
 h2 { font-size: 1.6rem; margin: 0 0 .3em; }
 h3 { font-size: 1.12rem; margin: 0 0 .5em; }
-p { margin: 0 0 .9em; max-width: 72ch; }
+p { margin: 0 0 .9em; max-width: 72ch; overflow-wrap: anywhere; }
 body > header { padding-top: 40px; }
 .kicker { color: var(--muted); font-size: .9rem; margin: 0; overflow-wrap: anywhere; }
 .lede { font-size: 1.15rem; max-width: 64ch; }
@@ -43,6 +43,7 @@ section { margin: 52px 0 0; scroll-margin-top: 12px; }
 .tile b { display: block; font-size: 1.3rem; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .tile p { color: var(--muted); font-size: .84rem; line-height: 1.35; margin: 2px 0 0; }
 ul.noted { padding-left: 1.1em; margin: 0; font-size: .88rem; overflow-wrap: anywhere; }
+#data td, #data th:has(+ .barcell) { overflow-wrap: anywhere; }
 ul.noted li { margin: 0 0 .45em; }
 ol.how { padding-left: 1.3em; margin: 0; } ol.how li { margin: 0 0 .6em; max-width: 68ch; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 3px 14px; margin: 0; font-size: .92rem; }
