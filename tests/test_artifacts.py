@@ -248,8 +248,21 @@ def test_another_process_is_kept_out_and_its_lock_dies_with_it(tmp_path: Path) -
     RunFolder(tmp_path, Job()).close()
 
 
-def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -> None:
+def begin(path: Path, job: Job) -> None:
+    """A run that has finished a step."""
+    RunFolder(path, job).close()
+    (path / "steps").mkdir(exist_ok=True)
+    (path / "steps" / "reference.safetensors").touch()
+
+
+def test_a_job_that_came_to_nothing_may_be_mended(tmp_path: Path) -> None:
     RunFolder(tmp_path, Job()).close()
+    RunFolder(tmp_path, make_job({"data": {"label_column": "team"}})).close()
+    assert artifacts.load_job(tmp_path / "job.toml").data.label_column == "team"
+
+
+def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -> None:
+    begin(tmp_path, Job())
     saved = (tmp_path / "job.toml").read_bytes()
     other = make_job({"seed": 3, "refine": {"rounds": 5}, "model": {"config": {"hidden_size": 32}}})
     with pytest.raises(ValueError, match="holds the run of another job") as error:
@@ -266,7 +279,7 @@ def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -
 def test_a_key_that_only_one_job_has_is_a_difference(tmp_path: Path) -> None:
     more = make_job({"model": {"config": {"qkv_bias": False}}})
     for name, first, second in (("a", more, Job()), ("b", Job(), more)):
-        RunFolder(tmp_path / name, first).close()
+        begin(tmp_path / name, first)
         with pytest.raises(ValueError, match=r"differs in model\.config\.qkv_bias\)"):
             RunFolder(tmp_path / name, second)
 

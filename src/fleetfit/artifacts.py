@@ -307,16 +307,25 @@ class RunFolder:
         self.steps = StepFolder(path / "steps", self.ledger, self._note)
 
     def _claim(self) -> None:
+        """Note what job this folder is of; one that came to nothing, as its data was refused, say, may be mended."""
         saved = self.path / "job.toml"
         if saved.exists():
             before = load_job(saved)
             differing = differences(before.model_dump(exclude=HOW), self.job.model_dump(exclude=HOW))
-            if differing:
+            if differing and self._begun():
                 raise ValueError(
                     f"{self.path} holds the run of another job (differs in {', '.join(differing[:5])}); "
                     "choose another --out, or delete the folder"
                 )
         write_atomically(saved, self.job.to_toml())
+
+    def _begun(self) -> bool:
+        made = (
+            *(self.path / "steps").rglob("*.safetensors"),
+            *self.path.glob("devices/*"),
+            *self.path.glob("summary.json"),
+        )
+        return bool(made)
 
     def close(self) -> None:
         """Let others write here."""
@@ -334,8 +343,9 @@ class RunFolder:
         Raises:
             ValueError: it began with other data.
         """
-        begun = next((self.path / "steps").rglob("*.safetensors"), None) is not None
-        claim_data(self.path / DATA_FILE, data, begun, "choose another --out, or delete the folder, to begin anew")
+        claim_data(
+            self.path / DATA_FILE, data, self._begun(), "choose another --out, or delete the folder, to begin anew"
+        )
 
     def _note(self, name: str, cost: Cost, value: Message) -> None:
         fields = json.loads(value.model_dump_json())

@@ -153,7 +153,7 @@ class DataConfig(Section):
         "", description="of CSV files: one character, or tab; empty: found, by the header and all rows"
     )
     encoding: str = Field(
-        "", description="of CSV and JSON files, as Python calls it; empty: UTF-8, or what a mark says"
+        "", description="of CSV and JSON files, as Python calls it; empty: what a mark says, else UTF-8, else cp1252"
     )
     class_folder: Annotated[int, Field(ge=1)] | None = Field(
         None,

@@ -201,7 +201,7 @@ TEXT = "text,label\ncafé naïve façade – “so”,yes\nplain words here,no\n
         ("utf-16-le", ("rows.csv was read as UTF-16 without BOM",)),
         ("utf-16-be", ("rows.csv was read as UTF-16 without BOM",)),
         ("utf-32", ("rows.csv was read as UTF-32",)),
-        ("cp1252", ("rows.csv was read as cp1252, for want of a mark ('xt,label café naïve faça' in line 2)",)),
+        ("cp1252", ("rows.csv was read as cp1252, since it is no UTF-8 (line 2 is 'xt,label café naïve faça' so)",)),
     ],
 )
 def test_encodings_are_found_and_told(tmp_path: Path, encoding: str, told: tuple[str, ...]) -> None:

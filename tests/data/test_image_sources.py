@@ -428,7 +428,7 @@ def test_a_few_bad_images_are_left_out_and_counted(
     empty, text = (f"it is no image of a known kind: {what}" for what in ("the file is empty", "it holds text"))
     told = f"row 4: {empty}; row 7: image file is truncated; row 11: {text}; ..."
     assert samples.summary.left_out == {"images that cannot be read": 4}
-    assert samples.summary.notes[1] == f"4 images that cannot be read are left out: {told}"
+    assert samples.summary.notes[2] == f"cannot be read: {told}"
     assert f"4 of 40 images cannot be read: {told}" in caplog.text
     monkeypatch.setattr(pixel_store, "decode", lambda *_: pytest.fail("decoded again"))
     assert load_samples(job).summary == samples.summary
@@ -441,14 +441,14 @@ def test_too_many_bad_images_are_an_error_that_tells_the_first(tmp_path: Path, c
     path = with_bad(tmp_path, 40, {9: encoded(9)[:-40], 20: b"x"})
     with pytest.raises(ValueError, match=r"^data\.source = .*: 2 of 40 images cannot be read, and data\.") as caught:
         load_samples(image_job(path, cache))
-    assert "data.bad_image_share = 0.01 of all is the most; row 9: " in str(caught.value)
+    assert "data.bad_image_share = 0.01 of all is the most (a larger one leaves them out); row 9: " in str(caught.value)
     assert list((cache / "images").iterdir()) == []
 
 
 def test_a_path_that_is_not_there_is_a_bad_image(tmp_path: Path, cache: Path) -> None:
     source = csv_of_paths(tmp_path)
     (tmp_path / "5.png").unlink()
-    with pytest.raises(ValueError, match=rf"most; {tmp_path}/5\.png: No such file or directory$"):
+    with pytest.raises(ValueError, match=rf"out\); {tmp_path}/5\.png: No such file or directory$"):
         load_samples(image_job(source, cache))
     assert len(load_samples(image_job(source, cache, bad_image_share=0.1))) == 29
 

@@ -106,7 +106,7 @@ def test_what_cannot_be_read_is_named_by_its_path_or_row(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         found = store_of(tmp_path, images)
     assert found.bad == (4, 7, 9, 11)
-    assert found.notes[0].startswith(f"4 images that cannot be read are left out: {told}")
+    assert found.notes[0].startswith(f"cannot be read: {told}")
     assert found.notes[0].endswith("; ...")
     assert f"4 of 40 images cannot be read: {told}" in caplog.text
     for _ in range(2):

@@ -73,7 +73,7 @@ def test_what_was_read_is_told_before_anything_is_trained(folder: Path) -> None:
     assert "labels from column 'label' (its name)" in data
     assert "4 classes (01 40, 1 40, <b>é</b> 40, NA 40)" in data
     assert "fields of rows.csv are divided by semicolons" in data
-    assert any(line.startswith("rows.csv was read as cp1252, for want of a mark") for line in data)
+    assert any(line.startswith("rows.csv was read as cp1252, since it is no UTF-8") for line in data)
 
 
 def test_what_was_read_is_kept_and_on_the_page(folder: Path) -> None:

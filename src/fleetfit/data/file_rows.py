@@ -92,7 +92,7 @@ def read_text(path: Path, encoding: str = "") -> tuple[str, str]:
             f"{said}; as {WESTERN} it has words like {odd_words[0][-2 * EXAMPLE :]!r}, which no Western language has; "
             "say what it is with data.encoding"
         )
-    return text, f"{WESTERN}, for want of a mark ({_example(text)!r} in line {line})"
+    return text, f"{WESTERN}, since it is no UTF-8 (line {line} is {_example(text)!r} so)"
 
 
 def _decoded(content: bytes, encoding: str, path: Path) -> str:

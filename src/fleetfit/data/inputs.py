@@ -74,9 +74,13 @@ def make_images(
     index = good.nonzero().flatten()
     left_out = {"images that cannot be read": len(store.bad)} if store.bad else {}
     inputs = Inputs(store.pixels, index, form, path=store.path)
+    colours = "grey" if form.channels == 1 else "in colour"
+    size = f"images are brought to {form.size[0]} x {form.size[1]} pixels, {colours}"
     values = {"smallest pixel": store.range[0], "largest": store.range[1]}
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in store.kinds.items())
-    return Made(inputs, index, store.bytes_per_image, left_out, values, (*([kinds] if kinds else []), *store.notes))
+    return Made(
+        inputs, index, store.bytes_per_image, left_out, values, (size, *([kinds] if kinds else []), *store.notes)
+    )
 
 
 def read_texts(job: Job, table: Table, column: Column, rows: Int[Tensor, " row"]) -> Texts:

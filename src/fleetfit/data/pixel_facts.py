@@ -98,7 +98,7 @@ class PictureFacts(Record):
 
         if self.bad:
             told = told_problems(self.problems, len(self.bad), folder)
-            notes.append(f"{len(self.bad):,} images that cannot be read are left out: {told}")
+            notes.append(f"cannot be read: {told}")
         tell(self.flat, "are (nearly) of one colour")
         tell(self.twins, "are identical to another one")
         tell(self.deep, f"have 16 bits, and none is brighter than {DIM_DEEP} of 255: of 14 bits or fewer?")

@@ -202,5 +202,5 @@ def _one(
 
 
 def _too_many(bad: int, looked_at: int, share: float, told: str) -> str:
-    most = f"data.bad_image_share = {share:g} of all is the most"
+    most = f"data.bad_image_share = {share:g} of all is the most (a larger one leaves them out)"
     return f"{bad:,} of {looked_at:,} images cannot be read, and {most}; {told}"

@@ -125,6 +125,7 @@ def summary_of(
 ) -> DataSummary:
     """What was read of a table, and what was left out and why; logged, too."""
     column, label_column = columns
+    by_folder = bool(table.class_rule) and label_column.why == table.class_rule  # there are no columns, for a person
     left_out = dict(table.left_out)
     if labels.num_missing:
         left_out["samples without a label"] = labels.num_missing
@@ -139,9 +140,9 @@ def summary_of(
         num_rows=len(table.rows) + table.left_out.get("blank rows", 0),
         num_samples=len(used),
         left_out=left_out,
-        input_column=column.name,
+        input_column="" if by_folder else column.name,
         input_why=column.why,
-        label_column=label_column.name,
+        label_column="" if by_folder else label_column.name,
         label_why=label_column.why,
         classes=dict(zip(labels.names, counts, strict=True)),
         values=dict(made.values),
