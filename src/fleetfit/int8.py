@@ -92,7 +92,9 @@ def smallest_loss(
     layers: Sequence[str],
     min_agreement: float,
 ) -> Int8Model:
-    """The model with the fewest layers in float that keeps to the bounds; else the best there is.
+    """A model that keeps to the bounds with few layers in float; else the best there is.
+
+    How many is found by halving, as if more in float were never worse.
 
     Args:
         make: (layers in float, whether channels have scales of their own) -> a model.

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
 from fleetfit.config import ModelConfig
 from fleetfit.data.image_forms import image_form, image_processor
-from fleetfit.data.pixels import to_pixels
+from fleetfit.data.pixels import decode
 from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.sample_files import read_samples
 
@@ -82,7 +82,7 @@ def test_images_become_what_transformers_makes_of_them(name: str, tmp_path: Path
     theirs = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     for photo in (*PHOTOS, PHOTOS[0].rotate(90, expand=True), PHOTOS[1].resize((50, 33)), PHOTOS[0].resize((20, 45))):
         expected = theirs(photo, return_tensors="np")["pixel_values"]
-        pixels = to_pixels(photo, form)
+        pixels = decode(photo, form).pixels
         found = form.apply(pixels[None])
         assert found.shape == expected.shape == (1, 3, 32, 32)
         one_level = 1 / 255 / min(form.std)
@@ -109,7 +109,7 @@ def test_the_model_says_the_size_and_the_processor_is_scaled_to_it(tmp_path: Pat
     """DINOv2 is stored for 518 pixels, its processor makes 224 of 256."""
     form = image_form(folder_of(tmp_path, PROCESSORS["dinov2"], side=64))
     assert (form.size, form.resize) == ((64, 64), 74)
-    assert to_pixels(PHOTOS[0], form).shape == (3, 64, 64)
+    assert decode(PHOTOS[0], form).pixels.shape == (3, 64, 64)
     form = image_form(folder_of(tmp_path, PROCESSORS["deit"], side=16))
     assert (form.size, form.resize) == ((16, 16), (20, 20))
     assert form.words.endswith("; images are resized (bicubic, to 20 x 20) and their middle is cut out")

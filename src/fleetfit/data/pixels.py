@@ -110,11 +110,6 @@ def decode(image: "Image.Image", form: Preprocessing) -> Decoded:
     return Decoded(pixels, extremes, f"{depth.words} {colours}", ground, frames)
 
 
-def to_pixels(image: "Image.Image", form: Preprocessing) -> Pixels:
-    """The pixels alone; see ``decode``."""
-    return decode(image, form).pixels
-
-
 def as_image(values: Any) -> "Image.Image":
     """An array as an image of 8 bits: [row column], [row column channel] or [channel row column].
 
