@@ -127,6 +127,13 @@ def test_rows_that_a_stray_quote_swallows_in_the_last_column_are_told(tmp_path: 
         read(tmp_path, "label,text\n" + body)
 
 
+def test_swallowed_rows_are_told_also_where_one_of_them_has_a_value_of_its_own(tmp_path: Path) -> None:
+    rows = [f"t{i},{'ab'[i % 2]}" for i in range(20)]
+    rows[4:7] = ['"t4,a', "t5,once", 't6",a']
+    with pytest.raises(ValueError, match=r"rows\.csv, line 6: a quote that opens here closes only in line 8"):
+        read(tmp_path, "text,label\n" + "\n".join([*rows, '"x, y",b']))
+
+
 def test_a_text_over_several_lines_is_a_text(tmp_path: Path) -> None:
     texts = ["Dear all,\nI am, as ever,\nyours", "first line\n\nthird line", "a, b\nc, d, e\nf"]
     body = "".join(f'"{text}",{label}\n' for text, label in zip(texts, ("yes", "no", "yes"), strict=True))
@@ -239,7 +246,7 @@ def test_further_headers_are_left_out_and_told(tmp_path: Path) -> None:
     found = read(tmp_path, "text,label\none,a\n\ntext,label\ntwo,b\ntext,c\n")
     assert rows_of(found) == [("one", "a"), ("two", "b"), ("text", "c")]
     assert found.blank_rows == 1
-    assert found.notes == ("left out 1 rows of rows.csv that repeat its header, the first in line 4",)
+    assert found.notes == ("left out 1 row that repeats the header of rows.csv, the first in line 4",)
 
 
 def test_two_marks_at_the_beginning_are_no_name(tmp_path: Path) -> None:

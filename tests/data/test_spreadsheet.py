@@ -87,7 +87,7 @@ def test_blanks_further_headers_and_hidden_rows(tmp_path: Path) -> None:
     found = read_spreadsheet(path)
     assert (found.columns, found.blank_rows) == ({"text": ["a", "b"], "label": ["x", "y"]}, 1)
     assert found.notes == (
-        "left out 1 rows of a.xlsx that repeat its header",
+        "left out 1 row that repeats the header of a.xlsx",
         "1 rows of a.xlsx are hidden there, and read like the others",
     )
 

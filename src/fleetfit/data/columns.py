@@ -1,9 +1,10 @@
 """Which column holds inputs and which labels. What is not clear is asked for; what was taken is told, and why.
 
 The rule. Labels: the column that the job names; else one called "label"; else the only one with a name as labels have
-it (``LABEL_NAMES``); else the only one of a type that lists its classes. Inputs: the column that the job names; else
-the only one of the right type; else one called "image" or "text"; else the only one with a name as inputs have it
-(``INPUT_NAMES``). Names are compared without regard to case. Two that are equally likely are an error.
+it (``LABEL_NAMES``), of which one that lists its classes comes first; else the only one of a type that lists its
+classes. Inputs: the column that the job names; else the only one of the right type; else one called "image" or
+"text"; else the only one with a name as inputs have it (``INPUT_NAMES``). Names are compared without regard to case.
+Two that are equally likely are an error.
 """
 
 import re

@@ -79,9 +79,11 @@ def read_delimited(path: Path, separator: str = "", encoding: str = "") -> FileR
     again = [row for row in full if len(names) > 1 and row.fields == header.fields]
     if again:  # of files that were put together
         full = [row for row in full if row.fields != header.fields]
-        notes.append(
-            f"left out {len(again)} rows of {path.name} that repeat its header, the first in line {again[0].line}"
-        )
+        these = f"{len(again)} rows that repeat" if len(again) > 1 else "1 row that repeats"
+        notes.append(f"left out {these} the header of {path.name}, the first in line {again[0].line}")
+    if long := [row for row in full if row.lines > 1]:
+        these = f"{len(long):,} rows of {path.name} run" if len(long) > 1 else f"1 row of {path.name} runs"
+        notes.append(f"{these} over several lines, the first from line {long[0].line}")
     columns = {name: [row.fields[i] for row in full] for i, name in names.items()}
     return FileRows(columns, True, num_blank, (*notes, *more))
 
@@ -187,18 +189,21 @@ def _as_wide(rows: list[_Row], separator: str) -> list[_Row]:
 def _check_swallowed(rows: Sequence[_Row], separator: str) -> None:
     """A quoted value over several lines that hold whole rows of their own has swallowed them.
 
-    So it looks if each line is a row of as many fields, one of which is a value that its column has elsewhere. The
+    So it looks if each line is a row of as many fields, and one of all these a value that its column has elsewhere. The
     first line is but the rest of a row, and the last one may be the beginning of another. A text written over several
-    lines is not like that.
+    lines is not like that; how many there are is told all the same.
     """
     width = len(rows[0].fields)
     if width == 1 or all(row.lines == 1 for row in rows[1:]):
         return
     known = [{row.fields[i].strip() for row in rows[1:] if row.lines == 1} - {""} for i in range(width)]
 
-    def is_row(line: str, start: int) -> bool:
-        parts = [part.strip() for part in line.split(separator)]
-        return len(parts) == width - start and any(p in there for p, there in zip(parts, known[start:], strict=True))
+    def are_rows(lines: Sequence[str], starts: Sequence[int]) -> bool:
+        split = [[part.strip() for part in line.split(separator)] for line in lines]
+        if any(len(parts) != width - start for parts, start in zip(split, starts, strict=True)):
+            return False
+        placed = ((part, i) for parts, start in zip(split, starts, strict=True) for i, part in enumerate(parts, start))
+        return any(part in known[i] for part, i in placed)
 
     for row in rows[1:]:
         if row.lines == 1:
@@ -207,7 +212,7 @@ def _check_swallowed(rows: Sequence[_Row], separator: str) -> None:
             first, *others = value.splitlines() or [""]
             is_last = place == width - 1
             held = (others[:-1] or others) if is_last else [first, *others[:-1]]
-            if others and all(is_row(line, 0 if is_last or i else place) for i, line in enumerate(held)):
+            if others and are_rows(held, [0 if is_last or i else place for i in range(len(held))]):
                 raise _Unreadable(
                     f"{row.line} a quote that opens here closes only in line {row.line + row.lines - 1}, and what it "
                     f"holds looks like rows of their own: {(others[:-1] or held)[0]!r}"

@@ -62,7 +62,8 @@ def read_spreadsheet(path: Path, sheet: str = "") -> FileRows:
     notes = [f"sheet {name!r} of {path.name} was read"] if len(book.sheetnames) > 1 else []
     again = len(body) - num_blank - len(full)
     if again:
-        notes.append(f"left out {again} rows of {path.name} that repeat its header")
+        these = f"{again} rows that repeat" if again > 1 else "1 row that repeats"
+        notes.append(f"left out {these} the header of {path.name}")
     hidden = sum(dimension.hidden for row, dimension in book[name].row_dimensions.items() if row <= len(rows))
     if hidden:
         notes.append(f"{hidden} rows of {path.name} are hidden there, and read like the others")
