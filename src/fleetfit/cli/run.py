@@ -90,8 +90,8 @@ def run(
       method                  fleetfit; paper: every choice as the paper makes it
       seed                    same job and seed, same models
       data.source             digits; a file or a pattern of files (csv, tsv,
-                              xlsx, json, jsonl, ndjson, parquet, arrow), a
-                              folder, a data set's id on the Hugging Face hub,
+                              xlsx, xlsm, json, jsonl, ndjson, parquet, arrow),
+                              a folder, a data set's id on the Hugging Face hub,
                               or a Python function, module:function
       data.input_column       the column of images or texts, where names and
       data.label_column       types do not tell; and the column of labels
