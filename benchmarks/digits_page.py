@@ -135,9 +135,9 @@ def markdown(results: Results, parts: tuple[str, ...]) -> str:
         "# Figures on digits",
         "",
         f"`python benchmarks/digits.py --seeds {seeds} --parts {' '.join(parts)}`; {over_seeds(results)}. {machine()}",
-        "Defaults were chosen on seeds 100-104, and nothing on the seeds reported here, but that 3e-4, the smallest rate "
-        "of the grid, was added when two of them had been seen at the others, since local fine-tuning asked for it. "
-        "And digits has 1,797 images: "
+        "Defaults were chosen on seeds 100-104, and nothing on the seeds reported here, but that 3e-4, the smallest "
+        "rate of the grid, was added when two of them had been seen at the others, since local fine-tuning asked "
+        "for it. And digits has 1,797 images: "
         "each seed, also those, is another split and another training on the same images, so all figures belong to "
         "this data set, and intervals speak of splits, not of other data.",
         "",
