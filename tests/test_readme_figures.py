@@ -22,6 +22,10 @@ def test_there_are_figures_and_what_does_not_hold_comes_first() -> None:
     assert SECTION.index("does not hold") < SECTION.index("±")
 
 
+def test_no_figure_is_left_to_be_filled_in() -> None:
+    assert not re.findall(r"\b[A-Z]+-TIME\b|\bTODO\b|\bTBD\b", README)
+
+
 @pytest.mark.parametrize("figure", figures(SECTION))
 def test_every_figure_is_in_a_page_of_results(figure: str) -> None:
     pattern = rf"(?<![\d.,+-]){re.escape(figure)}(?![\d])"
