@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from live_source import LiveSource
 from scipy import stats
 
 from fleetfit.config import HeaderConfig
@@ -170,24 +171,10 @@ def test_too_few_samples_replace_nothing() -> None:
     assert torch.equal(result.header.last_linear.weight, given.last_linear.weight)
 
 
-class Live:
-    """Features through a backbone of one trainable scale."""
-
-    def __init__(self, source: CachedFeatures, scale: torch.nn.Parameter) -> None:
-        self.source, self.scale, self.labels = source, scale, source.labels
-
-    def features(self, rows: torch.Tensor) -> Features:
-        cached = self.source.features(rows)
-        return Features(cached.output * self.scale, cached.penultimate * self.scale)
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [self.scale]
-
-
 @pytest.mark.parametrize("better", [True, False])
 def test_a_backbone_that_trained_is_left_as_the_chosen_header_needs_it(better: bool) -> None:
     scale = torch.nn.Parameter(torch.ones(8))
-    train, validation = (Live(cls_source(n, k, 3.0), scale) for n, k in (("train", 40), ("validation", 12)))
+    train, validation = (LiveSource(cls_source(n, k, 3.0), scale) for n, k in (("train", 40), ("validation", 12)))
     folds = make_folds(train, validation, 1, named_generator(0, "folds"))
     given = linear(-1.0 if better else 3.0)
     result = search_header("enas", train, validation, CONFIG, SHAPE, 4, 10**6, 0, [given], folds)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from live_source import LiveSource
 
 from fleetfit.config import HeaderConfig, make_job
 from fleetfit.header_search import METHODS, search_header
@@ -133,20 +134,6 @@ def test_wrong_arguments() -> None:
         search("magic")
     with pytest.raises(ValueError, match="validation must have at least 1 sample"):
         search_header("linear", make_source("train"), make_source("validation", 0), CONFIG, SHAPE, 4, 10**6, 0)
-
-
-class LiveSource:
-    """Features through a backbone of one trainable scale."""
-
-    def __init__(self, source: CachedFeatures, scale: torch.nn.Parameter) -> None:
-        self.source, self.scale, self.labels = source, scale, source.labels
-
-    def features(self, rows: torch.Tensor) -> Features:
-        cached = self.source.features(rows)
-        return Features(cached.output * self.scale, cached.penultimate * self.scale)
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        return [self.scale]
 
 
 @pytest.mark.parametrize(("method", "trained"), [("enas", True), ("linear", False), ("halving", False)])
