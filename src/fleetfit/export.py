@@ -27,7 +27,7 @@ from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tokenizer_files import TOKENIZER_FILE, tokenizer_files
-from fleetfit.files import own_version, whole_folder, write_atomically
+from fleetfit.files import own_version, read_json, whole_folder, write_atomically
 from fleetfit.int8 import MOST_DROP, Int8Check, Int8Model, compare, quantizable, quantized, smallest_loss
 from fleetfit.messages import Progress, silent
 from fleetfit.model_folder import ONNX_FILE, TORCH_FILE, ModelCard, load_model, read_card
@@ -141,8 +141,13 @@ def export_devices(
 
 
 def check_data(run: Path, samples: Samples) -> None:
-    """Raises ValueError if the run was of other data than is there now: a check on that would say nothing."""
-    if (run / DATA_FILE).exists() and samples.summary is not None:
+    """Raises ValueError if the run was of other data than is there now: a check on that would say nothing.
+
+    A deployment's run notes the data of the cloud's kit, which is not what the job's own source is compared with.
+    """
+    if not (run / DATA_FILE).exists() or samples.summary is None:
+        return
+    if read_json(run / DATA_FILE).get("source") == samples.summary.source:
         claim_data(run / DATA_FILE, samples.summary, True, "run the job again (another --out)")
 
 

@@ -1,5 +1,6 @@
 """Data as people have it, through whole runs: read right or refused, told before training, and kept with the run."""
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from fleetfit.config import make_job
 from fleetfit.data.owned import load_owned
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tables import open_table
+from fleetfit.export import check_data
 
 torch.set_num_threads(1)
 
@@ -116,6 +118,15 @@ def test_a_run_whose_data_changed_is_not_answered_from_old_steps(folder: Path) -
     finally:
         path.write_bytes(before)
     assert run(folder, "-q").exit_code == 0
+
+
+def test_an_export_of_a_deployments_run_does_not_ask_for_its_kits_data(folder: Path, tmp_path: Path) -> None:
+    samples = load_samples(make_job(fields(folder / "rows.csv", folder / "cache")))
+    noted = json.loads((folder / "run" / "data.json").read_text())
+    for source, refused in ((noted["source"], True), ("data", False)):
+        (tmp_path / "data.json").write_text(json.dumps(noted | {"fingerprint": "another", "source": source}))
+        with pytest.raises(ValueError, match="changed since it began") if refused else contextlib.nullcontext():
+            check_data(tmp_path, samples)
 
 
 def test_one_reader_serves_all_owners(folder: Path, tmp_path: Path) -> None:
