@@ -138,7 +138,7 @@ class Edges:
 
     members = ("a", "b")
 
-    def ask(self, messages):
+    def ask(self, messages, bounds=None):
         if all(isinstance(m, StatsRequest) for m in messages.values()):
             one = make_device(10**6)
             return {c: ClusterStats(devices=(one.model_copy(update={"device_id": f"{c}-1"}),)) for c in messages}

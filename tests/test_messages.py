@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fleetfit
+from fleetfit.bounds import MAX_MESSAGE_RULE, Bounds, read_header
 from fleetfit.config import RefineConfig
 from fleetfit.messages import (
     FORMAT_VERSION,
-    MAX_HEADER_BYTES,
     MAX_REASON,
     MESSAGES,
     AttributesReply,
@@ -45,7 +45,6 @@ from fleetfit.messages import (
     decode_any,
     encode,
     put,
-    read_metadata,
     read_reply,
     silent,
     take,
@@ -115,7 +114,7 @@ EXAMPLES: dict[str, Message] = {
 }
 KINDS = sorted(MESSAGES)
 DTYPES = (
-    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
 
@@ -137,9 +136,7 @@ def bits_of(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     return tensor.dtype, tuple(tensor.shape), bytes(flat.view(torch.uint8).numpy()) if tensor.numel() else b""
 
 
-names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12).filter(
-    lambda n: n != "__metadata__"
-)
+names = st.text(max_size=12).filter(lambda n: n.isprintable() and n != "__metadata__")
 
 
 def test_there_is_an_example_of_every_kind() -> None:
@@ -184,7 +181,7 @@ def test_tensors_that_share_memory_or_are_views_or_want_gradients() -> None:
     }
     blob = encode(StatsRequest(tensors=sent))
     shapes = {n: (tuple(t.shape), t.dtype) for n, t in sent.items()}
-    assert len(blob) == safetensors_size_bytes(shapes, read_metadata(blob)), "a view costs its own size"
+    assert len(blob) == safetensors_size_bytes(shapes, read_header(blob).metadata), "a view costs its own size"
     got = decode(blob, StatsRequest).tensors
     assert {n: bits_of(t) for n, t in got.items()} == {n: bits_of(t) for n, t in sent.items()}
     assert not any(t.requires_grad for t in got.values())
@@ -195,7 +192,7 @@ def test_tensors_that_share_memory_or_are_views_or_want_gradients() -> None:
 
 def test_extra_metadata_travels_and_is_no_field() -> None:
     blob = encode(StatsRequest(), cost="3")
-    assert read_metadata(blob)["cost"] == "3"
+    assert read_header(blob).metadata["cost"] == "3"
     assert decode(blob, StatsRequest) == StatsRequest()
 
 
@@ -206,20 +203,27 @@ def trial(loss: float, parameters: int, name: str = "linear") -> ClusterReport:
     """A report with numbers of all kinds of fields, and texts that look like numbers."""
     found = TRIAL.model_copy(update={"loss": loss, "parameters": parameters, "name": name})
     example = EXAMPLES["cluster_report"].model_copy(
-        update={"trials": (found,), "similarity": ((loss, 0.5), (-0.5, loss))}
+        update={"trials": (found,), "similarity": ((finite(loss), 0.5), (-0.5, finite(loss)))}
     )
     assert isinstance(example, ClusterReport)
-    return example.model_copy(update={"rounds": ({"loss": loss, "round": parameters},)})
+    return example.model_copy(update={"rounds": ({"loss": finite(loss), "round": parameters},)})
+
+
+def finite(number: float) -> float:
+    """Only a loss may be another."""
+    return number if math.isfinite(number) else 0.25
 
 
 @settings(max_examples=200)
-@given(any_float, st.integers(-99_999_999_999, 999_999_999_999))
+@given(any_float, st.integers(0, 999_999_999_999))
 def test_a_number_takes_as_much_room_whatever_its_value_and_comes_back_bit_by_bit(number: float, count: int) -> None:
     blob = encode(trial(number, count))
     assert len(blob) == len(encode(trial(0.5, 1)))
     got = decode(blob, ClusterReport)
-    for back in (got.trials[0].loss, got.similarity[0][0], got.similarity[1][1]):
-        assert struct.pack("<d", back) == struct.pack("<d", number) or (math.isnan(back) and math.isnan(number))
+    assert struct.pack("<d", got.trials[0].loss) == struct.pack("<d", number) or math.isnan(number)
+    assert math.isnan(got.trials[0].loss) == math.isnan(number)
+    for back in (got.similarity[0][0], got.similarity[1][1]):
+        assert struct.pack("<d", back) == struct.pack("<d", finite(number))
     assert (got.trials[0].parameters, got.rounds[0]["round"]) == (count, count)
 
 
@@ -252,13 +256,17 @@ def test_fields_that_are_not_numbers_survive() -> None:
 SENT = RoundReply(step=2, scores=SCORES, tensors={"header.weight": torch.arange(3.0), "none": torch.zeros(0, 2)})
 
 
+def at_most(size_bytes: int) -> Bounds:
+    return Bounds().within(size_bytes, MAX_MESSAGE_RULE)
+
+
 def blob_of(header: object, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text = header if isinstance(header, bytes) else json.dumps(header, separators=(",", ":")).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
 def metadata_of(message: Message = SENT, **changed: Any) -> dict[str, Any]:
-    return {"__metadata__": {**read_metadata(encode(message)), **changed}}
+    return {"__metadata__": {**read_header(encode(message)).metadata, **changed}}
 
 
 def test_the_hand_made_blob_is_one() -> None:
@@ -304,13 +312,14 @@ def test_the_length_may_not_lie() -> None:
     for length in (0, 1, len(blob) - 8):
         with pytest.raises(ValueError, match="message is"):
             decode(struct.pack("<Q", length) + blob[8:], RoundReply)
-    for length in (len(blob) - 7, MAX_HEADER_BYTES + 1, 2**63, 2**64 - 1):
+    for length in (len(blob) - 7, Bounds().header_bytes + 1, 2**63, 2**64 - 1):
         with pytest.raises(ValueError, match=f"announces a header of {length} bytes in {len(blob)}"):
             decode(struct.pack("<Q", length) + blob[8:], RoundReply)
-    text = json.dumps(metadata_of()).encode()
+    text = json.dumps(metadata_of(), separators=(",", ":")).encode()
     assert decode(blob_of(text.ljust(1000)), RoundReply).scores == SCORES
-    with pytest.raises(ValueError, match=f"announces a header of {MAX_HEADER_BYTES + 1} bytes"):
-        decode(blob_of(text.ljust(MAX_HEADER_BYTES + 1)), RoundReply)
+    most = Bounds().header_bytes
+    with pytest.raises(ValueError, match=f"has a header of {most + 1} bytes, at most {most} are read"):
+        decode(blob_of(text.ljust(most + 1)), RoundReply)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -368,7 +377,7 @@ def test_dtypes_that_the_format_or_pytorch_does_not_know(dtype: str) -> None:
 
 @pytest.mark.parametrize("opening", [b"[", b'{"a":', b'{"__metadata__":'])
 def test_json_nested_beyond_reason(opening: bytes) -> None:
-    with pytest.raises(ValueError, match="header is not JSON"):
+    with pytest.raises(ValueError, match="header is not that of safetensors"):
         decode(blob_of(opening * 100_000), RoundReply)
     with pytest.raises(ValueError, match="recursion"):
         decode(blob_of(metadata_of(fields=(opening * 10_000).decode())), RoundReply)
@@ -409,10 +418,10 @@ def test_another_version(version: str) -> None:
 def test_a_file_of_somebody_else() -> None:
     plain = safetensors.torch.save({"a": torch.zeros(2)}, metadata={"format": "pt"})
     for blob in (plain, safetensors.torch.save({"a": torch.zeros(2)}), blob_of({"a": 1}), blob_of({"__metadata__": 3})):
-        with pytest.raises(ValueError, match="foreign: fleetfit's metadata is missing"):
+        with pytest.raises(ValueError, match=r"foreign: fleetfit's metadata is missing|not that of safetensors"):
             decode(blob, RoundReply)
     for text in (b"not json", b"\xff\xfe", b"", b"3", b"[1]"):
-        with pytest.raises(ValueError, match=r"header is not JSON|metadata is missing"):
+        with pytest.raises(ValueError, match="header is not that of safetensors"):
             decode(blob_of(text), RoundReply)
 
 
@@ -471,19 +480,20 @@ def test_each_request_knows_its_reply_and_device_messages_their_step() -> None:
 
 def test_a_longer_blob_than_allowed_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     blob = encode(SENT)
-    assert decode(blob, RoundReply, max_bytes=len(blob)).scores == SCORES
+    assert decode(blob, RoundReply, bounds=at_most(len(blob))).scores == SCORES
 
     def never(*_: object) -> None:
         raise AssertionError("it was decoded")
 
-    monkeypatch.setattr("fleetfit.messages.json.loads", never)
-    monkeypatch.setattr("fleetfit.messages.safetensors.torch.load", never)
+    monkeypatch.setattr("fleetfit.bounds.json.loads", never)
+    monkeypatch.setattr("fleetfit.bounds.struct.unpack", never)
+    monkeypatch.setattr("fleetfit.bounds.torch.frombuffer", never)
     says = f"has {len(blob)} bytes, links.max_message_bytes is {len(blob) - 1}"
     with pytest.raises(ValueError, match=says):
-        decode(blob, RoundReply, max_bytes=len(blob) - 1)
+        decode(blob, RoundReply, bounds=at_most(len(blob) - 1))
     with pytest.raises(ValueError, match=says):
-        decode_any(blob, max_bytes=len(blob) - 1)
-    reply = read_reply([blob], ASKED, len(blob) - 1)
+        decode_any(blob, bounds=at_most(len(blob) - 1))
+    reply = read_reply([blob], ASKED, at_most(len(blob) - 1))
     assert isinstance(reply, Refused)
     assert says in reply.reason
 
@@ -491,14 +501,14 @@ def test_a_longer_blob_than_allowed_is_not_even_looked_at(monkeypatch: pytest.Mo
 def test_a_reply_is_read_or_refused() -> None:
     blob = encode(SENT)
     for blobs in ([blob], [blob, encode(SENT)], [blob] * 3):
-        reply = read_reply(blobs, ASKED, len(blob))
+        reply = read_reply(blobs, ASKED, at_most(len(blob)))
         assert isinstance(reply, RoundReply)
         assert {n: bits_of(t) for n, t in reply.tensors.items()} == {n: bits_of(t) for n, t in SENT.tensors.items()}
-    assert read_reply([encode(EXAMPLES["coarse_reply"])], ASKED, 10**6) == Refused(
+    assert read_reply([encode(EXAMPLES["coarse_reply"])], ASKED, at_most(10**6)) == Refused(
         reason="it is a 'coarse_reply', expected a 'round_reply'"
     )
     for damaged in (b"", blob[:-1], blob + b"x", encode(SENT)[:20]):
-        reply = read_reply([damaged], ASKED, 10**6)
+        reply = read_reply([damaged], ASKED, at_most(10**6))
         assert isinstance(reply, Refused)
         assert reply.reason.startswith("it is ")
 
@@ -517,17 +527,17 @@ def test_a_reply_is_read_or_refused() -> None:
 )
 def test_a_reply_that_comes_twice_with_other_content_is_refused(other: Message) -> None:
     for first, second in ((SENT, other), (other, SENT)):
-        reply = read_reply([encode(first), encode(first), encode(second)], ASKED, 10**6)
+        reply = read_reply([encode(first), encode(first), encode(second)], ASKED, at_most(10**6))
         assert reply == Refused(reason="it came 3 times, with different content")
-    assert isinstance(read_reply([encode(SENT), b"garbage"], ASKED, 10**6), Refused)
+    assert isinstance(read_reply([encode(SENT), b"garbage"], ASKED, at_most(10**6)), Refused)
 
 
 def test_who_declines_is_heard_but_not_echoed_as_it_is() -> None:
     declined = Declined(reason="\x1b[2J no\nroom \u202e", needs_model=True)
-    reply = read_reply([encode(declined)], ASKED, 10**6)
+    reply = read_reply([encode(declined)], ASKED, at_most(10**6))
     assert reply == Refused(reason="declined:  [2J no room  ", needs_model=True)
     kind = "\x1b[31m" + "k" * 10**6
-    foreign = read_reply([blob_of(metadata_of(kind=kind))], ASKED, 10**7)
+    foreign = read_reply([blob_of(metadata_of(kind=kind))], ASKED, at_most(10**7))
     assert isinstance(foreign, Refused)
     assert len(foreign.reason) <= MAX_REASON
     assert foreign.reason.isprintable()

@@ -49,7 +49,7 @@ class FakeLink:
     def members(self) -> tuple[str, ...]:
         return tuple(self.handlers)
 
-    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+    def ask(self, messages: Mapping[str, Request], bounds: object = None) -> dict[str, Message | Refused]:
         replies: dict[str, Message | Refused] = {}
         for member, message in messages.items():
             self.asked.append((member, message))

@@ -61,7 +61,7 @@ class Script:
     def members(self) -> tuple[str, ...]:
         return tuple(self.answers)
 
-    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+    def ask(self, messages: Mapping[str, Request], bounds: object = None) -> dict[str, Message | Refused]:
         self.asked.append({member: message.kind for member, message in messages.items()})
         came = {}
         for member in reversed(list(messages)):  # in whichever order

@@ -22,10 +22,11 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from fleetfit.bounds import read_header
 from fleetfit.config import Job, load_job
 from fleetfit.data.file_rows import shown
 from fleetfit.files import differences, locked, write_atomically
-from fleetfit.messages import Message, TrainingState, decode, encode, first_problem, read_metadata
+from fleetfit.messages import Message, TrainingState, decode, encode, first_problem
 from fleetfit.model_folder import ModelCard, write_model
 from fleetfit.models.classifier import Classifier
 from fleetfit.records import DataSummary
@@ -174,7 +175,7 @@ class StepFolder:
             blob = path.read_bytes()
             value = decode(blob, result, what)
             try:
-                cost = Cost.read(read_metadata(blob, what)["cost"])
+                cost = Cost.read(read_header(blob, what).metadata["cost"])
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 raise ValueError(f"{what} is corrupt: it does not say what it cost") from error
             if name in self._told:

@@ -24,7 +24,7 @@ from pydantic import (
 from fleetfit.config_errors import explain
 from fleetfit.presets import SMALL_CONFIGS, merged, preset_of
 from fleetfit.profiles import Profile, find_profile
-from fleetfit.records import OPERATIONS, FixedHeaderKind, Operation, Record
+from fleetfit.records import MAX_SEED, OPERATIONS, FixedHeaderKind, Operation, Record
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -452,7 +452,7 @@ class Job(Section):
     """The resolved job."""
 
     method: Literal["fleetfit", "paper"] = "fleetfit"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     fleet: FleetConfig = FleetConfig()

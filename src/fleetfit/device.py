@@ -39,7 +39,7 @@ from fleetfit.method.aggregation import class_prior, tempered_counts
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
-from fleetfit.models.elastic import Backbone
+from fleetfit.models.elastic import Backbone, backbone_from_state, check_state
 from fleetfit.models.features import Features, FeatureShape, concatenated
 from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
@@ -172,11 +172,13 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
         class_shares=message.class_shares,
         tensors={k: v for k, v in message.tensors.items() if k.startswith("backbone.")},
     )
-    backbone, coarse = _backbone(memory).eval(), take(message.tensors, "header")
-    header = _header(memory, coarse)
-    size_bytes, limit_bytes = _size_bytes(Classifier(backbone, header)), state.attributes.storage_limit_bytes
+    coarse, own = take(message.tensors, "header"), take(memory.tensors, "backbone")
+    check_state(message.family, message.config, own)
+    held = {n: (tuple(t.shape), t.dtype) for n, t in (put("backbone.model", own) | put("header", coarse)).items()}
+    size_bytes, limit_bytes = safetensors_size_bytes(held, {"format": "pt"}), state.attributes.storage_limit_bytes
     if size_bytes > limit_bytes:
         return state.memory, Declined(reason=f"the model has {size_bytes} bytes, the device's limit is {limit_bytes}")
+    backbone, header = _backbone(memory), _header(memory, coarse)
     tensors = dict(memory.tensors)
     for name in ("train", "validation", "test"):
         features = _run(backbone, getattr(state.data, name))
@@ -271,8 +273,8 @@ def _on(message: M, torch_device: torch.device) -> M:
 
 
 def _backbone(memory: DeviceMemory) -> Backbone:
-    backbone, tensors = Backbone(memory.family, memory.config), take(memory.tensors, "backbone")
-    backbone.model.load_state_dict(tensors, strict=True)
+    tensors = take(memory.tensors, "backbone")
+    backbone = backbone_from_state(memory.family, memory.config, tensors)
     return backbone.to(next(iter(tensors.values())).device).eval()
 
 

@@ -40,7 +40,7 @@ from fleetfit.method.similarity import (
     wasserstein,
 )
 from fleetfit.method.size import safetensors_size_bytes
-from fleetfit.models.elastic import Backbone
+from fleetfit.models.elastic import Backbone, backbone_from_state
 from fleetfit.models.features import Features, concatenated
 from fleetfit.models.header import build_header, header_from_state
 from fleetfit.randomness import derive_seed, named_generator
@@ -135,8 +135,8 @@ def find_header(
         TrainingDiverged: the loss is not finite.
     """
     config = job.header
-    backbone = Backbone(assignment.family, assignment.config)
-    backbone.model.load_state_dict(take(assignment.tensors, "backbone"), strict=True)
+    sent = take(assignment.tensors, "backbone")
+    backbone = backbone_from_state(assignment.family, assignment.config, sent)
     torch_device = torch_device_of(job.run.torch_device)
     backbone.to(torch_device).eval()
     shape, num_classes = backbone.feature_shape, len(assignment.labels)

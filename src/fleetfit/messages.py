@@ -7,25 +7,28 @@ Numbers among the fields take as much room whatever their value, so the bytes of
 not from how a processor rounds: a figure that differs in its last digit on another machine is as long as here.
 """
 
-import json
 import re
-import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
+from fleetfit.bounds import FROM_DEVICE, OWN_FILE, Bounds, Header, read_header, tensors_of
 from fleetfit.config import RefineConfig
 from fleetfit.records import (
+    MAX_SEED,
     AbsentDevice,
     BackboneShape,
+    Cost,
+    Count,
     DeviceAttributes,
     DeviceReport,
     Fault,
+    Finite,
+    Fraction,
     HeaderSpec,
     HeaderTrial,
     JsonDict,
@@ -34,10 +37,14 @@ from fleetfit.records import (
 )
 
 FORMAT_VERSION = 1
-MAX_HEADER_BYTES = 64 * 2**20  # the similarities and distances of 1,100 devices of one edge
 FLOAT_WIDTH = 24  # the most characters that a double needs to come back bit by bit: -2.2250738585072014e-308
 INTEGER_WIDTH = 12  # longer ones, such as seeds, stay as long as they are
 MAX_REASON = 500  # characters
+MAX_KIND = 100  # characters
+MAX_PROBLEMS = 1000
+MAX_STEP = 10**6
+MAX_NOISE = 1e12
+MAX_PRIOR_STRENGTH = 1e6
 
 
 class Message(Record):
@@ -82,20 +89,18 @@ class ClusterReport(Message):
     cluster: str
     header: HeaderSpec
     trials: tuple[HeaderTrial, ...]
-    similarity: tuple[tuple[float, ...], ...] = Field(description="weights of Eq. 21, [device peer]")
-    distance: tuple[tuple[float, ...], ...] = Field(description="what they were made from")
+    similarity: tuple[tuple[Finite, ...], ...] = Field(description="weights of Eq. 21, [device peer]")
+    distance: tuple[tuple[Finite, ...], ...] = Field(description="what they were made from")
     rounds: tuple[JsonDict, ...] = Field(description="per round, the cluster's pooled validation scores")
     decision: JsonDict = Field(description="what the guard and the class prior decided, and on which scores")
     devices: tuple[DeviceReport, ...]
     absent: tuple[AbsentDevice, ...] = Field((), description="the others")
     faults: tuple[Fault, ...] = ()
-    traffic: dict[str, Annotated[int, Field(ge=0)]] = Field(
+    traffic: dict[str, Count] = Field(
         default_factory=dict, description="bytes by link, of an edge that keeps its own books"
     )
-    phase_seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(
-        default_factory=dict, description="of that edge, wall time"
-    )
-    phase_cpu_seconds: dict[str, Annotated[float, Field(ge=0)]] = Field(
+    phase_seconds: dict[str, Cost] = Field(default_factory=dict, description="of that edge, wall time")
+    phase_cpu_seconds: dict[str, Cost] = Field(
         default_factory=dict, description="of that edge, CPU time, where it is known"
     )
 
@@ -122,13 +127,13 @@ class BackboneAssignment(Request):
 class DeviceMessage(Request):
     """Base of what an edge asks a device; ``step`` counts 0, 1, 2, ..., so that repeats are known."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=MAX_STEP)
 
 
 class DeviceReply(Message):
     """Base of what a device replies; ``step`` is that of the message it answers."""
 
-    step: int = Field(ge=0)
+    step: int = Field(ge=0, le=MAX_STEP)
 
 
 class Declined(Message):
@@ -175,8 +180,8 @@ class CoarseModel(DeviceMessage):
     labels: tuple[str, ...]
     header: HeaderSpec
     refine: RefineConfig
-    seed: int
-    class_shares: tuple[float, ...] = Field(description="q, class shares of the edge's shared set, or all alike")
+    seed: int = Field(ge=0, le=MAX_SEED)
+    class_shares: tuple[Fraction, ...] = Field(description="q, class shares of the edge's shared set, or all alike")
 
 
 class RoundReply(DeviceReply):
@@ -184,7 +189,7 @@ class RoundReply(DeviceReply):
 
     kind: ClassVar[str] = "round_reply"
     scores: ValidationScores
-    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in header.*")
+    noise: float = Field(0.0, ge=0, le=MAX_NOISE, description="standard deviation of the noise in header.*")
 
 
 class RefineRound(DeviceMessage):
@@ -192,7 +197,7 @@ class RefineRound(DeviceMessage):
 
     kind: ClassVar[str] = "refine_round"
     reply: ClassVar[type[Message]] = RoundReply
-    round: int = Field(ge=1)
+    round: int = Field(ge=1, le=MAX_STEP)
 
 
 class ProposeReply(DeviceReply):
@@ -200,7 +205,7 @@ class ProposeReply(DeviceReply):
 
     kind: ClassVar[str] = "propose_reply"
     scores: dict[str, ValidationScores]
-    noise: float = Field(0.0, ge=0, allow_inf_nan=False, description="standard deviation of the noise in each loss_sum")
+    noise: float = Field(0.0, ge=0, le=MAX_NOISE, description="standard deviation of the noise in each loss_sum")
 
 
 class Propose(DeviceMessage):
@@ -226,7 +231,9 @@ class Finish(DeviceMessage):
     kind: ClassVar[str] = "finish"
     reply: ClassVar[type[Message]] = FinishReply
     header: Literal["coarse", "refined"]
-    prior_strength: float | None = Field(None, description="k of the class prior; None: no prior")
+    prior_strength: float | None = Field(
+        None, gt=0, le=MAX_PRIOR_STRENGTH, description="k of the class prior; None: no prior"
+    )
 
 
 MESSAGES: dict[str, type[Message]] = {
@@ -277,71 +284,54 @@ def _padded(found: re.Match[str]) -> str:
     return ",".join([n.rjust(FLOAT_WIDTH if "." in n or "e" in n else INTEGER_WIDTH) for n in text.split(",")])
 
 
-def read_metadata(blob: bytes, what: str = "message", max_bytes: int | None = None) -> dict[str, str]:
-    """The metadata of a safetensors blob, checked for length and form before anything is decoded.
+def decode(blob: bytes, expected: type[M], what: str = "message", bounds: Bounds = OWN_FILE) -> M:
+    """The message in a blob, validated; what it costs to refuse one is bounded by ``bounds``.
 
     Raises:
-        ValueError: the blob is over ``max_bytes``, truncated, or not ours.
+        ValueError: longer or of more than it may be, truncated, foreign, of another version or kind, or fields of the
+            wrong type or out of range. Nothing else, whatever the bytes are.
     """
-    if max_bytes is not None and len(blob) > max_bytes:
-        raise ValueError(f"{what} has {len(blob)} bytes, links.max_message_bytes is {max_bytes}")
-    if len(blob) < 8:
-        raise ValueError(f"{what} is truncated: {len(blob)} bytes, at least 8 expected")
-    (length,) = struct.unpack("<Q", blob[:8])
-    if length > min(MAX_HEADER_BYTES, len(blob) - 8):
-        raise ValueError(f"{what} is truncated or foreign: it announces a header of {length} bytes in {len(blob)}")
-    try:
-        metadata = json.loads(blob[8 : 8 + length]).get("__metadata__")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{what} is corrupt: its header is not JSON") from error
-    if not isinstance(metadata, dict) or not {"kind", "version", "fields"} <= set(metadata):
-        raise ValueError(f"{what} is foreign: fleetfit's metadata is missing")
-    return {str(k): str(v) for k, v in metadata.items()}
+    return _decoded(blob, read_header(blob, what, bounds), expected, what)
 
 
-def decode(blob: bytes, expected: type[M], what: str = "message", max_bytes: int | None = None) -> M:
-    """The message in a blob, validated.
-
-    Raises:
-        ValueError: over ``max_bytes``, truncated, foreign, of another version or kind, or fields of the wrong type.
-    """
-    metadata = read_metadata(blob, what, max_bytes)
-    if metadata["version"] != str(FORMAT_VERSION):
-        raise ValueError(f"{what} has format version {metadata['version']}, this fleetfit reads {FORMAT_VERSION}")
-    if metadata["kind"] != expected.kind:
-        raise ValueError(f"{what} is a {metadata['kind']!r}, expected a {expected.kind!r}")
-    try:
-        message = expected.model_validate_json(metadata["fields"])
-        tensors = safetensors.torch.load(blob)
-    except ValidationError as error:
-        raise ValueError(f"{what} is corrupt: {first_problem(error)}") from error
-    except SafetensorError as error:
-        raise ValueError(f"{what} is corrupt: {error}") from error
-    except KeyError as error:  # a dtype that the format has and PyTorch has not
-        raise ValueError(f"{what} is corrupt: it has tensors of the unknown dtype {error}") from error
-    # They lie where the blob's bytes happened to; with MKL, the last digits of a product depend on where its factors
-    # begin. PyTorch's own memory begins at multiples of 64 bytes, in every process.
-    for name in tensors:
-        tensors[name] = tensors[name].clone()
-    return message.model_copy(update={"tensors": tensors})
-
-
-def first_problem(error: ValidationError) -> str:
-    """One line of a validation error."""
-    problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
-
-
-def decode_any(blob: bytes, what: str = "message", max_bytes: int | None = None) -> Message:
+def decode_any(blob: bytes, what: str = "message", bounds: Bounds = OWN_FILE) -> Message:
     """The message in a blob, of whichever kind crosses links.
 
     Raises:
         ValueError: as ``decode``, or a kind that does not cross links.
     """
-    kind = read_metadata(blob, what, max_bytes)["kind"]
-    if kind not in MESSAGES:
-        raise ValueError(f"{what} is of the unknown kind {kind!r}")
-    return decode(blob, MESSAGES[kind], what)
+    header = read_header(blob, what, bounds)
+    kind = header.metadata.get("kind", "")
+    if kind not in MESSAGES and kind:
+        raise ValueError(f"{what} is of the unknown kind {kind[:MAX_KIND]!r}")
+    return _decoded(blob, header, MESSAGES.get(kind, Message), what)
+
+
+def _decoded(blob: bytes, header: Header, expected: type[M], what: str) -> M:
+    metadata = header.metadata
+    if not {"kind", "version", "fields"} <= metadata.keys():
+        raise ValueError(f"{what} is foreign: fleetfit's metadata is missing")
+    if metadata["version"] != str(FORMAT_VERSION):
+        version = metadata["version"][:MAX_KIND]
+        raise ValueError(f"{what} has format version {version}, this fleetfit reads {FORMAT_VERSION}")
+    if metadata["kind"] != expected.kind:
+        raise ValueError(f"{what} is a {metadata['kind'][:MAX_KIND]!r}, expected a {expected.kind!r}")
+    try:
+        # Strictly: true, "1" and 1.0 are no integers.
+        message = expected.model_validate_json(metadata["fields"], strict=True)
+    except ValidationError as error:
+        raise ValueError(f"{what} is corrupt: {first_problem(error)}") from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"{what} is corrupt: its fields cannot be read ({type(error).__name__})") from error
+    return message.model_copy(update={"tensors": tensors_of(blob, header)})
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line of a validation error; of very many they are only counted, as each costs its own."""
+    if error.error_count() > MAX_PROBLEMS:
+        return f"{error.error_count()} fields are wrong"
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
 
 
 def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -362,16 +352,16 @@ class Refused(Record):
     needs_model: bool = Field(False, description="the member declined for want of the coarse model")
 
 
-def read_reply(blobs: Sequence[bytes], request: Request, max_bytes: int) -> Message | Refused:
+def read_reply(blobs: Sequence[bytes], request: Request, bounds: Bounds) -> Message | Refused:
     """A member's reply, decoded, of the kind that the request asks for; or why it is refused.
 
     Args:
         blobs: All that came in answer to the request, at least one. The same reply twice is one.
         request: What was asked.
-        max_bytes: A longer blob is not decoded.
+        bounds: How much it may hold.
     """
     try:
-        replies = [decode_any(blob, "it", max_bytes) for blob in blobs]
+        replies = [decode_any(blob, "it", bounds) for blob in blobs]
     except ValueError as error:
         return Refused(reason=printable(str(error)))
     first = replies[0]
@@ -405,8 +395,12 @@ class Link(Protocol):
     def members(self) -> tuple[str, ...]:
         """Who belongs here, connected or not, in a fixed order."""
 
-    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+    def ask(self, messages: Mapping[str, Request], bounds: Bounds = FROM_DEVICE) -> dict[str, Message | Refused]:
         """Send each member its message; wait until all have replied, or until the deadline.
+
+        Args:
+            messages: The question to each member that is asked.
+            bounds: How much a reply may hold; a longer one is not decoded.
 
         Returns:
             In the order of ``messages``: each member's reply, of the kind ``message.reply``; or why what came is

@@ -12,7 +12,7 @@ from fleetfit.data.tokenizer_files import tokenizer_files, with_tokenizer
 from fleetfit.files import write_atomically
 from fleetfit.messages import first_problem, take
 from fleetfit.models.classifier import Classifier
-from fleetfit.models.elastic import Backbone
+from fleetfit.models.elastic import backbone_from_state
 from fleetfit.models.header import header_from_state
 from fleetfit.models.weights import first_few, not_finite
 from fleetfit.records import HeaderSpec, JsonDict, Record
@@ -78,11 +78,13 @@ def load_model(folder: str | Path) -> Classifier:
         tensors = safetensors.torch.load_file(path)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, RuntimeError) as error:  # an unknown dtype, or sizes beyond 64 bits
         raise ValueError(f"{path} is corrupt: {error}") from None
     try:
-        backbone = Backbone(card.family, card.config)
-        backbone.load_state_dict(take(tensors, "backbone"), strict=True)
+        for name in tensors:
+            if not name.startswith(("backbone.model.", "header.")):
+                raise ValueError(f"tensor {name!r} is unexpected")
+        backbone = backbone_from_state(card.family, card.config, take(tensors, "backbone.model"))
         header = header_from_state(card.header, backbone.feature_shape, len(card.labels), take(tensors, "header"))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit {folder / 'model.json'}: {error}") from None

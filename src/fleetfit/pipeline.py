@@ -99,7 +99,8 @@ def run_cloud(
             BackboneAssignment,
             lambda cluster=cluster, shape=shape: specialised(cluster, shape),  # type: ignore[misc]
         )
-    reports = ask_edges(edges, assignments, ClusterReport)
+    most = max(len(s.devices) + len(s.silent) for s in stats.values())
+    reports = ask_edges(edges, assignments, ClusterReport, most)
     for cluster, report in reports.items():
         check_cluster_report(cluster, report, stats[cluster])
     return FleetResult(reference, elastic, candidates, choices, reports)

@@ -7,10 +7,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from fleetfit.bounds import from_edge
 from fleetfit.config import LinksConfig
 from fleetfit.messages import CoarseModel, CoarseReply, DeviceMessage, Link, Message, Refused, Request, printable
 from fleetfit.records import Fault
-from fleetfit.replies import Expected, check_reply
+from fleetfit.replies import Expected, check_reply, reply_bounds
 
 M = TypeVar("M", bound=Message)
 ATTEMPTS = 3
@@ -74,7 +75,8 @@ class Cluster:
         asked = list(everybody)
         for _ in range(ATTEMPTS):
             messages = {d: question(d) if d in ready or self.coarse is None else self.coarse for d in asked}
-            came, at_once = self.devices.ask(messages), []
+            bounds = [reply_bounds(m, self.expected) for m in messages.values()]
+            came, at_once = self.devices.ask(messages, max(bounds, key=lambda b: b.size_bytes or 0)), []
             for device, message in messages.items():
                 reply = self._checked(device, message, came.get(device))
                 if isinstance(reply, kind):
@@ -123,8 +125,14 @@ class Cluster:
         )
 
 
-def ask_edges(edges: Link, messages: Mapping[str, Request], kind: type[M]) -> dict[str, M]:
+def ask_edges(edges: Link, messages: Mapping[str, Request], kind: type[M], num_devices: int = 0) -> dict[str, M]:
     """Every edge's reply. A cluster cannot do without its edge, so the cloud cannot go on without one.
+
+    Args:
+        edges: Their link.
+        messages: What each is asked.
+        kind: Of a reply.
+        num_devices: The most whose models or similarities one of them may report.
 
     Raises:
         ValueError: an edge did not reply, or not validly, after some attempts; names it, and why.
@@ -132,7 +140,8 @@ def ask_edges(edges: Link, messages: Mapping[str, Request], kind: type[M]) -> di
     replies: dict[str, M] = {}
     reasons: dict[str, str] = {}
     for _ in range(ATTEMPTS):
-        for edge, reply in edges.ask({e: m for e, m in messages.items() if e not in replies}).items():
+        asked = {e: m for e, m in messages.items() if e not in replies}
+        for edge, reply in edges.ask(asked, from_edge(num_devices)).items():
             if isinstance(reply, kind):
                 replies[edge] = reply
             elif isinstance(reply, Refused):

@@ -3,14 +3,38 @@
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from fleetfit.bounds import check_free
 
 Operation = Literal["conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool"]
 FixedHeaderKind = Literal["linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp"]
 HeaderKind = Literal["blocks"] | FixedHeaderKind
 MOST_CLASSES = 12  # named in a line
+MAX_SEED = 2**63 - 1
+MAX_LAYERS = 512  # of a Transformer
+MAX_BLOCKS = 16  # of a header's cell, and the like for the rest of it
+MAX_REPEATS = 8
+MAX_CELLS = 4096  # a side
+MAX_UNITS = 2**17  # channels, neurons or hidden units of a layer
+MAX_COUNT = 2**53  # whatever is counted: beyond it, not every integer is a double
+MAX_WATTS_OR_SECONDS = 1e9
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 FIXED_HEADERS: tuple[FixedHeaderKind, ...] = get_args(FixedHeaderKind)
+
+
+def _not_finite(value: object) -> object:
+    """NaN and infinities, as ``Record`` writes them."""
+    return float(value) if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity") else value
+
+
+# What a field of a message may hold, whoever sent it. Of a plain float, infinity and NaN are refused by its bounds.
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Real = Annotated[float, BeforeValidator(_not_finite)]  # a loss may be infinite or NaN
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Cost = Annotated[float, Field(ge=0, le=MAX_WATTS_OR_SECONDS)]
+JsonDict = Annotated[dict[str, Any], AfterValidator(check_free)]
 
 
 class Record(BaseModel):
@@ -22,11 +46,11 @@ class Record(BaseModel):
 class EnergyModel(Record):
     """Constants of Eqs. 1-2 for one device; watts and seconds, per training epoch."""
 
-    power_watts: float = Field(100.0, ge=0, description="G_n, power at (w, d) -> 0")
-    power_slope_watts: float = Field(10.0, ge=0, description="dG, more power per unit of width x depth")
-    patch_power_watts: float = Field(50.0, ge=0, description="G_beta, power per patch")
-    latency_seconds: float = Field(1.0, ge=0, description="L, time at (w, d) -> 0")
-    latency_slope_seconds: float = Field(0.1, ge=0, description="dL, more time per unit of width x depth")
+    power_watts: Cost = Field(100.0, description="G_n, power at (w, d) -> 0")
+    power_slope_watts: Cost = Field(10.0, description="dG, more power per unit of width x depth")
+    patch_power_watts: Cost = Field(50.0, description="G_beta, power per patch")
+    latency_seconds: Cost = Field(1.0, description="L, time at (w, d) -> 0")
+    latency_slope_seconds: Cost = Field(0.1, description="dL, more time per unit of width x depth")
 
     @model_validator(mode="after")
     def _something_is_spent(self) -> "EnergyModel":
@@ -42,27 +66,27 @@ class DeviceAttributes(Record):
     """What a device tells about itself: hardware and volume, nothing about its samples."""
 
     device_id: str
-    storage_limit_bytes: int = Field(gt=0, description="C_n, largest model it can store")
+    storage_limit_bytes: int = Field(gt=0, le=MAX_COUNT, description="C_n, largest model it can store")
     energy: EnergyModel
-    num_samples: int = Field(ge=0)
+    num_samples: Count
 
 
 class BackboneShape(Record):
     """(w, d): share of attention heads and MLP neurons kept, number of layers kept."""
 
     width: float = Field(gt=0, le=1)
-    depth: int = Field(ge=1)
+    depth: int = Field(ge=1, le=MAX_LAYERS)
 
 
 class Candidate(Record):
     """One sub-network of the elastic backbone with its objectives, evaluated once for the whole fleet."""
 
     shape: BackboneShape
-    loss: float
-    accuracy: float
-    parameters: int
-    size_bytes: int
-    zeta: float
+    loss: Real
+    accuracy: Real
+    parameters: Count
+    size_bytes: Count
+    zeta: Finite
 
 
 class Block(Record):
@@ -72,8 +96,8 @@ class Block(Record):
     (first cell: the penultimate layer's output), 2 + i = the output of block i of this cell.
     """
 
-    input_1: Annotated[int, Field(ge=0)]
-    input_2: Annotated[int, Field(ge=0)]
+    input_1: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
+    input_2: Annotated[int, Field(ge=0, le=MAX_BLOCKS)]
     operation_1: Operation
     operation_2: Operation
 
@@ -82,11 +106,11 @@ class HeaderSpec(Record):
     """All that is needed to build a header: a searched one (kind "blocks") or one of the fixed ones."""
 
     kind: HeaderKind = "linear"
-    blocks: tuple[Block, ...] = ()
-    repeats: int = Field(1, ge=1, description="U, how often the cell of B blocks is repeated")
-    channels: int = Field(16, ge=1, description="channels inside the header")
-    pooling: int = Field(1, ge=1, description="final pooling to pooling x pooling cells")
-    hidden: int = Field(0, ge=0, description="units of the final MLP's hidden layer; 0 = one linear layer")
+    blocks: tuple[Block, ...] = Field((), max_length=MAX_BLOCKS)
+    repeats: int = Field(1, ge=1, le=MAX_REPEATS, description="U, how often the cell of B blocks is repeated")
+    channels: int = Field(16, ge=1, le=MAX_UNITS, description="channels inside the header")
+    pooling: int = Field(1, ge=1, le=MAX_CELLS, description="final pooling to pooling x pooling cells")
+    hidden: int = Field(0, ge=0, le=MAX_UNITS, description="units of the MLP's hidden layer; 0 = one linear layer")
 
     @property
     def name(self) -> str:
@@ -99,25 +123,25 @@ class HeaderSpec(Record):
 class ValidationScores(Record):
     """Sums over a validation split, so that those of several devices add up: samples, nats, and right answers."""
 
-    num_samples: int = Field(ge=0)
-    loss_sum: float
-    num_correct: int = Field(ge=0)
+    num_samples: Count
+    loss_sum: Real
+    num_correct: Count
 
 
 class DeviceReport(Record):
     """What a device reports at the end; accuracies on its private test split, shares in 0..1."""
 
     device_id: str
-    accuracy_coarse: float | None = Field(description="the model as it was sent; None without test samples")
-    accuracy_local: float | None = Field(description="fine-tuned alone: same header, same epochs, no collaboration")
-    accuracy: float | None
-    num_train: int
-    num_test: int
-    parameters: int
-    size_bytes: int
-    limit_bytes: int
-    kept_neurons: int
-    neurons: int
+    accuracy_coarse: Fraction | None = Field(description="the model as it was sent; None without test samples")
+    accuracy_local: Fraction | None = Field(description="fine-tuned alone: same header, same epochs, no collaboration")
+    accuracy: Fraction | None
+    num_train: Count
+    num_test: Count
+    parameters: Count
+    size_bytes: Count
+    limit_bytes: Count
+    kept_neurons: Count
+    neurons: Count
     notes: tuple[str, ...] = ()
 
 
@@ -127,7 +151,7 @@ class Fault(Record):
     device_id: str
     step: str = Field(description="attributes, coarse model, round 1, round 2, ..., proposal or finish")
     reason: str = Field(description='"no reply", or why the reply was refused')
-    times: int = Field(ge=1, description="how often in this step")
+    times: int = Field(ge=1, le=MAX_COUNT, description="how often in this step")
     recovered: bool = Field(description="it was asked again in this step, and then its reply was good")
 
 
@@ -143,9 +167,9 @@ class HeaderTrial(Record):
 
     name: str
     spec: HeaderSpec
-    loss: float
-    accuracy: float
-    parameters: int
+    loss: Real
+    accuracy: Real
+    parameters: Count
     chosen: bool = Field(False, description="it is the one that is sent")
 
 
@@ -203,6 +227,3 @@ class DataSummary(Record):
         if self.values:
             lines.append(", ".join(f"{name} {value:g}" for name, value in self.values.items()))
         return (*lines, *self.notes)
-
-
-JsonDict = dict[str, Any]

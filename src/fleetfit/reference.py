@@ -17,12 +17,12 @@ from fleetfit.data.text_forms import untrained_backbone
 from fleetfit.hardware import autocast, hardware_words, torch_device_of
 from fleetfit.messages import Bookmark, Message, put, take
 from fleetfit.models.classifier import Classifier, num_parameters
-from fleetfit.models.elastic import Backbone
+from fleetfit.models.elastic import Backbone, backbone_from_state
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import build_header, header_from_state
 from fleetfit.models.pretrained_header import load_header
 from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape, HeaderSpec, JsonDict
+from fleetfit.records import BackboneShape, HeaderSpec, JsonDict, Real
 from fleetfit.training import ParameterAverage, Scores, evaluate, fit, rate_share, steps_per_epoch
 
 ProgressOf = Callable[[int, int, str], None]
@@ -44,10 +44,10 @@ class Reference(Checkpoint):
 
     kind: ClassVar[str] = "reference"
     parameters: int
-    validation_loss: float
-    validation_accuracy: float
-    accuracy: float = Field(description="on the held-out public test split")
-    curve: tuple[float, ...] = Field((), description="training loss, some fifty points")
+    validation_loss: Real
+    validation_accuracy: Real
+    accuracy: Real = Field(description="on the held-out public test split")
+    curve: tuple[Real, ...] = Field((), description="training loss, some fifty points")
     hardware: str = Field("", description="that it was trained on")
 
 
@@ -259,8 +259,7 @@ def curve_of(losses: Sequence[float]) -> tuple[float, ...]:
 
 def classifier_of(job: Job, result: Checkpoint, num_classes: int) -> Classifier:
     """The full-size model in a checkpoint."""
-    backbone = Backbone(job.model.family, result.config)
-    backbone.model.load_state_dict(take(result.tensors, "backbone"), strict=True)
+    backbone = backbone_from_state(job.model.family, result.config, take(result.tensors, "backbone"))
     shape = backbone.feature_shape
     header = header_from_state(own_header(job, shape), shape, num_classes, take(result.tensors, "header"))
     return Classifier(backbone, header)

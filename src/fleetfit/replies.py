@@ -5,6 +5,7 @@ shapes and dtypes of the cluster's header, and numbers that are finite and of a 
 lies within these bounds keeps its weight in the averages and its voice in what ships.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fleetfit.bounds import FROM_DEVICE, Bounds
 from fleetfit.config import PrivacyConfig, RefineConfig
 from fleetfit.messages import (
     AttributesReply,
@@ -22,21 +24,21 @@ from fleetfit.messages import (
     CoarseReply,
     DeviceMessage,
     DeviceReply,
+    Finish,
     FinishReply,
     Message,
     ProposeReply,
+    RefineRound,
     RoundReply,
     put,
     take,
 )
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import Header, header_from_state
-from fleetfit.records import DeviceAttributes, DeviceReport, ValidationScores
+from fleetfit.records import MAX_COUNT, MAX_WATTS_OR_SECONDS, DeviceAttributes, DeviceReport, ValidationScores
 from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes, ways_to_ship
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # fit for a file's name
-MAX_COUNT = 2**53
-MAX_WATTS_OR_SECONDS = 1e9
 MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown everybody else's in an average
 MAX_IMPORTANCE = 1e12  # a square of one
 MAX_LOSS = 1e6  # nats a sample
@@ -78,6 +80,24 @@ def expected_of(
         importance={n: (s, torch.float32) for n, s in importance_shapes(header, coarse.refine).items()},
         rebuild=partial(header_from_state, coarse.header, shape, len(coarse.labels)) if models else None,
     )
+
+
+def reply_bounds(request: DeviceMessage, expected: Expected) -> Bounds:
+    """How much a reply to this request may hold: its tensors as they must be, and the fields beside them."""
+    header, importance = (_num_bytes(likes) for likes in (expected.header, expected.importance))
+    if isinstance(request, CoarseModel):
+        most = expected.refine.sketch_samples * max(expected.channels, 3 * SKETCH_PROJECTIONS) * 4
+    elif isinstance(request, RefineRound):
+        most = header + importance
+    elif isinstance(request, Finish):
+        most = header + 8 * sum(math.prod(shape) for shape, _ in expected.importance.values())
+    else:
+        most = 0
+    return FROM_DEVICE.within(8 + FROM_DEVICE.header_bytes + most, "the most that a reply to this may have")
+
+
+def _num_bytes(likes: Mapping[str, Like]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in likes.values())
 
 
 def check_reply(device: str, request: DeviceMessage, reply: Message, expected: Expected) -> None:

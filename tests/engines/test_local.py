@@ -11,6 +11,7 @@ from tiny_job import tiny_fields
 
 from fleetfit import members
 from fleetfit.artifacts import Ledger, MemoryFolder
+from fleetfit.bounds import Bounds
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
@@ -72,9 +73,9 @@ class Run:
         self.asked: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = []
         ask = LocalLink.ask
 
-        def noting(link: LocalLink, messages: Mapping[str, Request]) -> Any:
+        def noting(link: LocalLink, messages: Mapping[str, Request], bounds: Bounds) -> Any:
             self.asked.append((link.down, link.members, tuple(messages)))
-            return ask(link, messages)
+            return ask(link, messages, bounds)
 
         def encoding(message: Message) -> bytes:
             self.blobs.append(encode(message))

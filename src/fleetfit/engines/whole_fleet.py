@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fleetfit.artifacts import Ledger, RunFolder, StepFolder
+from fleetfit.bounds import FROM_ABOVE, FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
 from fleetfit.cloud import form_clusters
 from fleetfit.config import DeviceGroup, EnergyConfig, Job, LinksConfig
 from fleetfit.data.partition import FleetData, share_out
@@ -52,8 +53,9 @@ class LocalLink:
         """Who is connected, in the order of the job."""
         return tuple(self.handlers)
 
-    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+    def ask(self, messages: Mapping[str, Request], bounds: Bounds = FROM_DEVICE) -> dict[str, Message | Refused]:
         """Ask one member after the other."""
+        bounds = bounds.within(self.max_bytes, MAX_MESSAGE_RULE)
         replies = {}
         for member, message in messages.items():
             sent = encode(message)
@@ -61,12 +63,13 @@ class LocalLink:
             answers = self.deliver(member, sent)
             self.ledger.traffic[self.up] += sum(len(answer) for answer in answers)
             if answers:
-                replies[member] = read_reply(answers, message, self.max_bytes)
+                replies[member] = read_reply(answers, message, bounds)
         return replies
 
     def deliver(self, member: str, sent: bytes) -> list[bytes]:
         """What comes back for a message, encoded: here always one reply."""
-        return [encode(self.handlers[member](decode_any(sent, f"message to {member}", self.max_bytes)))]
+        bounds = FROM_ABOVE.within(self.max_bytes, MAX_MESSAGE_RULE)
+        return [encode(self.handlers[member](decode_any(sent, f"message to {member}", bounds)))]
 
 
 def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:

@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 from fleetfit.models.families import Family, family_of, own_config
 from fleetfit.models.features import Features, FeatureShape
+from fleetfit.models.weights import first_few
 from fleetfit.records import BackboneShape, JsonDict
 
 DepthOrder = Literal["spread", "first"]
@@ -134,6 +135,48 @@ class Backbone(nn.Module):
     def forward(self, inputs: Tensor) -> Features:
         """Features for a header."""
         return self.run(inputs).features
+
+
+def backbone_from_state(family: str, config: JsonDict, state: Mapping[str, Tensor]) -> Backbone:
+    """A backbone of somebody's configuration and tensors; none is given room before the two agree.
+
+    Args:
+        family: Name of the family.
+        config: Its configuration's keys.
+        state: All tensors, by their names in the Hugging Face class.
+
+    Raises:
+        ValueError: the configuration is not one of the family, or has sizes that no model has; a tensor is missing,
+            unexpected or of another shape, or not of real numbers.
+    """
+    check_state(family, config, state)
+    backbone = Backbone(family, config)
+    backbone.model.load_state_dict(dict(state), strict=True)
+    return backbone
+
+
+def check_state(family: str, config: JsonDict, state: Mapping[str, Tensor]) -> FeatureShape:
+    """Whether these tensors are those of this configuration, and what features such a backbone yields.
+
+    Raises:
+        ValueError: as ``backbone_from_state``.
+    """
+    layers = family_of(family).num_layers
+    if isinstance(number := config.get(layers), int) and number > len(state):
+        raise ValueError(f"model.config.{layers} must be <= the number of tensors, {len(state)}, got {number}")
+    with torch.device("meta"):
+        backbone = Backbone(family, config)
+    own = backbone.model.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in own]
+    problems += [
+        f"{name} must be real numbers of shape {tuple(own[name].shape)}, got {t.dtype} {tuple(t.shape)}"
+        for name, t in state.items()
+        if name in own and (own[name].shape != t.shape or own[name].is_floating_point() != t.is_floating_point())
+    ]
+    if problems:
+        raise ValueError(f"the {family} backbone does not fit its tensors: {first_few(problems)}")
+    return backbone.feature_shape
 
 
 class ElasticBackbone:

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from torch import nn
 
 from fleetfit.models.features import FeatureShape
-from fleetfit.records import JsonDict
+from fleetfit.records import MAX_LAYERS, JsonDict
 
 # Sizes that Transformers does not check: some below 1 build a model that fails, or fails to run, in obscure ways.
+LARGEST_SIZE = 2**24  # of any of them but layers; a vocabulary is the largest that there is
 SIZES = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "head_dim"),
     *("image_size", "patch_size", "num_channels"),
@@ -50,6 +51,9 @@ def _checked(config_class: Any, config: JsonDict) -> Any:
     for key in SIZES:
         if key in config and (type(config[key]) is not int or config[key] < 1):
             raise ValueError(f"model.config.{key} must be an integer >= 1, got {config[key]!r}")
+        most = MAX_LAYERS if key in ("num_hidden_layers", "n_layers") else LARGEST_SIZE
+        if key in config and config[key] > most:
+            raise ValueError(f"model.config.{key} must be <= {most}, got {config[key]!r}")
     try:
         checked = config_class(**config)
     except Exception as error:  # Transformers raises classes of its own

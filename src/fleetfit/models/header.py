@@ -22,6 +22,7 @@ from fleetfit.models.fixed_headers import (
     pool,
 )
 from fleetfit.models.pruning import MLP, ConvOp, prunable_layers
+from fleetfit.models.weights import first_few
 from fleetfit.records import Block, HeaderSpec, Operation
 
 Grid = Float[Tensor, "batch channel _ _"]  # blocks may halve the rows and columns
@@ -255,12 +256,7 @@ def header_from_state(spec: HeaderSpec, shape: FeatureShape, num_classes: int, s
     Raises:
         ValueError: a tensor is missing, unexpected, or has a wrong shape.
     """
-    with torch.device("meta"):
-        header = build_header(spec, shape, num_classes)
-    header.to_empty(device="cpu")
-    for name, layer in prunable_layers(header).items():
-        layer.cut_as(state, f"{name}.")
-    own = header.state_dict()
+    own = _cut_as(state, spec, shape, num_classes).state_dict()
     problems = [f"{name} is missing" for name in own if name not in state]
     problems += [f"{name} is unexpected" for name in state if name not in own]
     problems += [
@@ -269,8 +265,21 @@ def header_from_state(spec: HeaderSpec, shape: FeatureShape, num_classes: int, s
         if name in state and own[name].shape != state[name].shape
     ]
     if problems:
-        raise ValueError(f"header of kind {spec.kind!r} does not fit its tensors: {'; '.join(problems)}")
+        raise ValueError(f"header of kind {spec.kind!r} does not fit its tensors: {first_few(problems)}")
+    header = _cut_as(state, spec, shape, num_classes, "cpu")
     header.load_state_dict(dict(state))
+    return header
+
+
+def _cut_as(
+    state: Mapping[str, Tensor], spec: HeaderSpec, shape: FeatureShape, num_classes: int, device: str = "meta"
+) -> Header:
+    """A header without weights, of which as many neurons are there as of a saved one."""
+    with torch.device("meta"):
+        header = build_header(spec, shape, num_classes)
+    header.to_empty(device=device)
+    for name, layer in prunable_layers(header).items():
+        layer.cut_as(state, f"{name}.")
     return header
 
 

@@ -9,6 +9,7 @@ from flwr.app import Context, RecordDict
 from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
 
+from fleetfit.bounds import FROM_DEVICE
 from fleetfit.config import make_job
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.samples import Inputs, Samples
@@ -133,7 +134,7 @@ def test_what_a_device_cannot_do_is_declined_not_tried_again(folder: Path, devic
     request = RefineRound(step=2, round=1)
     reply = Node(folder, 1).ask(request)
     assert isinstance(reply, Declined)
-    refused = read_reply([encode(reply)], request, 10**6)
+    refused = read_reply([encode(reply)], request, FROM_DEVICE)
     assert isinstance(refused, Refused)
 
 

@@ -24,7 +24,7 @@ from fleetfit.files import differences, locked, write_atomically
 from fleetfit.hardware import torch_device_of
 from fleetfit.messages import BackboneAssignment, ClusterReport, Progress, take
 from fleetfit.models.classifier import Classifier
-from fleetfit.models.elastic import Backbone
+from fleetfit.models.elastic import backbone_from_state
 from fleetfit.models.header import header_from_state
 from fleetfit.outcome import device_card, summarise, write_front
 from fleetfit.pipeline import FleetResult, run_cloud
@@ -186,8 +186,7 @@ def _write_models(kit: Kit, folder: RunFolder, result: FleetResult) -> None:
             if not (own := take(report.tensors, f"{device.device_id}/header")):
                 continue
             try:
-                backbone = Backbone(sent.family, sent.config)
-                backbone.model.load_state_dict(take(report.tensors, "backbone"), strict=True)
+                backbone = backbone_from_state(sent.family, sent.config, take(report.tensors, "backbone"))
                 header = header_from_state(report.header, backbone.feature_shape, len(sent.labels), own)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{cluster}: the model of {device.device_id} cannot be built: {error}") from error

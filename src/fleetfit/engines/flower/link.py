@@ -16,6 +16,7 @@ from flwr.common.constant import ErrorCode
 from httpx import HTTPError
 
 from fleetfit.artifacts import AT_THE_DOOR, Ledger
+from fleetfit.bounds import FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
 from fleetfit.engines.flower.door import Passed
 from fleetfit.messages import MAX_REASON, Message, Progress, Refused, Request, encode, read_reply
@@ -130,7 +131,7 @@ class FlowerLink:
         """Who is connected, in the order of the job."""
         return tuple(self.nodes)
 
-    def ask(self, messages: Mapping[str, Request]) -> dict[str, Message | Refused]:
+    def ask(self, messages: Mapping[str, Request], bounds: Bounds = FROM_DEVICE) -> dict[str, Message | Refused]:
         """Ask all at once and wait for their replies, at most until the deadline.
 
         A member whose node reports an error is asked again, after a pause that grows. Who does not reply in time is
@@ -140,13 +141,14 @@ class FlowerLink:
         Raises:
             CarrierFailed: nobody can be asked any more.
         """
+        bounds = bounds.within(self.max_message_bytes, MAX_MESSAGE_RULE)
         ends_at = None if self.deadline_seconds is None else time.monotonic() + self.deadline_seconds
         waiting = {member: _Waiting(since=time.monotonic()) for member in messages}
         replies: dict[str, Message | Refused] = {}
         while True:
             self._send_what_is_due(waiting, messages, ends_at)
             for member, state in list(waiting.items()):
-                reply = self._look(member, state, messages[member])
+                reply = self._look(member, state, messages[member], bounds)
                 if reply is not None:
                     replies[member] = reply
                     del waiting[member]
@@ -187,7 +189,7 @@ class FlowerLink:
             else:
                 self.ledger.traffic[self.down] += size
 
-    def _look(self, member: str, state: _Waiting, message: Request) -> Message | Refused | None:
+    def _look(self, member: str, state: _Waiting, message: Request, bounds: Bounds) -> Message | Refused | None:
         """The reply of one member, if it is there. Fetched one by one, so that a reply that breaks harms no other."""
         if state.message_id is None:
             return None
@@ -201,7 +203,7 @@ class FlowerLink:
             if reply.metadata.reply_to_message_id != state.message_id:
                 continue
             if not reply.has_error():
-                return self._read(member, reply.content, message)
+                return self._read(reply.content, message, bounds)
             state.crashes += reply.error.code in CRASHES
             reason = f"Flower error {reply.error.code}: {reply.error.reason}"
             if state.crashes >= MAX_CRASHES:
@@ -214,10 +216,10 @@ class FlowerLink:
         log.info("%s is asked again in %.1f s: %s", member, pause, reason)
         state.message_id, state.again_at, state.errors = None, time.monotonic() + pause, state.errors + 1
 
-    def _read(self, member: str, content: RecordDict, message: Request) -> Message | Refused:
+    def _read(self, content: RecordDict, message: Request, bounds: Bounds) -> Message | Refused:
         try:
             blob = unpack(content, self.max_message_bytes, "it")
         except ValueError as error:
             return Refused(reason=str(error))
         self.ledger.traffic[self.up] += len(blob)
-        return read_reply([blob], message, self.max_message_bytes)
+        return read_reply([blob], message, bounds)

@@ -11,6 +11,7 @@ import httpx
 from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
 
+from fleetfit.bounds import FROM_ABOVE, MAX_MESSAGE_RULE
 from fleetfit.engines.flower.certificates import read_member_key
 from fleetfit.engines.flower.codec import pack, unpack
 from fleetfit.engines.flower.daemons import Daemon
@@ -222,7 +223,7 @@ class Member:
         request: Message | None = None
         try:
             content = message.content if message.has_content() else RecordDict()
-            request = decode_any(unpack(content, most, "it"), "it", most)
+            request = decode_any(unpack(content, most, "it"), "it", FROM_ABOVE.within(most, MAX_MESSAGE_RULE))
             begin = time.monotonic()
             reply = handle(message.metadata.group_id, request)
             log.info("a %s is answered in %.3f s", request.kind, time.monotonic() - begin)

@@ -16,6 +16,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.clientapp import ClientApp
 
 from fleetfit.artifacts import MemoryFolder
+from fleetfit.bounds import FROM_ABOVE
 from fleetfit.config import Job, load_job
 from fleetfit.engines.flower.codec import pack, unpack
 from fleetfit.engines.flower.handover import read_device
@@ -55,7 +56,7 @@ def answer(
     hardware = torch_device_of(torch_device) if torch_device != "cpu" else CPU
     ledger = ledger_of(device.memory, _job(Path(folder)))
     handler = declining(device_handler(device.attributes, device.data, MemoryFolder(device.memory), hardware, ledger))
-    reply = handler(decode_any(unpack(message.content, max_message_bytes)))
+    reply = handler(decode_any(unpack(message.content, max_message_bytes), "it", FROM_ABOVE))
     return FlowerMessage(pack(encode(reply)), reply_to=message)
 
 
