@@ -22,6 +22,8 @@ MAX_DIMENSIONS = 8
 MAX_LENGTH = 2**31 - 1  # of a dimension
 MAX_ELEMENTS = 2**48  # of a tensor, counting a dimension of 0 as 1: the steps between its elements are numbers too
 MAX_NAME = 600  # characters; a device's name has 200 at most
+MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown everybody else's in an average
+MAX_IMPORTANCE = 1e12  # a square of one
 MAX_DEPTH = 16  # of lists and tables in one another, in free fields
 DTYPES = {
     "F64": torch.float64,
@@ -135,6 +137,22 @@ def tensors_of(blob: bytes, header: Header) -> dict[str, Tensor]:
             tensor.copy_(torch.frombuffer(content, dtype=dtype).view(place.shape))
         tensors[name] = tensor != 0 if place.dtype == torch.bool else tensor
     return tensors
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Whether all numbers are finite and of a size that real ones have, before anything is computed from them.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"tensor {name!r} must be finite")
+        most = MAX_IMPORTANCE if name.startswith("importance.") else MAX_VALUE
+        if (largest := float(tensor.abs().max())) > most:
+            raise ValueError(f"tensor {name!r} must be within {most:g}, got {largest:g}")
 
 
 def check_free(value: Any, depth: int = 0) -> Any:

@@ -6,7 +6,8 @@ It freezes the backbone and computes its features once, trains the header on pri
 
 import functools
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from fleetfit.bounds import check_values
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Samples
@@ -50,14 +52,17 @@ from fleetfit.refinement import (
     SKETCH_PROJECTIONS,
     drop_least_important,
     importance_set,
+    importance_shapes,
     nothing_to_drop,
     train_header,
     ways_to_ship,
     with_dropped_as_shipped,
+    worse_than_sent,
 )
 from fleetfit.training import predict, score
 
 M = TypeVar("M", bound=Message)
+log = logging.getLogger(__name__)
 TRAINING_PRIOR_STRENGTH = 3.0
 
 
@@ -118,22 +123,19 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
             raise ValueError(
                 f"device {state.attributes.device_id}: step {message.step} is over, it has come to {state.memory.step}"
             )
-    memory: DeviceMemory
-    reply: Message
+    check_values(message.tensors)
     own, message = state, _on(message, state.torch_device)
     state = replace(own, data=own.data.to(own.torch_device), memory=_on(own.memory, own.torch_device))
-    if isinstance(message, CoarseModel):
-        memory, reply = _receive(state, message)
-    elif isinstance(message, RefineRound):
-        memory, reply = _refine(state, message)
-    elif isinstance(message, Propose):
-        memory, reply = _propose(state, message)
-    elif isinstance(message, Finish):
-        memory, reply = _finish(state, message)
-    else:
-        raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
-    if isinstance(reply, Declined):
-        return own, reply
+    if isinstance(message, CoarseModel) and (declined := _declined(state, message)):
+        return own, declined
+    try:
+        memory, reply = _answered(state, message)
+    except Exception:
+        if not state.privacy:
+            raise
+        # That it went wrong may tell of the data. A success has the same form, and what it says is drowned in noise.
+        log.exception("a %s is answered as if nothing had changed", message.kind)
+        memory, reply = _unchanged(state, message)
     memory, reply = _on(memory, CPU).model_copy(update={"step": message.step}), _on(reply, CPU)
     if state.privacy:
         reply = state.privacy.protected(message, reply, take(memory.tensors, "coarse"))
@@ -152,15 +154,47 @@ def shipped_model(memory: DeviceMemory) -> Classifier:
     return Classifier(_backbone(memory), _header(memory, tensors))
 
 
+def _answered(state: DeviceState, message: DeviceMessage) -> tuple[DeviceMemory, Message]:
+    if isinstance(message, CoarseModel):
+        return _receive(state, message)
+    if isinstance(message, RefineRound):
+        return _refine(state, message)
+    if isinstance(message, Propose):
+        return _propose(state, message)
+    if isinstance(message, Finish):
+        return _finish(state, message)
+    raise ValueError(f"device {state.attributes.device_id}: cannot answer a {message.kind!r}")
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, CoarseReply | Declined]:
-    """Store the coarse model, compute all features once, and sketch them.
+def _declined(state: DeviceState, message: CoarseModel) -> Declined | None:
+    """Why the device cannot have this model, if it cannot; only the message and the hardware have a say in it.
 
     The model fits the smallest device whose attributes were known when it was made; one that was silent then may be
     smaller still, and declines.
+
+    Raises:
+        ValueError: the tensors are not those of the configuration and the header; nothing was built for them.
     """
+    backbone, coarse = take(message.tensors, "backbone"), take(message.tensors, "header")
+    shape = check_state(message.family, message.config, backbone)
+    header_from_state(message.header, shape, len(message.labels), coarse)
+    if len(message.class_shares) != len(message.labels):
+        rule = f"must be {len(message.labels)} shares, one a label"
+        raise ValueError(f"class_shares {rule}, got {len(message.class_shares)}")
+    held = {n: (tuple(t.shape), t.dtype) for n, t in (put("backbone.model", backbone) | put("header", coarse)).items()}
+    size_bytes, limit_bytes = safetensors_size_bytes(held, {"format": "pt"}), state.attributes.storage_limit_bytes
+    if size_bytes > limit_bytes:
+        return Declined(reason=f"the model has {size_bytes} bytes, the device's limit is {limit_bytes}")
+    return None
+
+
+def _receive(
+    state: DeviceState, message: CoarseModel, run: Callable[[Backbone, Samples], Features] | None = None
+) -> tuple[DeviceMemory, CoarseReply]:
+    """Store the coarse model, compute all features once, and sketch them."""
     memory = DeviceMemory(
         family=message.family,
         config=message.config,
@@ -172,16 +206,11 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
         class_shares=message.class_shares,
         tensors={k: v for k, v in message.tensors.items() if k.startswith("backbone.")},
     )
-    coarse, own = take(message.tensors, "header"), take(memory.tensors, "backbone")
-    check_state(message.family, message.config, own)
-    held = {n: (tuple(t.shape), t.dtype) for n, t in (put("backbone.model", own) | put("header", coarse)).items()}
-    size_bytes, limit_bytes = safetensors_size_bytes(held, {"format": "pt"}), state.attributes.storage_limit_bytes
-    if size_bytes > limit_bytes:
-        return state.memory, Declined(reason=f"the model has {size_bytes} bytes, the device's limit is {limit_bytes}")
+    coarse = take(message.tensors, "header")
     backbone, header = _backbone(memory), _header(memory, coarse)
     tensors = dict(memory.tensors)
     for name in ("train", "validation", "test"):
-        features = _run(backbone, getattr(state.data, name))
+        features = (run or _run)(backbone, getattr(state.data, name))
         tensors |= put(f"features.{name}", {"output": features.output, "penultimate": features.penultimate})
         if features.mask is not None:
             tensors[f"features.{name}.mask"] = features.mask
@@ -190,6 +219,23 @@ def _receive(state: DeviceState, message: CoarseModel) -> tuple[DeviceMemory, Co
     memory = memory.model_copy(update={"tensors": tensors | put("kept", masks)})
     scores = _validation(memory, header, state.data)
     return memory, CoarseReply(step=message.step, tensors=_sketch(memory, state), scores=scores)
+
+
+def _unchanged(state: DeviceState, message: DeviceMessage) -> tuple[DeviceMemory, Message]:
+    """What is answered, in the form of every answer, by a device that learned nothing from its data."""
+    if isinstance(message, CoarseModel):
+        return _receive(state, message, _blank)
+    memory, nothing = state.memory, ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
+    coarse = take(memory.tensors, "coarse")
+    if isinstance(message, RefineRound):
+        shapes = importance_shapes(_header(memory, coarse), memory.refine)
+        tensors = put("importance", {name: torch.zeros(shape) for name, shape in shapes.items()})
+        if memory.refine.exchange == "weights":
+            tensors |= put("header", coarse)
+        return memory, RoundReply(step=message.step, tensors=tensors, scores=nothing)
+    if isinstance(message, Propose):
+        return memory, ProposeReply(step=message.step, scores=dict.fromkeys(ways_to_ship(memory.refine), nothing))
+    return _reported(state, _header(memory, coarse), None, message.step, ())
 
 
 def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, RoundReply]:
@@ -222,7 +268,11 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
 
 
 def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishReply]:
-    """Build what is shipped, compare it with the coarse model and with local fine-tuning, and report."""
+    """Build what is shipped, compare it with the coarse model and with local fine-tuning, and report.
+
+    What is clearly worse than the coarse model on the device's own validation samples is not shipped, whatever the
+    cluster decided: others may lie, or have quite other data.
+    """
     memory, data = state.memory, state.data
     if memory.step < message.step - 1:  # it missed the proposal
         memory = _settled(state, message.tensors)
@@ -236,32 +286,43 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
         counts = _counts(data.train, len(memory.labels)) + _counts(data.validation, len(memory.labels))
         with torch.no_grad():
             header.last_linear.bias.add_(_prior(memory, counts, message.prior_strength))
+    notes: tuple[str, ...] = ()
+    features, labels = _features(memory, "validation"), data.validation.labels
+    if told := worse_than_sent(coarse, header, features, labels):
+        log.warning("device %s ships the model as it was sent: %s", state.attributes.device_id, told)
+        header, notes = coarse, (f"shipped as it was sent: {told}",)
     local = _header(memory, take(memory.tensors, "coarse"))
     for number in range(1, memory.refine.rounds + memory.refine.fine_tune + 1):
         _train_round(local, memory, state, number, together=False)
-    memory = memory.model_copy(update={"tensors": memory.tensors | put("shipped", _detached(header))})
+    return _reported(replace(state, memory=memory), header, local, message.step, notes)
+
+
+def _reported(
+    state: DeviceState, header: Header, local: Header | None, step: int, notes: tuple[str, ...]
+) -> tuple[DeviceMemory, FinishReply]:
+    """What is shipped, and the report on it; ``local`` is None where fine-tuning alone came to nothing."""
+    data, coarse = state.data, _header(state.memory, take(state.memory.tensors, "coarse"))
+    memory = state.memory.model_copy(update={"tensors": state.memory.tensors | put("shipped", _detached(header))})
     model = shipped_model(memory)
-    neurons = sum(layer.num_neurons for layer in prunable_layers(coarse).values())
-    kept_neurons = sum(layer.num_neurons for layer in prunable_layers(header).values())
     report = DeviceReport(
         device_id=state.attributes.device_id,
         accuracy_coarse=_test_accuracy(memory, coarse, data),
-        accuracy_local=_test_accuracy(memory, local, data),
+        accuracy_local=None if local is None else _test_accuracy(memory, local, data),
         accuracy=_test_accuracy(memory, header, data),
         num_train=len(data.train),
         num_test=len(data.test),
         parameters=num_parameters(model),
         size_bytes=_size_bytes(model),
         limit_bytes=state.attributes.storage_limit_bytes,
-        kept_neurons=kept_neurons,
-        neurons=neurons,
-        notes=_notes(data, len(memory.labels), nothing_to_drop(coarse, memory.refine)),
+        kept_neurons=sum(layer.num_neurons for layer in prunable_layers(header).values()),
+        neurons=sum(layer.num_neurons for layer in prunable_layers(coarse).values()),
+        notes=(*notes, *_notes(data, len(memory.labels), nothing_to_drop(coarse, memory.refine))),
     )
     if report.size_bytes > report.limit_bytes:
         raise ValueError(
             f"device {report.device_id}: its model has {report.size_bytes} bytes, its limit is {report.limit_bytes}"
         )
-    return memory.model_copy(update={"report": report}), FinishReply(step=message.step, report=report)
+    return memory.model_copy(update={"report": report}), FinishReply(step=step, report=report)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------
@@ -301,6 +362,13 @@ def _detached(header: Header) -> dict[str, Tensor]:
 def _run(backbone: Backbone, samples: Samples) -> Features:
     with torch.no_grad():
         return concatenated([backbone(inputs) for inputs in samples.inputs.batches()])
+
+
+def _blank(backbone: Backbone, samples: Samples) -> Features:
+    """Features that say nothing, of as many samples."""
+    shape = backbone.feature_shape
+    zeros = torch.zeros(len(samples), shape.num_tokens, shape.channels, device=samples.labels.device)
+    return Features(zeros, zeros.clone())
 
 
 def _size_bytes(model: Classifier) -> int:

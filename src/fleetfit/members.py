@@ -55,7 +55,7 @@ def device_handler(
         privacy = ledger.privacy if ledger else None
         try:
             state, reply = handle(DeviceState(attributes, data, before, torch_device, privacy), message)
-        except ValueError as error:
+        except Exception as error:
             if ledger is None:
                 raise
             # What goes wrong on private data may tell of it.
@@ -73,7 +73,7 @@ def declining(answer: Handler) -> Handler:
     def answer_or_decline(message: Message) -> Message:
         try:
             return answer(message)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # of a message, which may ask for anything
             logger.exception("cannot answer a %s", message.kind)
             return Declined(reason=printable(str(error)))
 

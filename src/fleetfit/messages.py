@@ -20,6 +20,7 @@ from fleetfit.bounds import FROM_DEVICE, OWN_FILE, Bounds, Header, read_header, 
 from fleetfit.config import RefineConfig
 from fleetfit.records import (
     MAX_SEED,
+    Above0,
     AbsentDevice,
     BackboneShape,
     Cost,
@@ -28,7 +29,6 @@ from fleetfit.records import (
     DeviceReport,
     Fault,
     Finite,
-    Fraction,
     HeaderSpec,
     HeaderTrial,
     JsonDict,
@@ -181,7 +181,7 @@ class CoarseModel(DeviceMessage):
     header: HeaderSpec
     refine: RefineConfig
     seed: int = Field(ge=0, le=MAX_SEED)
-    class_shares: tuple[Fraction, ...] = Field(description="q, class shares of the edge's shared set, or all alike")
+    class_shares: tuple[Above0, ...] = Field(description="q, class shares of the edge's shared set, or all alike")
 
 
 class RoundReply(DeviceReply):

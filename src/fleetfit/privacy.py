@@ -167,15 +167,20 @@ class DevicePrivacy:
 
     def _sketch(self, message: DeviceMessage, reply: CoarseReply) -> dict[str, Tensor]:
         if not self.refine.shows_sketch:
-            return {name: torch.zeros_like(tensor) for name, tensor in reply.tensors.items()}
+            # Of a sketch of samples, the number of rows is that of the samples where there are few.
+            rows = 1 if self.refine.sketch == "samples" else None
+            return {name: torch.zeros_like(tensor[:rows]) for name, tensor in reply.tensors.items()}
         vector = flat(reply.tensors)
         norm = self.config.clip_sketch * len(vector) ** 0.5
         return self._released(clipped(vector, norm), self.config.noise_of(norm), message, "sketch", reply.tensors)
 
     def _importance(self, message: DeviceMessage, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scaled to unit sum, as the edge does it anyway: no clipping is needed then. Negative ones become 0."""
+        nothing = {name: torch.zeros_like(tensor) for name, tensor in importance.items()}
         if self.refine.prune_share == 0:
-            return {name: torch.zeros_like(tensor) for name, tensor in importance.items()}
+            return nothing
+        if not all(bool((t.isfinite() & (t >= 0)).all()) for t in importance.values()):
+            importance = nothing  # a training went wrong
         noise = self.config.noise_multiplier * SIMPLEX_SENSITIVITY
         noised = self._released(flat(unit_sum(importance)), noise, message, "importance", importance)
         return {name: tensor.clamp(min=0) for name, tensor in noised.items()}

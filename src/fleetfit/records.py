@@ -33,6 +33,7 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Real = Annotated[float, BeforeValidator(_not_finite)]  # a loss may be infinite or NaN
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Above0 = Annotated[float, Field(gt=0, le=1)]  # a share that is never nothing
 Cost = Annotated[float, Field(ge=0, le=MAX_WATTS_OR_SECONDS)]
 JsonDict = Annotated[dict[str, Any], AfterValidator(check_free)]
 

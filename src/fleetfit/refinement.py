@@ -1,9 +1,11 @@
 """One device's header: local training, its importance set (Eqs. 16-18), dropping neurons (Algorithm 2)."""
 
+import math
 from collections.abc import Mapping
 
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -12,6 +14,7 @@ from fleetfit.method.importance import drop_neurons, gate_importance, neuron_imp
 from fleetfit.models.features import Features
 from fleetfit.models.header import Header
 from fleetfit.models.pruning import apply_masks, prunable_layers
+from fleetfit.records import counted
 from fleetfit.training import fit, steps_per_epoch
 
 WEIGHT_DECAY = 0.01
@@ -185,6 +188,34 @@ def with_dropped_as_shipped(
             shape[dim] = -1
             sent[full] = torch.where(kept[name].view(shape), own[full], coarse[full])
     return sent
+
+
+def worse_than_sent(sent: Header, ships: Header, features: Features, labels: Int[Tensor, " sample"]) -> str | None:
+    """Why a device should not ship a header, if it should not: it is clearly worse than the one that it was sent.
+
+    Each sample's loss is cut at twice that of a guess, so that one sample alone is no proof; what is compared are the
+    pairs. Clearly: by Student's t, with an error of 1 % (of two samples or more); one sample must lose a guess's worth.
+
+    Args:
+        sent: The coarse header.
+        ships: Its replacement.
+        features: Of the device's validation split.
+        labels: Class numbers.
+    """
+    if len(labels) == 0:
+        return None
+    guess = math.log(max(sent.num_classes, 2))
+    with torch.no_grad():
+        losses = [cross_entropy(h(features), labels, reduction="none").double() for h in (sent, ships)]
+    before, after = (loss.nan_to_num(nan=math.inf).clamp(max=2 * guess) for loss in losses)
+    worse, number = after - before, len(labels)
+    mean = float(worse.mean())
+    error = float(worse.std()) / math.sqrt(number) if number > 1 else 0.0
+    needed = guess if number == 1 else error * float(stdtrit(number - 1, 0.99))
+    if mean <= max(needed, 1e-6):
+        return None
+    told = f"{float(before.mean()):.2f} nats as sent, {float(after.mean()):.2f} as the cluster chose"
+    return f"{told}, on {counted(number, 'own validation samples')}"
 
 
 def _per_neuron(header: Header, of_parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fleetfit.bounds import FROM_DEVICE, Bounds
+from fleetfit.bounds import FROM_DEVICE, Bounds, check_values
 from fleetfit.config import PrivacyConfig, RefineConfig
 from fleetfit.messages import (
     AttributesReply,
@@ -39,8 +39,6 @@ from fleetfit.records import MAX_COUNT, MAX_WATTS_OR_SECONDS, DeviceAttributes, 
 from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes, ways_to_ship
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # fit for a file's name
-MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown everybody else's in an average
-MAX_IMPORTANCE = 1e12  # a square of one
 MAX_LOSS = 1e6  # nats a sample
 MAX_NOTES = 20
 MAX_NOTE = 200  # characters
@@ -261,11 +259,7 @@ def _check_tensors(reply: Message, expected: Mapping[str, Like]) -> None:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"tensor {name!r} must be {dtype} {shape}, got {got}")
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(f"tensor {name!r} must be finite")
-        most = MAX_IMPORTANCE if name.startswith("importance.") else MAX_VALUE
-        if tensor.numel() and float(tensor.abs().max()) > most:
-            raise ValueError(f"tensor {name!r} must be within {most:g}, got {float(tensor.abs().max()):g}")
+    check_values(reply.tensors)
 
 
 def _check_noise(noise: float, agreed: float) -> None:

@@ -172,7 +172,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _nulls_as_nan(value: Any) -> Any:
-    """JSON has no NaN and pydantic writes null for it; on the page both are a dash."""
+    """What summary.json does not know is NaN here: a dash on the page."""
     if value is None:
         return math.nan
     if isinstance(value, dict):
@@ -202,7 +202,7 @@ def _take(lines: Mapping[str, dict[str, Any]], step: str, kind: type[M], path: P
     if step not in lines:
         raise ValueError(f"{path} has no step {step!r}: the run is not finished")
     try:
-        return kind.model_validate({k: _nulls_as_nan(v) for k, v in lines[step].items() if k in kind.model_fields})
+        return kind.model_validate({k: v for k, v in lines[step].items() if k in kind.model_fields})
     except ValidationError as error:
         raise ValueError(f"{path}, step {step!r}, is corrupt: {error}") from None
 

@@ -86,6 +86,14 @@ class CertificatesConfig(Section):
     days: Steps = Field(365, le=3650, description="after these, provision again")
 
 
+class PrivacyEntry(Section):
+    """Of a job with [privacy]: what every device promises over all runs."""
+
+    lifetime_epsilon: float | None = Field(
+        None, gt=0, description="the most that all runs of one device together may promise; default: what one does"
+    )
+
+
 class FleetFile(Section):
     """The file."""
 
@@ -93,6 +101,7 @@ class FleetFile(Section):
     cloud: Place = Place()
     edges: tuple[EdgeEntry, ...] = Field(min_length=1)
     certificates: CertificatesConfig = CertificatesConfig()
+    privacy: PrivacyEntry = PrivacyEntry()
 
     @model_validator(mode="after")
     def _everyone_has_a_name_of_his_own(self) -> "FleetFile":

@@ -66,6 +66,14 @@ class KitDevice(Section):
     energy: dict[str, float]
 
 
+class KitPrivacy(Section):
+    """What this device promises itself, of a job with [privacy]."""
+
+    lifetime_epsilon: float | None = Field(
+        None, gt=0, description="the most that all its runs together may promise; default: what one run does"
+    )
+
+
 class KitMember(Section):
     """One of those below, and the key that it must prove to have."""
 
@@ -86,6 +94,7 @@ class KitFile(Section):
     server: KitServer | None = None
     upstream: KitUpstream | None = None
     device: KitDevice | None = None
+    privacy: KitPrivacy = KitPrivacy()
     members: tuple[KitMember, ...] = ()
 
     @model_validator(mode="after")
@@ -183,6 +192,11 @@ class Kit:
         fields = self.file.device.model_dump()
         return DeviceAttributes.model_validate({"device_id": self.file.name, "num_samples": num_samples} | fields)
 
+    @property
+    def lifetime_file(self) -> Path:
+        """What a device with [privacy] has promised in all runs."""
+        return self.state / "privacy.json"
+
     def of_run(self, run: str) -> Path:
         """What it keeps of one run; of all others but the one before, it keeps nothing.
 
@@ -261,6 +275,8 @@ def _a(role: Role) -> str:
 def kit_toml(file: KitFile) -> str:
     """kit.toml for a person: what each part is for, and what may be changed."""
     fields: dict[str, Any] = file.model_dump(exclude_none=True, mode="json")
+    if not fields["privacy"]:
+        del fields["privacy"]
     if not fields["members"]:
         del fields["members"]
     heads = {
@@ -268,6 +284,7 @@ def kit_toml(file: KitFile) -> str:
         "[server]": "# Where those below connect; they have the same address in their kits.",
         "[upstream]": "# The one above.",
         "[device]": "# What this device tells its edge about itself.",
+        "[privacy]": "# May be changed. The most that all runs of this device together promise.",
     }
     lines = [f"# The kit of {file.name}, {_a(file.role)}. Start it with: fleetfit start <this folder>"]
     for line in tomli_w.dumps(fields).splitlines():

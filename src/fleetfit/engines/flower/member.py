@@ -213,6 +213,10 @@ class Member:
         except httpx.HTTPError as error:  # it is not up yet, or was stopped meanwhile
             log.info("SuperNode: %s", error)
             answered = False
+        except Exception as error:  # Flower rebuilds what the one above sent, and may stumble over anything in it
+            log.warning("what %s sent cannot be read", self.kit.upstream.name, exc_info=error)
+            time.sleep(AGAIN_SECONDS)
+            answered = False
         if not answered:
             time.sleep(TASK_POLL_SECONDS)
         return answered
@@ -228,10 +232,10 @@ class Member:
             reply = handle(message.metadata.group_id, request)
             log.info("a %s is answered in %.3f s", request.kind, time.monotonic() - begin)
             return reply
-        except (ValueError, OSError, RuntimeError, MemoryError, httpx.HTTPError) as error:
+        except Exception as error:  # of a message, which may ask for anything
             kind = request.kind if request is not None else "message"
             log.warning("%s of %s", kind, above, exc_info=error)
-            self._tell(f"a {kind} of {above} cannot be answered: {error}")
+            self._tell(printable(f"a {kind} of {above} cannot be answered: {error}"))
             return Declined(reason=printable(self.kit.without_path(error)))
 
     def _encoded(self, reply: Message) -> bytes:

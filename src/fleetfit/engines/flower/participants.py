@@ -21,11 +21,11 @@ from fleetfit.engines.flower.link import FlowerLink, Heard
 from fleetfit.engines.flower.member import Member
 from fleetfit.engines.flower.runtime import RunCarrier
 from fleetfit.hardware import torch_device_of
-from fleetfit.members import Handler, device_handler, edge_handler
-from fleetfit.messages import ClusterReport, Finish, FinishReply, Message, RefineRound, put, take
+from fleetfit.members import device_handler, edge_handler
+from fleetfit.messages import ClusterReport, CoarseModel, Finish, FinishReply, Message, RefineRound, put, take
 from fleetfit.model_folder import write_model
 from fleetfit.outcome import device_card
-from fleetfit.privacy_ledger import ledger_of
+from fleetfit.privacy_ledger import LEDGER_FILE, LifetimeLedger, ledger_of
 from fleetfit.records import BackboneShape
 
 log = logging.getLogger(__name__)
@@ -216,15 +216,24 @@ class _Device:
         self._data = data
         self._tell = tell
         self._torch_device = torch_device_of(kit.job.run.torch_device)
+        self._lifetime: LifetimeLedger | None = None
+        if kit.job.privacy.on:
+            limit, runs = kit.file.privacy.lifetime_epsilon, kit.state / "runs"
+            self._lifetime = LifetimeLedger(kit.lifetime_file, kit.job, limit, runs)
+            tell(f"privacy: {self._lifetime.words}")
 
     def handle(self, run: str, message: Message) -> Message:
         """Answer the edge."""
+        self._check(message)
+        if self._lifetime:
+            known = (self.kit.of_run(run) / "memory" / LEDGER_FILE).exists()
+            self._lifetime.check(run, known, message)
         memories = MemoryFolder(_folder_of(self.kit, run, self._data, self._tell) / "memory")
         attributes = self.kit.attributes(len(self._data.train) + len(self._data.validation))
-        handler: Handler = device_handler(
-            attributes, self._data, memories, self._torch_device, ledger_of(memories.folder, self.kit.job)
-        )
-        reply = handler(message)
+        ledger = ledger_of(memories.folder, self.kit.job)
+        if self._lifetime:
+            self._lifetime.count(run, message)
+        reply = device_handler(attributes, self._data, memories, self._torch_device, ledger)(message)
         rounds = self.kit.job.refine.rounds
         number = message.round if isinstance(message, RefineRound) else 0
         what = f"round {number} of {rounds}" if number else WORDS.get(message.kind, message.kind)
@@ -237,6 +246,19 @@ class _Device:
             if self.kit.job.links.send_models:
                 reply = with_model(reply, memory)
         return reply
+
+    def _check(self, message: Message) -> None:
+        """Whether a coarse model is of this device's own job, whatever its edge says."""
+        if not isinstance(message, CoarseModel):
+            return
+        job = self.kit.job
+        for key, mine, theirs in (
+            ("refine", job.refine, message.refine),
+            ("seed", job.seed, message.seed),
+            ("labels", self.kit.task.labels, message.labels),
+        ):
+            if mine != theirs:
+                raise ValueError(f"its {key} must be as in this device's own job")
 
     def _write(self, memory: DeviceMemory) -> None:
         report, form = memory.report, self.kit.task.form

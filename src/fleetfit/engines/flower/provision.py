@@ -25,6 +25,7 @@ from fleetfit.engines.flower.kit import (
     KitDevice,
     KitFile,
     KitMember,
+    KitPrivacy,
     KitServer,
     KitUpstream,
     Role,
@@ -162,6 +163,7 @@ def _write_all(
                 | {
                     "upstream": _upstream(edge.name, servers[edge.name]),
                     "device": KitDevice(storage_limit_bytes=limit, energy=energy),
+                    "privacy": KitPrivacy(lifetime_epsilon=fleet.privacy.lifetime_epsilon),
                 },
                 keys[attributes.device_id][0],
                 data.devices[attributes.device_id] if data else None,
