@@ -574,7 +574,7 @@ def test_a_run_that_was_stopped_asks_again_and_gets_the_same_replies(
     class Stopped(BaseException):
         pass
 
-    def stopping(state: EdgeState, replies: Any) -> EdgeState:
+    def stopping(state: EdgeState, replies: Any, sent: Any) -> EdgeState:
         raise Stopped
 
     job = tiny(tmp_path)

@@ -24,6 +24,7 @@ MAX_ELEMENTS = 2**48  # of a tensor, counting a dimension of 0 as 1: the steps b
 MAX_NAME = 600  # characters; a device's name has 200 at most
 MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown everybody else's in an average
 MAX_IMPORTANCE = 1e12  # a square of one
+MAX_LOSS = 1e6  # nats a sample
 MAX_DEPTH = 16  # of lists and tables in one another, in free fields
 DTYPES = {
     "F64": torch.float64,

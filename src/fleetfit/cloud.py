@@ -39,7 +39,7 @@ from fleetfit.method.size import safetensors_size_bytes, zeta
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import DepthOrder, ElasticBackbone
 from fleetfit.randomness import derive_seed, named_generator
-from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, Record
+from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, LeftOut, Record
 from fleetfit.reference import Checkpoint, ProgressOf, Reference, classifier_of, shape_grid, tensors_of
 
 
@@ -169,6 +169,37 @@ def evaluate_candidates(job: Job, result: Elastic, public: Split, progress: Prog
         )
         progress(done, len(shapes), f"{done} of {len(shapes)} evaluated")
     return Candidates(candidates=tuple(candidates))
+
+
+def fitting(
+    job: Job, candidates: Sequence[Candidate], stats: ClusterStats, cluster: str
+) -> tuple[ClusterStats, tuple[LeftOut, ...]]:
+    """The devices of a cluster that some candidate fits, and those that none does: they would end everybody's run.
+
+    ``header.room`` of a limit stays free for a header that the edge may find.
+    """
+    least = min(candidates, key=lambda c: c.size_bytes)
+    kept = tuple(d for d in stats.devices if least.size_bytes <= usable_bytes(job, d))
+    left_out = tuple(
+        LeftOut(
+            device_id=d.device_id,
+            cluster=cluster,
+            limit_bytes=d.storage_limit_bytes,
+            reason=(
+                f"its storage limit of {d.storage_limit_bytes} bytes ({usable_bytes(job, d):.0f} without the room for "
+                f"a header, header.room = {job.header.room:g}) is too small for the smallest candidate, width "
+                f"{least.shape.width:g} and depth {least.shape.depth}, of {least.size_bytes} bytes"
+            ),
+        )
+        for d in stats.devices
+        if d not in kept
+    )
+    return stats.model_copy(update={"devices": kept}), left_out
+
+
+def usable_bytes(job: Job, device: DeviceAttributes) -> float:
+    """What a device has for a backbone and the header that was distilled with it."""
+    return device.storage_limit_bytes * (1 - job.header.room)
 
 
 def match(

@@ -387,6 +387,9 @@ class RefineConfig(Section):
     prune_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of header neurons dropped in all; the few channels of a pooled header are all needed"
     )
+    robust: bool = Field(
+        True, description="one device that lies cannot decide for others: its header changes and its vote are bounded"
+    )
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
 
     @property

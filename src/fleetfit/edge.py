@@ -20,6 +20,7 @@ from fleetfit.header_search import search_header
 from fleetfit.header_trials import CachedFeatures, FeatureSource
 from fleetfit.messages import (
     BackboneAssignment,
+    ClusterStats,
     CoarseModel,
     CoarseReply,
     Message,
@@ -30,6 +31,7 @@ from fleetfit.messages import (
 )
 from fleetfit.method.aggregation import aggregate, alone_weights, average_weights, unit_sum
 from fleetfit.method.privacy import clearly_lowest, noise_of_sum
+from fleetfit.method.robust import FACTOR, shortened, vote
 from fleetfit.method.similarity import (
     calibrated_weights,
     distance_matrix,
@@ -178,6 +180,33 @@ def find_header(
     )
 
 
+def too_small(job: Job, assignment: BackboneAssignment, stats: ClusterStats) -> dict[str, Fault]:
+    """Devices that the cluster's model was not made for, since nothing fits them; they are not asked any more.
+
+    The cloud chose for the smallest of the others, with ``header.room`` of its limit left free.
+    """
+    sent = {
+        f"{prefix}{name}": (tuple(t.shape), t.dtype)
+        for prefix, tensors in (
+            ("backbone.model.", take(assignment.tensors, "backbone")),
+            ("header.", take(assignment.tensors, "header")),
+        )
+        for name, t in tensors.items()
+    }
+    size_bytes = safetensors_size_bytes(sent, {"format": "pt"})
+    return {
+        d.device_id: Fault(
+            device_id=d.device_id,
+            step="coarse model",
+            reason=f"left out: nothing fits its limit of {d.storage_limit_bytes} bytes, this has {size_bytes}",
+            times=1,
+            recovered=False,
+        )
+        for d in stats.devices
+        if d.storage_limit_bytes * (1 - job.header.room) < size_bytes
+    }
+
+
 def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, data: Split, step: int) -> CoarseModel:
     """What every device of the cluster is sent."""
     labels = torch.cat([data.train.labels, data.validation.labels])
@@ -299,16 +328,27 @@ def distance_among(state: EdgeState, devices: Collection[str]) -> tuple[tuple[fl
     )
 
 
-def next_state(state: EdgeState, replies: Mapping[str, RoundReply]) -> EdgeState:
+def next_state(
+    state: EdgeState, replies: Mapping[str, RoundReply], sent: Mapping[str, Tensor] | None = None
+) -> EdgeState:
     """Aggregate a round's replies for each device (Eq. 21): importance sets scaled to unit sum, weights as they are.
 
     Only who replied is listened to. For who did not, what the edge knew before stays.
+
+    Args:
+        state: Before the round.
+        replies: Of the round.
+        sent: The coarse header, with ``refine.robust``: changes to it are shortened to a multiple of the median one,
+            and who sent a longer one is named among the faults.
     """
     weights = weights_among(state, replies)
     importance = aggregate(weights, [unit_sum(take(r.tensors, "importance")) for r in replies.values()])
     headers: list[dict[str, Tensor]] = [{} for _ in replies]
     sets = [take(r.tensors, "header") for r in replies.values()]
+    faults: tuple[Fault, ...] = ()
     if all(sets):
+        if sent is not None:
+            sets, faults = _within_reason(sent, dict(zip(replies, sets, strict=True)), state.round + 1)
         headers = aggregate(weights, sets)
     tensors = dict(state.tensors)
     for device, of_importance, of_header in zip(replies, importance, headers, strict=True):
@@ -321,8 +361,26 @@ def next_state(state: EdgeState, replies: Mapping[str, RoundReply]) -> EdgeState
             "round": state.round + 1,
             "tensors": tensors,
             "scores": pooled([r.scores for r in replies.values()]),
+            "faults": faults,
         }
     )
+
+
+def _within_reason(
+    sent: Mapping[str, Tensor], sets: Mapping[str, Mapping[str, Tensor]], number: int
+) -> tuple[list[dict[str, Tensor]], tuple[Fault, ...]]:
+    """Header weights whose changes are not too long, and whose were."""
+    changes = [{name: t.double() - sent[name].double() for name, t in one.items()} for one in sets.values()]
+    changes, norms, most = shortened(changes)
+    kept, faults = [], []
+    for (device, one), change, norm in zip(sets.items(), changes, norms, strict=True):
+        if norm <= most:
+            kept.append(dict(one))
+            continue
+        kept.append({name: (sent[name].double() + change[name]).to(t.dtype) for name, t in one.items()})
+        reason = f"its header changed by {norm:.3g}, shortened to {most:.3g}: {FACTOR:g} times the cluster's median"
+        faults.append(Fault(device_id=device, step=f"round {number}", reason=reason, times=1, recovered=True))
+    return kept, tuple(faults)
 
 
 def personal(state: EdgeState, device: str) -> dict[str, Tensor]:
@@ -335,8 +393,11 @@ def personal(state: EdgeState, device: str) -> dict[str, Tensor]:
     }
 
 
-def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decision:
+def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply], num_classes: int | None = None) -> Decision:
     """Choose how the whole cluster ships, by validation loss pooled over its devices.
+
+    With ``refine.robust`` no single device decides it (``method.robust.vote``): a mean loss counts for at most twice
+    that of a guess among ``num_classes``.
 
     Choosing per device on a few samples is noise and loses. With the guard, refined headers ship only where they are no
     worse than those sent; without it, always. Where no device has validation samples nothing speaks for a change, and
@@ -351,6 +412,8 @@ def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decisio
     if total[ways[0]].num_samples == 0:
         return Decision(header="coarse" if refine.guard else "refined")
     loss = {way: s.loss_sum / s.num_samples for way, s in total.items()}
+    if refine.robust:
+        loss = dict(zip(ways, _votes(ways, replies, num_classes), strict=True))
     loss = {way: nats for way, nats in loss.items() if math.isfinite(nats)}
     if not loss:
         raise ValueError(f"no way to ship has a finite validation loss ({', '.join(ways)})")
@@ -366,3 +429,12 @@ def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply]) -> Decisio
         prior_strength=float(strength) if strength else None,
         loss_by_way=loss,
     )
+
+
+def _votes(ways: Sequence[str], replies: Mapping[str, ProposeReply], num_classes: int | None) -> list[float]:
+    """The cluster's loss of each way; where losses are noised they are differences, and may be below 0."""
+    numbers = torch.tensor([float(r.scores[ways[0]].num_samples) for r in replies.values()])
+    losses = [[r.scores[way].loss_sum / max(r.scores[way].num_samples, 1) for way in ways] for r in replies.values()]
+    ceiling = 2 * math.log(max(num_classes, 2)) if num_classes else math.inf
+    result: list[float] = vote(torch.tensor(losses, dtype=torch.float64), numbers, ceiling).tolist()
+    return result

@@ -177,7 +177,13 @@ def summarise(
             {"id": d.device_id, "cluster": cluster, "since": d.since}
             for cluster, report in result.reports.items()
             for d in report.absent
+        ]
+        + [
+            {"id": d.device_id, "cluster": d.cluster, "since": "coarse model"}
+            for d in result.left_out
+            if d.cluster not in result.reports
         ],
+        "left_out": [device.model_dump() for device in result.left_out],
         "faults": [
             {"id": f.device_id, "cluster": cluster, **f.model_dump(exclude={"device_id"})}
             for cluster, report in result.reports.items()

@@ -31,11 +31,12 @@ from fleetfit.messages import (
     RefineRound,
     RoundReply,
     StatsRequest,
+    take,
 )
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import fingerprint, other_split
 from fleetfit.quorum import Cluster, ask_edges
-from fleetfit.records import AbsentDevice, BackboneShape, Fault
+from fleetfit.records import AbsentDevice, BackboneShape, Fault, LeftOut
 from fleetfit.reference import ProgressOf, Reference, train_reference
 from fleetfit.replies import check_cluster_report, check_stats, expected_of
 
@@ -49,6 +50,7 @@ class FleetResult:
     candidates: Candidates
     choices: Mapping[str, ClusterChoice]
     reports: Mapping[str, ClusterReport]
+    left_out: Sequence[LeftOut] = ()
 
 
 def run_cloud(
@@ -80,10 +82,17 @@ def run_cloud(
         "candidates/cloud", Candidates, lambda: cloud.evaluate_candidates(job, elastic, public, of("candidates"))
     )
     num_patches = _num_patches(job, reference)
-    choices = {
-        cluster: cloud.match(job, candidates.candidates, stats[cluster], cluster, num_patches)
-        for cluster in edges.members
-    }
+    choices: dict[str, ClusterChoice] = {}
+    left_out: list[LeftOut] = []
+    for cluster in edges.members:
+        kept, others = cloud.fitting(job, candidates.candidates, stats[cluster], cluster)
+        left_out += others
+        if kept.devices:
+            choices[cluster] = cloud.match(job, candidates.candidates, kept, cluster, num_patches)
+    if not choices:  # says what fits nowhere
+        cloud.match(job, candidates.candidates, next(iter(stats.values())), next(iter(stats)), num_patches)
+    for device in left_out:
+        progress("left out", 0, 0, f"{device.device_id}: {device.reason}")
     assignments: dict[str, BackboneAssignment] = {}
     by_shape: dict[BackboneShape, BackboneAssignment] = {}
 
@@ -103,7 +112,7 @@ def run_cloud(
     reports = ask_edges(edges, assignments, ClusterReport, most)
     for cluster, report in reports.items():
         check_cluster_report(cluster, report, stats[cluster])
-    return FleetResult(reference, elastic, candidates, choices, reports)
+    return FleetResult(reference, elastic, candidates, choices, reports, tuple(left_out))
 
 
 def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: ProgressOf) -> Reference:
@@ -144,7 +153,10 @@ def run_edge(
     """
     cluster = assignment.cluster
     stats = gather_stats(job, cluster, devices, steps)
-    limit_bytes = min(d.storage_limit_bytes for d in stats.devices)
+    too_small = edge.too_small(job, assignment, stats)
+    if len(too_small) == len(stats.devices):
+        raise ValueError(f"{cluster}: its backbone fits none of its devices")
+    limit_bytes = min(d.storage_limit_bytes for d in stats.devices if d.device_id not in too_small)
 
     found = steps.step(
         f"header_search/{cluster}",
@@ -180,7 +192,9 @@ def refine_cluster(
     coarse = edge.coarse_model(job, assignment, found, data, step=1)
     known = {a.device_id: a for a in stats.devices}
     expected = expected_of(coarse, known, job.privacy, job.links.send_models)
-    cluster = Cluster(name, devices, job.links, expected, coarse)
+    too_small = edge.too_small(job, assignment, stats)
+    cluster = Cluster(name, devices, job.links, expected, coarse, frozenset(too_small))
+    sent = take(coarse.tensors, "header") if job.refine.robust else None
 
     def send_coarse() -> EdgeState:
         came = cluster.ask("coarse model", CoarseReply, lambda _: coarse, devices.members)
@@ -197,7 +211,8 @@ def refine_cluster(
 
             came = cluster.ask(f"round {number}", RoundReply, question, state.devices)
             state = edge.with_joined(job.refine, state, came.joined, devices.members)
-            return edge.next_state(state, came.replies).model_copy(update={"faults": came.faults})
+            state = edge.next_state(state, came.replies, sent)
+            return state.model_copy(update={"faults": (*came.faults, *state.faults)})
 
         state = steps.step(f"refine/{name}/{number}", EdgeState, one_round)
         history.append(state)
@@ -210,7 +225,7 @@ def refine_cluster(
             return Propose(step=last, tensors=edge.personal(state, device))
 
         came = cluster.ask("proposal", ProposeReply, question, state.devices)
-        decision = edge.decide(job.refine, came.replies)
+        decision = edge.decide(job.refine, came.replies, len(assignment.labels))
         return decision.model_copy(
             update={"devices": tuple(came.replies), "joined": tuple(came.joined), "faults": came.faults}
         )
@@ -225,7 +240,7 @@ def refine_cluster(
 
         came = cluster.ask("finish", FinishReply, question, (*state.devices, *decision.joined))
         of_rounds = [f for state in history for f in state.faults]
-        faults = (*stats.faults, *of_rounds, *decision.faults, *came.faults)
+        faults = (*stats.faults, *too_small.values(), *of_rounds, *decision.faults, *came.faults)
         return _report(cluster, found, history, decision, came.replies, faults)
 
     report = steps.step(f"finish/{name}", ClusterReport, finish)

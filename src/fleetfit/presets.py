@@ -32,6 +32,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "importance": "parameter",
         "prune_share": 0.2,
         "guard": False,
+        "robust": False,
     },
 }
 

@@ -38,6 +38,7 @@ class Cluster:
         links: Quorum and deadline.
         expected: What valid replies are like.
         coarse: What a device must have before it can join in; None: nothing.
+        left_out: Devices that are not asked, and that no quorum needs.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Cluster:
     links: LinksConfig
     expected: Expected = field(default_factory=Expected)
     coarse: CoarseModel | None = None
+    left_out: frozenset[str] = frozenset()
 
     def ask(
         self, step: str, kind: type[M], question: Callable[[str], DeviceMessage], members: Collection[str]
@@ -66,7 +68,7 @@ class Cluster:
         Raises:
             ValueError: no quorum after some attempts; names who is missing, and why.
         """
-        everybody = self.devices.members
+        everybody = [d for d in self.devices.members if d not in self.left_out]
         needed = max(1, math.ceil(self.links.quorum * len(everybody) - 1e-9))
         ready = set(members)
         replies: dict[str, M] = {}
@@ -116,9 +118,10 @@ class Cluster:
         return reply
 
     def _stopped(self, step: str, number: int, needed: int, faults: tuple[Fault, ...]) -> str:
+        number_asked = len(self.devices.members) - len(self.left_out)
         missing = "; ".join(f"{f.device_id} ({f.reason})" for f in faults if not f.recovered)
         return (
-            f"{self.name}, {step}: {number} of {len(self.devices.members)} devices replied validly, {needed} must "
+            f"{self.name}, {step}: {number} of {number_asked} devices replied validly, {needed} must "
             f"(links.quorum {self.links.quorum:g}; asked {ATTEMPTS} times, for links.deadline_seconds "
             f"{self.links.deadline_seconds:g} each). Missing: {missing}. Run again when they are back: it goes on from "
             "here, also with another [links]"

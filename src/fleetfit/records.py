@@ -1,5 +1,6 @@
 """Plain values that the tiers speak of; immutable, validated, JSON in and out."""
 
+import math
 import re
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,7 +25,9 @@ FIXED_HEADERS: tuple[FixedHeaderKind, ...] = get_args(FixedHeaderKind)
 
 
 def _not_finite(value: object) -> object:
-    """NaN and infinities, as ``Record`` writes them."""
+    """NaN and infinities, as ``Record`` writes them; null is what earlier versions wrote."""
+    if value is None:
+        return math.nan
     return float(value) if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity") else value
 
 
@@ -161,6 +164,15 @@ class AbsentDevice(Record):
 
     device_id: str
     since: str = Field(description="the first of the steps that it missed without coming back")
+
+
+class LeftOut(Record):
+    """A device that no model fits, so that none was made for it; the others of the fleet went on."""
+
+    device_id: str
+    cluster: str
+    limit_bytes: int
+    reason: str
 
 
 class HeaderTrial(Record):

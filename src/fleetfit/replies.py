@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fleetfit.bounds import FROM_DEVICE, Bounds, check_values
+from fleetfit.bounds import FROM_DEVICE, MAX_LOSS, Bounds, check_values
 from fleetfit.config import PrivacyConfig, RefineConfig
 from fleetfit.messages import (
     AttributesReply,
@@ -39,7 +39,6 @@ from fleetfit.records import MAX_COUNT, MAX_WATTS_OR_SECONDS, DeviceAttributes, 
 from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes, ways_to_ship
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # fit for a file's name
-MAX_LOSS = 1e6  # nats a sample
 MAX_NOTES = 20
 MAX_NOTE = 200  # characters
 Like = tuple[tuple[int, ...], torch.dtype]

@@ -209,13 +209,16 @@ def _faults(run: Run) -> Markup | None:
         for cluster, report in run.reports.items()
         for f in report.faults
     ]
-    if not absent and not rows:
+    left_out = run.summary.left_out
+    if not absent and not rows and not left_out:
         return None
-    names = ", ".join(f"{a.device_id} (since {a.since})" for a in absent)
+    small = {d.device_id for d in left_out}
+    names = ", ".join(f"{a.device_id} (since {a.since})" for a in absent if a.device_id not in small)
     columns = ["Device", "Cluster", "Step", "Why", "Times", "Made good"]
     caption = "Replies that were missing or refused; made good: asked again in the same step, the device replied"
     return join(
-        note(f"Did not finish, and got no model: {names}.") if absent else None,
+        *[note(f"Left out, {d.device_id}: {d.reason}.") for d in left_out],
+        note(f"Did not finish, and got no model: {names}.") if names else None,
         element(
             "details", element("summary", "Replies that were missing or refused"), table(caption, columns, rows, (4,))
         ),

@@ -16,7 +16,7 @@ from fleetfit.config import Job, load_job
 from fleetfit.files import read_json
 from fleetfit.messages import ClusterReport, Message
 from fleetfit.method.search_space import validate_blocks
-from fleetfit.records import DataSummary, DeviceReport, Record
+from fleetfit.records import DataSummary, DeviceReport, LeftOut, Record
 from fleetfit.reference import Reference
 
 M = TypeVar("M", bound=Message)
@@ -59,6 +59,7 @@ class Summary(Row):
     clusters: tuple[ClusterLine, ...]
     traffic: dict[str, float]
     seconds: dict[str, float]
+    left_out: tuple[LeftOut, ...] = ()
     data: DataSummary | None = None
     cpu_seconds: dict[str, float] = {}  # not in the folders of earlier versions
     peak_memory_bytes: int | None = None
