@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from fleetfit.bounds import read_header
 from fleetfit.config import Job, load_job
 from fleetfit.data.file_rows import shown
-from fleetfit.files import differences, locked, write_atomically
+from fleetfit.files import differences, locked, others_may_write, write_atomically
 from fleetfit.messages import Message, TrainingState, decode, encode, first_problem
 from fleetfit.model_folder import ModelCard, write_model
 from fleetfit.models.classifier import Classifier
@@ -92,10 +92,12 @@ class TrainingFile:
 
     Args:
         path: The file.
+        cache: The cache that it lies in, if it does; then it counts only if nobody else could have written it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cache: Path | None = None) -> None:
         self.path = path
+        self.cache = cache
         self.earlier_seconds = self.earlier_cpu_seconds = 0.0
         self._started = self._saved = time.perf_counter()
         self._cpu_started = time.process_time()
@@ -112,6 +114,9 @@ class TrainingFile:
             ValueError: the file is corrupt, truncated or foreign; names it.
         """
         if not self.path.exists():
+            return None
+        if self.cache and (place := others_may_write(self.path, self.cache)):
+            logger.warning("%s is not used, as others may write %s", self.path, place)
             return None
         state = decode(self.path.read_bytes(), TrainingState, f"{self.path} (delete it to train afresh)")
         self.earlier_seconds = state.seconds
@@ -143,6 +148,8 @@ class StepFolder:
         folder: Where the files go.
         ledger: Bytes and seconds of steps, also of those that are read back, are added to it.
         on_step: Called with (name, cost, result) for each step.
+        is_cache: It is of many runs, and its files may come from anywhere: one that somebody else could have written,
+            or that is of another step, is computed again.
     """
 
     def __init__(
@@ -150,8 +157,10 @@ class StepFolder:
         folder: Path,
         ledger: Ledger,
         on_step: Callable[[str, Cost, Message], None] | None = None,
+        is_cache: bool = False,
     ) -> None:
         self.folder = folder
+        self.is_cache = is_cache
         self.ledger = ledger
         self.on_step = on_step
         self._told: set[str] = set()
@@ -159,7 +168,8 @@ class StepFolder:
 
     def bookmark(self, name: str) -> TrainingFile:
         """Where the training inside a step is kept until the step is finished; its seconds count as the step's."""
-        return self._bookmarks.setdefault(name, TrainingFile(self.folder / f"{name}.training.safetensors"))
+        path = self.folder / f"{name}.training.safetensors"
+        return self._bookmarks.setdefault(name, TrainingFile(path, self.folder if self.is_cache else None))
 
     def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
         """The saved result of a step, or compute and save it. The phase is the name's first part.
@@ -170,7 +180,7 @@ class StepFolder:
             ValueError: the saved file is corrupt, truncated or foreign; names it.
         """
         path = self.folder / f"{name}.safetensors"
-        if path.exists():
+        if path.exists() and not (self.is_cache and self._is_foreign(name, path)):
             what = f"{path} (delete it to compute this step again)"
             blob = path.read_bytes()
             value = decode(blob, result, what)
@@ -191,7 +201,7 @@ class StepFolder:
                 cpu_seconds=time.process_time() - cpu_start + (training.earlier_cpu_seconds if training else 0.0),
                 traffic=self.ledger.since(before),
             )
-            write_atomically(path, encode(value, cost=cost.written))
+            write_atomically(path, encode(value, cost=cost.written, **({"key": name} if self.is_cache else {})))
             if training is not None:
                 training.forget()
         self._told.add(name)
@@ -201,6 +211,21 @@ class StepFolder:
         if self.on_step is not None:
             self.on_step(name, cost, value)
         return value
+
+    def _is_foreign(self, name: str, path: Path) -> bool:
+        """Whether a file of a cache is not to be used, and says why."""
+        if place := others_may_write(path, self.folder):
+            why = f"others may write {place}" if place != path else "others may write it"
+        else:
+            try:
+                key = read_header(path.read_bytes(), str(path)).metadata.get("key", name)
+            except ValueError as error:
+                key, why = "", str(error)
+            if key == name:
+                return False
+            why = f"it is of {key!r}" if key else why
+        logger.warning("%s is not used, but computed again: %s", path, why)
+        return True
 
 
 def claim_data(path: Path, data: DataSummary, begun: bool, anew: str) -> None:

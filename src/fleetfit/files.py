@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +16,13 @@ from typing import IO, Any
 logger = logging.getLogger(__name__)
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
+def write_atomically(path: Path, content: bytes | str, mode: int = 0o666) -> None:
     """Write a whole file or none: to a temporary neighbour, flushed to disk, then renamed.
+
+    Args:
+        path: The file.
+        content: All of it; text in UTF-8.
+        mode: Who may read and write it, less what the process's umask takes away.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; whatever was there before is untouched.
@@ -29,11 +35,40 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, mode & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    """The process's own. Linux tells it; elsewhere it can only be read by changing it for a moment."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    except (OSError, ValueError):
+        pass
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def others_may_write(path: Path, root: Path) -> Path | None:
+    """The first of a file and the folders around it, up to ``root``, that somebody else could have written.
+
+    That is who owns it, if not this user or the administrator; or anyone, if its mode says so. A group that is this
+    user's alone, as many systems make for each, is no one else.
+    """
+    own = os.geteuid()
+    around = [folder for folder in path.parents if folder == root or folder.is_relative_to(root)]
+    for place in (path, *around):
+        facts = place.stat() if place == root else place.lstat()  # where a cache is, its owner may well say by a link
+        of_group = facts.st_mode & stat.S_IWGRP and not facts.st_gid == facts.st_uid == own
+        if facts.st_uid not in (own, 0) or facts.st_mode & stat.S_IWOTH or of_group or stat.S_ISLNK(facts.st_mode):
+            return place
+    return None
 
 
 def check_replaceable(path: Path, mark: str) -> None:

@@ -1,7 +1,7 @@
 """Who answers at the other end of a link, whatever carries it: a device whose memory lives in files, and an edge."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -80,7 +80,15 @@ def declining(answer: Handler) -> Handler:
     return answer_or_decline
 
 
-def edge_handler(job: Job, cluster: str, data: Split, devices: Link, steps: Checkpoints, progress: Progress) -> Handler:
+def edge_handler(
+    job: Job,
+    cluster: str,
+    data: Split,
+    devices: Link,
+    steps: Checkpoints,
+    progress: Progress,
+    known: Mapping[str, DeviceAttributes] | None = None,
+) -> Handler:
     """An edge that goes on from its finished steps: asked again after a kill, it does what is left.
 
     Args:
@@ -90,11 +98,12 @@ def edge_handler(job: Job, cluster: str, data: Split, devices: Link, steps: Chec
         devices: The cluster's devices.
         steps: Finished steps of this run.
         progress: Told how far each phase is.
+        known: What is known of the devices' hardware, whatever they say.
     """
 
     def answer(message: Message) -> Message:
         if isinstance(message, StatsRequest):
-            return gather_stats(job, cluster, devices, steps)
+            return gather_stats(job, cluster, devices, steps, known)
         if isinstance(message, BackboneAssignment):
             return run_edge(job, message, data, devices, steps, progress)
         raise ValueError(f"edge {cluster}: cannot answer a {message.kind!r}")

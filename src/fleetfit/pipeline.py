@@ -13,7 +13,7 @@ from fleetfit.cloud import Candidates, ClusterChoice, Elastic
 from fleetfit.config import Job
 from fleetfit.data.partition import Split
 from fleetfit.edge import Decision, EdgeState, HeaderResult
-from fleetfit.files import content_hash
+from fleetfit.files import content_hash, differences
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,
@@ -36,7 +36,7 @@ from fleetfit.messages import (
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import fingerprint, other_split
 from fleetfit.quorum import Cluster, ask_edges
-from fleetfit.records import AbsentDevice, BackboneShape, Fault, LeftOut
+from fleetfit.records import AbsentDevice, BackboneShape, DeviceAttributes, Fault, LeftOut
 from fleetfit.reference import ProgressOf, Reference, train_reference
 from fleetfit.replies import check_cluster_report, check_stats, expected_of
 
@@ -121,21 +121,48 @@ def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: Prog
     return cache.step(key, Reference, lambda: train_reference(job, public, progress, cache.bookmark(key)))
 
 
-def gather_stats(job: Job, cluster: str, devices: Link, steps: Checkpoints) -> ClusterStats:
-    """The edge's answer to the cloud: its devices' attributes."""
+def gather_stats(
+    job: Job,
+    cluster: str,
+    devices: Link,
+    steps: Checkpoints,
+    known: Mapping[str, DeviceAttributes] | None = None,
+) -> ClusterStats:
+    """The edge's answer to the cloud: its devices' attributes.
+
+    Args:
+        job: The resolved job.
+        cluster: Its name.
+        devices: The cluster's devices.
+        steps: Finished steps of this run.
+        known: What is known of devices' hardware, where it is: that counts, and what a device says otherwise is told.
+    """
 
     def ask() -> ClusterStats:
         everybody = devices.members
         came = Cluster(cluster, devices, job.links).ask(
             "attributes", AttributesReply, lambda _: AttributesRequest(step=0), everybody
         )
+        taken = [_as_known(r.attributes, (known or {}).get(d)) for d, r in came.replies.items()]
         return ClusterStats(
-            devices=tuple(r.attributes for r in came.replies.values()),
+            devices=tuple(attributes for attributes, _ in taken),
             silent=tuple(d for d in everybody if d not in came.replies),
-            faults=came.faults,
+            faults=(*came.faults, *(fault for _, fault in taken if fault is not None)),
         )
 
     return steps.step(f"attributes/{cluster}", ClusterStats, ask)
+
+
+def _as_known(said: DeviceAttributes, known: DeviceAttributes | None) -> tuple[DeviceAttributes, Fault | None]:
+    """A device's attributes as they count; only the number of its samples is its own to say."""
+    if known is None:
+        return said, None
+    counts = known.model_copy(update={"num_samples": said.num_samples})
+    differing = differences(said.model_dump(), counts.model_dump())
+    if not differing:
+        return counts, None
+    told = f"it says another {', '.join(differing[:3])} than its edge's kit has, which counts"
+    return counts, Fault(device_id=said.device_id, step="attributes", reason=told, times=1, recovered=True)
 
 
 def run_edge(

@@ -77,7 +77,7 @@ def pretrain(job: Job, out: Path, progress: Progress = silent, command: str = ""
     public = share_out(samples, job.data, devices, job.seed).public
     progress("data", 1, 1, f"{len(public.train)} samples to train on")
     ledger = Ledger()
-    cache = StepFolder(Path(job.run.cache).expanduser(), ledger)
+    cache = StepFolder(Path(job.run.cache).expanduser(), ledger, is_cache=True)
     reference = cached_reference(job, public, cache, lambda done, total, note: progress("reference", done, total, note))
     progress("checkpoint", 0, 1)
     with whole_folder(out, CARD_FILE) as folder:

@@ -56,7 +56,7 @@ class PrivacyLedger:
         self._write(kept["key"], answered)
 
     def _write(self, key: str, answered: dict[str, str]) -> None:
-        write_atomically(self.path, json.dumps({"key": key, "answered": answered}, indent=2))
+        write_atomically(self.path, json.dumps({"key": key, "answered": answered}, indent=2), mode=0o600)
 
 
 class LifetimeLedger:

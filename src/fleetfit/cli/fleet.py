@@ -62,6 +62,9 @@ def start(
     once: Annotated[
         bool, typer.Option("--once", help="Of an edge or a device: stop when the job is finished.")
     ] = False,
+    allow_code: Annotated[
+        bool, typer.Option("--allow-code", help="The kit's data may be a Python function, MODULE:FUNCTION: run it.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Take part in a fleet, as the cloud, an edge or a device: whosever kit it is.
@@ -80,7 +83,7 @@ def start(
         with signals.after_this():
             from fleetfit.engines.flower.kit import read_kit
             from fleetfit.engines.flower.participants import start as take_part
-        take_part(read_kit(kit), once, _tell, signals.check)
+        take_part(read_kit(kit), once, _tell, signals.check, allow_code)
 
 
 def _tell(text: str) -> None:

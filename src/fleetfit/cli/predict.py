@@ -34,6 +34,7 @@ def predict(
       fleetfit predict runs/banking77/devices/phones-1 "my card is lost"
     """
     with reporting(debug):
+        from fleetfit.messages import printable
         from fleetfit.predict import predict as label
 
         predictions = label(folder, inputs)
@@ -41,9 +42,10 @@ def predict(
             typer.echo(json.dumps([p.model_dump() for p in predictions], indent=2))
             return
         num_rows = Counter(p.input for p in predictions)
-        names = [f"{p.input}[{p.row}]" if num_rows[p.input] > 1 else p.input for p in predictions]
+        names = [printable(f"{p.input}[{p.row}]" if num_rows[p.input] > 1 else p.input) for p in predictions]
         for name, found in zip(names, predictions, strict=True):
-            typer.echo(f"{name:<{max(map(len, names))}}  {found.label}  {percent(found.probability)}")
+            label_shown = printable(found.label)  # of a model that may come from anywhere
+            typer.echo(f"{name:<{max(map(len, names))}}  {label_shown}  {percent(found.probability)}")
         for found in predictions:
             if found.note:
-                typer.echo(f"note: {found.input}: {found.note}", err=True)
+                typer.echo(f"note: {printable(found.input)}: {printable(found.note)}", err=True)

@@ -28,6 +28,7 @@ from fleetfit.data.pixel_facts import PictureFacts, Place, Tally, digest_of, pla
 from fleetfit.data.pixels import Decoded, as_image, decode, open_image
 from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.tables import Table
+from fleetfit.files import others_may_write
 from fleetfit.messages import first_problem
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,11 @@ def _read(folder: Path, shape: tuple[int, ...], source: Path | None) -> PixelSto
     """What was decoded before; None if nothing was, or if it is damaged."""
     if not folder.exists():
         return None
+    cache = folder.parent.parent
+    for file in ("pixels.npy", "rows.json"):
+        if (folder / file).exists() and (place := others_may_write(folder / file, cache)):
+            log.warning("%s is not used, as others may write %s; images are decoded again", folder, place)
+            return None
     try:
         pixels = np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False)
         facts = PictureFacts.model_validate_json((folder / "rows.json").read_text())

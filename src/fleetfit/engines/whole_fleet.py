@@ -173,5 +173,5 @@ def _run_tiers(
         for cluster, devices in links.items()
     }
     link = LocalLink(edges, folder.ledger, "cloud_to_edge", "edge_to_cloud", job.links)
-    cache = StepFolder(Path(job.run.cache).expanduser(), Ledger())
+    cache = StepFolder(Path(job.run.cache).expanduser(), Ledger(), is_cache=True)
     return run_cloud(job, data.public, link, folder.steps, cache, progress)

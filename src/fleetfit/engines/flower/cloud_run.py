@@ -19,7 +19,7 @@ from fleetfit.engines.flower.greeting import Status
 from fleetfit.engines.flower.hub import Attached, Hub, Server
 from fleetfit.engines.flower.kit import RUN_ID, Kit, hold, job_fields, read_kit, running
 from fleetfit.engines.flower.link import FlowerLink
-from fleetfit.engines.flower.participants import POLL_SECONDS, Nodes, load_data
+from fleetfit.engines.flower.participants import POLL_SECONDS, Nodes, check_code, load_data
 from fleetfit.files import differences, locked, write_atomically
 from fleetfit.hardware import torch_device_of
 from fleetfit.messages import BackboneAssignment, ClusterReport, Progress, take
@@ -57,6 +57,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
     with RunFolder(out, job) as folder:
         progress("data", 0, 1, kit.data_source)
         shares = job.data.test_share, job.data.public_share
+        check_code(kit.data_source, kit.data_source == job.data.source)
         public = load_data(kit, shares[0] / (sum(shares) or 1.0), ("public",))
         progress("data", 1, 1, f"{len(public.train)} public samples to train on")
         assert public.summary is not None, "it is of files"
@@ -79,7 +80,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                     passed=server.passed,
                     booked=Passed() if isinstance(server, Hub) else None,  # a door of our own is open for this run only
                 )
-                cache = StepFolder(Path(job.run.cache).expanduser(), Ledger())
+                cache = StepFolder(Path(job.run.cache).expanduser(), Ledger(), is_cache=True)
                 result = run_cloud(job, public, edges, folder.steps, cache, progress)
             finally:
                 carrier.close()

@@ -6,7 +6,9 @@ go where. Here it listens on this machine only, and this door passes what nodes 
 
 import asyncio
 import base64
+import contextlib
 import logging
+import resource
 import secrets
 import socket
 import threading
@@ -37,7 +39,7 @@ from fleetfit.engines.flower.greeting import (
 )
 from fleetfit.engines.flower.kit import Kit, bracketed
 from fleetfit.engines.flower.runtime import speaks_for_itself
-from fleetfit.messages import printable
+from fleetfit.messages import MAX_REASON, printable
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +59,13 @@ CALLS_WITHOUT_KEYS = CALLS | {"register-node", "unregister-node"}  # of nodes th
 MAX_CALL_BYTES = 8 * 2**20  # Flower cuts what it sends into pieces of 5 MiB
 AROUND = 2**20  # what Flower adds to a message at most
 NOT_PASSED_ON = {"connection", "host", "content-length", "transfer-encoding", "content-encoding", "keep-alive", "te"}
+MAX_CONNECTIONS = 4096
+MAX_DESCRIPTORS = 65536
 SECONDS = 60.0  # for one call
 REPEATED_SECONDS = 60.0  # the same refusal is told once in so long
+MAX_TOLD = 30  # different ones in that time
+CHUNK_SECONDS = 10.0  # for the next piece of a body, and for the first
+LEAST_RATE = 4096  # bytes a second of a body, after that
 START_SECONDS = 10.0
 KEY, PUSH_START, PUSH = "flwr-public-key", "push-messages", "push-object"
 
@@ -89,6 +96,39 @@ class Presence:
         return time.monotonic() - self.seen < GONE_SECONDS
 
 
+def more_descriptors() -> int:
+    """As many open files as this process may have, up to a limit that others can live with; how many that are."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return wanted
+    return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
+class _Few(logging.Filter):
+    """Lets some lines of one kind pass in a minute: whoever reaches the port can cause as many as he likes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._passed: dict[str, list[float]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is written."""
+        now = time.monotonic()
+        times = self._passed.setdefault(f"{record.name} {record.msg}"[:MAX_REASON], [])
+        times[:] = [at for at in times if now - at < REPEATED_SECONDS]
+        if len(self._passed) > MAX_TOLD or len(times) >= MAX_TOLD:
+            self._passed = {kind: at for kind, at in self._passed.items() if at and now - at[-1] < REPEATED_SECONDS}
+            return False
+        times.append(now)
+        return True
+
+
+_FEW = _Few()
+
+
 class Gate:
     """The door while it is open.
 
@@ -110,6 +150,7 @@ class Gate:
         self._tell = tell
         self._present: dict[str, Presence] = {}
         self._told: dict[str, float] = {}
+        self._untold = 0
         self._pushed: dict[str, int] = {}
         self._lock = threading.Lock()
         insecure = kit.file.insecure
@@ -135,6 +176,8 @@ class Gate:
         if not insecure:
             config.ssl_certfile, config.ssl_keyfile = str(kit.server_certificate), str(kit.server_key)
         self._server = uvicorn.Server(config)
+        for name in ("uvicorn.error", "asyncio"):
+            logging.getLogger(name).addFilter(_FEW)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="gate", daemon=True)
         self._thread.start()
         ends = time.monotonic() + START_SECONDS
@@ -155,7 +198,8 @@ class Gate:
         return self._door.passed
 
     def look(self) -> None:
-        """Tell of those who went without a word. Called every second or so."""
+        """Tell of those who went without a word; end connections of nobody. Called every second or so."""
+        self._door.look()
         with self._lock:
             gone = [name for name, presence in self._present.items() if not presence.is_there]
             for name in gone:
@@ -192,6 +236,8 @@ class Gate:
             answer = Welcome(instance=self.instance, problem=problem)
             return Response(answer.model_dump_json(), media_type="application/json")
         welcome = self.welcome(greeting, body, request.headers.get(SIGNATURE, ""), address)
+        if not welcome.problem:
+            self._know(request, greeting.name)
         return Response(welcome.model_dump_json(), media_type="application/json")
 
     def welcome(self, greeting: Greeting, body: bytes, signature: str, address: str) -> Welcome:
@@ -226,14 +272,26 @@ class Gate:
             self._tell(f"{name} is there ({address})")
         return Welcome(instance=self.instance, node=self.nodes.get(name, 0))
 
+    def _know(self, request: Request, name: str) -> None:
+        """The connection is a member's, as far as one can tell before its call is passed on."""
+        if request.client:
+            self._door.know((request.client.host, request.client.port), name)
+
     def _refuse(self, address: str, problem: str) -> None:
+        """Tell of it, if it was not told just now; of very many different ones, only how many there were."""
         now = time.monotonic()
         with self._lock:
             self._told = {text: at for text, at in self._told.items() if now - at < REPEATED_SECONDS}
-            new = problem not in self._told
-            self._told.setdefault(problem, now)
-        if new:
-            self._tell(f"refused ({address}): {problem}")
+            new, many = problem not in self._told, len(self._told) >= MAX_TOLD
+            self._untold += new and many
+            untold = self._untold if new and not many else 0
+            if new and not many:
+                self._told[problem] = now
+                self._untold = 0
+        if untold:
+            self._tell(f"refused: {untold} more callers")
+        if new and not many:
+            self._tell(printable(f"refused ({address}): {problem}"))
 
     # -- Flower's calls -----------------------------------------------------------------------------------------------
 
@@ -246,6 +304,7 @@ class Gate:
         if self._keys is not None and key not in self._keys:  # Flower checks that the caller has it
             self._refuse(address, f"a node whose key is not that of a member of {self.kit.file.name} ({call})")
             return Response(status_code=401)
+        self._know(request, key)
         body = await _read(request, MAX_CALL_BYTES)
         if body is None or self._is_too_much(key, call, len(body)):  # its other calls go on: it can answer again
             self._refuse(address, f"a member sends more than links.max_message_bytes ({call})")
@@ -280,7 +339,7 @@ def listen(kit: Kit) -> Door:
     """
     server = kit.server
     family = socket.AF_INET6 if ":" in server.listen else socket.AF_INET
-    door = Door(family)
+    door = Door(family, len(kit.file.members), min(MAX_CONNECTIONS, more_descriptors() // 2))
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         door.bind((server.listen, server.port))
@@ -295,10 +354,18 @@ def listen(kit: Kit) -> Door:
 
 
 async def _read(request: Request, most: int) -> bytes | None:
-    """A body up to a size; None if there is more."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    """A body up to a size; None if there is more, or if it does not come.
+
+    A slow line has the time that it needs at ``LEAST_RATE``.
+    """
+    body, begun, stream = bytearray(), time.monotonic(), request.stream().__aiter__()
+    while True:
+        left = begun + CHUNK_SECONDS + len(body) / LEAST_RATE - time.monotonic()
+        try:
+            body += await asyncio.wait_for(anext(stream), min(max(left, 0.0), CHUNK_SECONDS))
+        except StopAsyncIteration:
+            return bytes(body)
+        except TimeoutError:
+            return None
         if len(body) > most:
             return None
-    return bytes(body)

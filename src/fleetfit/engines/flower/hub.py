@@ -1,5 +1,6 @@
 """The server of a cloud or an edge: Flower's SuperLink on this machine, the door before it, and who may come in."""
 
+import logging
 import secrets
 import socket
 import ssl
@@ -21,6 +22,8 @@ from fleetfit.engines.flower.kit import Kit, running, write_secret
 from fleetfit.engines.flower.runtime import Api, RunCarrier, check_version, register
 from fleetfit.files import write_atomically
 from fleetfit.records import Record
+
+log = logging.getLogger(__name__)
 
 START_SECONDS = 90.0
 LOOK_SECONDS = 1.0
@@ -187,13 +190,19 @@ class Hub:
 
     def _look(self) -> None:
         """Every second or so: who is there, for other programs of this machine too."""
-        path, before = self.kit.state / "hub.json", ""
+        path, before, failed = self.kit.state / "hub.json", "", ""
         while not self._stop.wait(LOOK_SECONDS):
-            self.gate.look()
-            now = HubFile(inside=self._inside, members=self.members(), passed=self.passed()).model_dump_json()
-            if now != before:
-                write_atomically(path, now)
-                before = now
+            try:
+                self.gate.look()
+                now = HubFile(inside=self._inside, members=self.members(), passed=self.passed()).model_dump_json()
+                if now != before:
+                    write_atomically(path, now)
+                    before = now
+                failed = ""
+            except OSError as error:  # no descriptor, no room on the disk: later there may be
+                if str(error) != failed:
+                    log.warning("the state of this program cannot be written: %s", error)
+                failed = str(error)
 
 
 class Attached:

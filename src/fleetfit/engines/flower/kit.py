@@ -79,6 +79,9 @@ class KitMember(Section):
 
     name: Name
     public_key: str
+    device: KitDevice | None = Field(
+        None, description="what it can do, if it is a device: this counts, not what it says"
+    )
 
 
 class KitFile(Section):
@@ -189,13 +192,17 @@ class Kit:
     def attributes(self, num_samples: int) -> DeviceAttributes:
         """What a device tells its edge."""
         assert self.file.device is not None, "checked with the role"
-        fields = self.file.device.model_dump()
-        return DeviceAttributes.model_validate({"device_id": self.file.name, "num_samples": num_samples} | fields)
+        return _attributes(self.file.name, self.file.device, num_samples)
 
     @property
     def lifetime_file(self) -> Path:
         """What a device with [privacy] has promised in all runs."""
         return self.state / "privacy.json"
+
+    @property
+    def known_devices(self) -> dict[str, DeviceAttributes]:
+        """What an edge's devices can do, as far as its kit says."""
+        return {m.name: _attributes(m.name, m.device, 0) for m in self.file.members if m.device is not None}
 
     def of_run(self, run: str) -> Path:
         """What it keeps of one run; of all others but the one before, it keeps nothing.
@@ -209,6 +216,10 @@ class Kit:
         if not RUN_ID.fullmatch(run):
             raise ValueError(f"a run's id must be 16 hexadecimal digits, got {run[:40]!r}")
         return self.state / "runs" / run
+
+
+def _attributes(name: str, device: KitDevice, num_samples: int) -> DeviceAttributes:
+    return DeviceAttributes.model_validate({"device_id": name, "num_samples": num_samples} | device.model_dump())
 
 
 def job_hash(job: Job) -> str:

@@ -128,13 +128,13 @@ class Member:
                 if silent:
                     self._tell(f"{self.kit.upstream.name} is back")
                 silent = False
-            except NotThere as error:
-                if not silent:
-                    self._tell(f"waiting: {error}")
-                silent = True
             except Refused as error:
                 self._refusal = error
                 return
+            except OSError as error:  # it is not there; or there is no descriptor here
+                if not silent:
+                    self._tell(f"waiting: {error}")
+                silent = True
 
     # -- Flower's program ---------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import torch
 from fleetfit.artifacts import DATA_FILE, Ledger, MemoryFolder, StepFolder, claim_data
 from fleetfit.data.owned import load_owned
 from fleetfit.data.partition import Split
+from fleetfit.data.tables import FUNCTION
 from fleetfit.device import DeviceMemory, shipped_model
 from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.gate import Tell
@@ -22,7 +23,17 @@ from fleetfit.engines.flower.member import Member
 from fleetfit.engines.flower.runtime import RunCarrier
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import device_handler, edge_handler
-from fleetfit.messages import ClusterReport, CoarseModel, Finish, FinishReply, Message, RefineRound, put, take
+from fleetfit.messages import (
+    ClusterReport,
+    CoarseModel,
+    Finish,
+    FinishReply,
+    Message,
+    RefineRound,
+    printable,
+    put,
+    take,
+)
 from fleetfit.model_folder import write_model
 from fleetfit.outcome import device_card
 from fleetfit.privacy_ledger import LEDGER_FILE, LifetimeLedger, ledger_of
@@ -41,7 +52,7 @@ WORDS = {
 }
 
 
-def start(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
+def start(kit: Kit, once: bool, tell: Tell, check: Callable[[], None], allow_code: bool = False) -> None:
     """Take part until the end.
 
     Args:
@@ -49,11 +60,14 @@ def start(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
         once: The end is when the job is finished; otherwise when ``check`` raises.
         tell: Told in words what happens.
         check: Called every second or so; raises to stop.
+        allow_code: The kit's data may be a function of Python, which is run.
 
     Raises:
-        ValueError: a bad kit or data, a port that is taken, one above that does not let this participant take part.
+        ValueError: a bad kit or data, a function that is not allowed, a port that is taken, one above that does not
+            let this participant take part.
         OSError: a file cannot be read or written.
     """
+    check_code(kit.data_source, allow_code)
     with hold(kit.folder):
         torch.set_num_threads(kit.job.run.threads)
         {"cloud": _cloud, "edge": _edge, "device": _device}[kit.file.role](kit, once, tell, check)
@@ -134,7 +148,8 @@ class _Edge:
         steps = StepFolder(folder / "steps", ledger)
         cluster = self.kit.file.name
         try:
-            reply = edge_handler(self.kit.job, cluster, self.data, link, steps, heard)(message)
+            known = self.kit.known_devices
+            reply = edge_handler(self.kit.job, cluster, self.data, link, steps, heard, known)(message)
         finally:
             self._booked = link.booked  # what passes until the cloud's next question is of this run too
         if isinstance(reply, ClusterReport):
@@ -286,6 +301,19 @@ def _device(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None
 # -- for all ----------------------------------------------------------------------------------------------------------
 
 
+def check_code(source: str, allow_code: bool) -> None:
+    """Whoever made a kit says what its data is; that must not be a program, unless this machine's owner agrees.
+
+    Raises:
+        ValueError: it is one, and that is not allowed.
+    """
+    if FUNCTION.fullmatch(source) and not allow_code:
+        raise ValueError(
+            f"data.source of the kit is {source!r}, a function of Python, which would run here with all your "
+            "rights; start with --allow-code if you know it, or let data.source name a file or folder"
+        )
+
+
 def load_data(kit: Kit, test_share: float, names: tuple[str, ...]) -> Split:
     """A participant's samples, as its kit says.
 
@@ -297,6 +325,7 @@ def load_data(kit: Kit, test_share: float, names: tuple[str, ...]) -> Split:
 
 
 def _load(kit: Kit, member: Member, test_share: float, names: tuple[str, ...], tell: Tell) -> Split:
+    tell(f"data: reading {printable(kit.data_source)}")
     try:
         data = load_data(kit, test_share, names)
     except (ValueError, OSError):

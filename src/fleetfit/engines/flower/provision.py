@@ -130,7 +130,12 @@ def _write_all(
     names, places = (CLOUD, *devices), (fleet.cloud, *fleet.edges)
     servers = {n: _server(place, port) for n, place, port in zip(names, places, ports, strict=True)}
     keys = {name: make_member_key() for name in (*devices, *(d.device_id for own in devices.values() for d in own))}
-    members = {name: KitMember(name=name, public_key=line) for name, (_, line) in keys.items()}
+    able = {
+        d.device_id: KitDevice(storage_limit_bytes=d.storage_limit_bytes, energy=d.energy.model_dump())
+        for own in devices.values()
+        for d in own
+    }
+    members = {n: KitMember(name=n, public_key=line, device=able.get(n)) for n, (_, line) in keys.items()}
     data = making.split
     _write_kit(
         making,
