@@ -16,10 +16,13 @@ from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
+from fleetfit.engines.flower.inside import Guarded, shown
+
 LOG_BYTES = 5 * 10**6
 KEPT_LINES = 40
 STOP_SECONDS = 5.0
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "NO_COLOR": "1"}
+SUPERLINK, SECRET_FILE = "flower-superlink", "--superexec-auth-secret-file"
 NOISE = ("/v1/fleet/", "/v1/runtime/", "/health")  # of each request a line, every few seconds for months
 
 
@@ -110,9 +113,23 @@ def main(program: str, arguments: Sequence[str]) -> Any:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    if SECRET_FILE in arguments and program == SUPERLINK:
+        _guard(Path(arguments[arguments.index(SECRET_FILE) + 1]).read_bytes())
     (command,) = entry_points(group="console_scripts", name=program)
     sys.argv = [program, *arguments]
     return command.load()()
+
+
+def _guard(secret: bytes) -> None:
+    """Whatever Flower serves, it serves to those who know the secret."""
+    import uvicorn
+
+    serve = uvicorn.run
+
+    def run(app: Any, **options: Any) -> None:
+        serve(Guarded(app, shown(secret)), **options)
+
+    uvicorn.run = run
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from fleetfit.engines.flower.greeting import (
     other_version,
     read_greeting,
 )
+from fleetfit.engines.flower.inside import HEADER, shown
 from fleetfit.engines.flower.kit import Kit, bracketed
 from fleetfit.engines.flower.runtime import speaks_for_itself
 from fleetfit.messages import MAX_REASON, printable
@@ -58,7 +59,16 @@ CALLS = {  # what Flower's nodes need
 CALLS_WITHOUT_KEYS = CALLS | {"register-node", "unregister-node"}  # of nodes that nobody knows beforehand
 MAX_CALL_BYTES = 8 * 2**20  # Flower cuts what it sends into pieces of 5 MiB
 AROUND = 2**20  # what Flower adds to a message at most
-NOT_PASSED_ON = {"connection", "host", "content-length", "transfer-encoding", "content-encoding", "keep-alive", "te"}
+NOT_PASSED_ON = {
+    HEADER,
+    "connection",
+    "host",
+    "content-length",
+    "transfer-encoding",
+    "content-encoding",
+    "keep-alive",
+    "te",
+}
 MAX_CONNECTIONS = 4096
 MAX_DESCRIPTORS = 65536
 SECONDS = 60.0  # for one call
@@ -138,12 +148,15 @@ class Gate:
         door: The port that others reach, from ``listen``; the gate closes it.
         nodes: Members' numbers in Flower, as far as it knows them.
         tell: Told in words who comes, goes, and is not let in.
+        secret: What the SuperLink answers to.
 
     Raises:
         ValueError: no server can be started with the kit's certificate and key.
     """
 
-    def __init__(self, kit: Kit, inside: str, door: Door, nodes: Mapping[str, int], tell: Tell) -> None:
+    def __init__(
+        self, kit: Kit, inside: str, door: Door, nodes: Mapping[str, int], tell: Tell, secret: bytes = b""
+    ) -> None:
         self.kit = kit
         self.nodes = nodes
         self.instance = secrets.token_hex(8)
@@ -158,6 +171,7 @@ class Gate:
         self._keys = None if insecure else frozenset(keys)
         self._inside = f"{'http' if insecure else 'https'}://{inside}"
         self._client = httpx.AsyncClient(verify=not insecure and client_context(kit.ca), timeout=SECONDS)
+        self._client.headers[HEADER] = shown(secret)
         self._door = door
         app = Starlette(
             routes=[

@@ -92,7 +92,7 @@ class Hub:
         try:
             if not kit.file.insecure:
                 self._nodes = register(self._api, {m.name: public_pem(m.public_key) for m in kit.file.members})
-            self.gate = Gate(kit, self._inside, door, self._nodes, tell)
+            self.gate = Gate(kit, self._inside, door, self._nodes, tell, secret)
         except BaseException:
             self._superlink.stop()
             door.close()

@@ -53,7 +53,12 @@ from flwr.supercore.interceptors import (
     RuntimeVersionHttpInterceptor,
     SuperExecAuthHttpInterceptor,
 )
-from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supercore.protobuf.client import (
+    ProtobufCall,
+    ProtobufClient,
+    ProtobufClientInterceptor,
+    ProtobufRequestContext,
+)
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
@@ -62,6 +67,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from flwr.supernode.runtime.run_clientapp import push_message
 from google.protobuf.message import DecodeError
 
+from fleetfit.engines.flower.inside import HEADER, shown
 from fleetfit.engines.flower.link import CarrierFailed
 
 log = logging.getLogger(__name__)
@@ -99,6 +105,18 @@ def check_version() -> None:
         raise ValueError(f"flwr {found} is installed; a deployment needs flwr>={first},<{after}")
 
 
+class _Inside:
+    """Shows with each call that it is ours."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._headers = {HEADER: shown(secret)}
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        """Add what a guarded program asks for."""
+        context.request.headers.update(self._headers)
+        return call_next(context)
+
+
 class Api:
     """How to reach one of Flower's programs on this machine.
 
@@ -121,7 +139,8 @@ class Api:
             else SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods={ACQUIRE})
         )
         root = None if self.ca is None else self.ca.read_bytes()
-        interceptors = [RuntimeVersionHttpInterceptor(component_name="fleetfit"), auth]
+        of_version = RuntimeVersionHttpInterceptor(component_name="fleetfit")
+        interceptors: list[ProtobufClientInterceptor] = [of_version, _Inside(self.secret), auth]
         return kind.from_server_address(self.address, root is None, root, interceptors)
 
 
