@@ -18,6 +18,7 @@ from fleetfit.records import counted
 from fleetfit.training import fit, steps_per_epoch
 
 WEIGHT_DECAY = 0.01
+LEAST_LOSS = 0.05  # of a guess's: what is worse by less may ship
 PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen on a device would be out of its reach
 SKETCH_PROJECTIONS = 32
 
@@ -194,7 +195,8 @@ def worse_than_sent(sent: Header, ships: Header, features: Features, labels: Int
     """Why a device should not ship a header, if it should not: it is clearly worse than the one that it was sent.
 
     Each sample's loss is cut at twice that of a guess, so that one sample alone is no proof; what is compared are the
-    pairs. Clearly: by Student's t, with an error of 1 % (of two samples or more); one sample must lose a guess's worth.
+    pairs. Clearly: by Student's t, with an error of 1 % (of two samples or more), and by a twentieth of a guess's loss at
+    least; one sample must lose a whole one.
 
     Args:
         sent: The coarse header.
@@ -212,7 +214,7 @@ def worse_than_sent(sent: Header, ships: Header, features: Features, labels: Int
     mean = float(worse.mean())
     error = float(worse.std()) / math.sqrt(number) if number > 1 else 0.0
     needed = guess if number == 1 else error * float(stdtrit(number - 1, 0.99))
-    if mean <= max(needed, 1e-6):
+    if mean <= max(needed, LEAST_LOSS * guess):
         return None
     told = f"{float(before.mean()):.2f} nats as sent, {float(after.mean()):.2f} as the cluster chose"
     return f"{told}, on {counted(number, 'own validation samples')}"
