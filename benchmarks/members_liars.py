@@ -1,4 +1,4 @@
-"""What lying devices do to honest ones, with and without refine.robust: benchmarks/results/members_liars.json.
+"""What lying devices do to honest ones, with and without members.robust: benchmarks/results/members_liars.json.
 
     python benchmarks/members_liars.py --data digits                      three seeds
     FLEETFIT_DATA=<folder> python benchmarks/members_liars.py --data banking77
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fleetfit.artifacts import Ledger
-from fleetfit.config import Job, make_job
+from fleetfit.config import Job, MembersConfig, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.device import DeviceMemory, DeviceState, handle
 from fleetfit.edge import HeaderResult
@@ -169,7 +169,7 @@ def seed_figures(name: str, seed: int) -> list[dict[str, Any]]:
                 true = list(members[: len(members) - liars])
                 without = None
                 for robust in (True, False):
-                    job_now = job.model_copy(update={"refine": job.refine.model_copy(update={"robust": robust})})
+                    job_now = job.model_copy(update={"members": MembersConfig(robust=robust)})
                     known = {a.device_id: honest[a.device_id](a, data) for a in true}
                     alone = refined(job_now, sent, data, known)
                     without = without or alone

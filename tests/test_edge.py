@@ -285,7 +285,7 @@ def test_the_lowest_pooled_loss_decides(seed: int, robust: bool, guard: bool) ->
         losses[way] = total / sum(r.scores[way].num_samples for r in replies.values())
         if (guard or "refined" in way) and losses[way] < least:
             best, least = way, losses[way]
-    decision = edge.decide(RefineConfig(guard=guard, robust=robust), replies)
+    decision = edge.decide(RefineConfig(guard=guard), replies, 1000 if robust else None)
     assert decision.loss_by_way == pytest.approx(losses)
     name = decision.header + ("" if decision.prior_strength is None else f"/{decision.prior_strength:g}")
     assert name == best

@@ -214,6 +214,8 @@ def _places(text: bytes, at: int, size: int, what: str, bounds: Bounds) -> dict[
         at = found.end() + 1
         if text[at - 1 : at] not in (b",", b"}") or (text[at - 1 : at] == b"}") != (at == len(text)):
             raise ValueError(f"{what} is corrupt: its header is not that of safetensors, from byte {7 + at} on")
+    if at == len(text) - 1 and text[at - 1 : at] == b",":
+        raise ValueError(f"{what} is corrupt: its header is not that of safetensors, from byte {7 + at} on")
     if end != size:
         raise ValueError(f"{what} is truncated or corrupt: its tensors have {size} bytes, its header says {end}")
     return places

@@ -357,17 +357,17 @@ class HeaderConfig(Section):
 class RefineConfig(Section):
     """Phase 2-2, between each edge and its devices."""
 
-    rounds: Steps = Field(2, description="T")
-    epochs: Steps = Field(10, description="local epochs a round")
-    batch_size: Steps = 16
-    learning_rate: float = Field(3e-3, gt=0)
+    rounds: Steps = Field(2, le=10_000, description="T")
+    epochs: Steps = Field(10, le=100_000, description="local epochs a round")
+    batch_size: Steps = Field(16, le=10**6)
+    learning_rate: float = Field(3e-3, gt=0, le=1e3)
     exchange: Literal["weights", "importance"] = Field("weights", description="what is aggregated by similarity")
     similarity: Literal["calibrated", "wasserstein", "js", "average", "alone"] = "calibrated"
-    temperature: float = Field(0.5, gt=0, description="tau of the calibrated similarity")
+    temperature: float = Field(0.5, gt=0, le=1e6, description="tau of the calibrated similarity")
     sketch: Literal["samples", "sliced"] = Field("samples", description="what a device shows of its features")
-    sketch_samples: Annotated[int, Field(ge=2)] = 24
+    sketch_samples: Annotated[int, Field(ge=2, le=100_000)] = 24
     fine_tune: bool = Field(False, description="one more local round after the last aggregation")
-    anchor: float = Field(0.1, ge=0, description="mu, pull to the shipped header; 0 = free")
+    anchor: float = Field(0.1, ge=0, le=1e6, description="mu, pull to the shipped header; 0 = free")
     class_prior: bool = Field(True, description="empirical-Bayes class prior in the last bias")
     prior_power: float = Field(
         1.0, gt=0, le=1, description="power of a device's class counts in it; below 1 for few samples of many classes"
@@ -386,9 +386,6 @@ class RefineConfig(Section):
     importance: Literal["gate", "neuron", "parameter"] = Field("gate", description="Eqs. 16-18 or beyond")
     prune_share: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of header neurons dropped in all; the few channels of a pooled header are all needed"
-    )
-    robust: bool = Field(
-        True, description="one device that lies cannot decide for others: its header changes and its vote are bounded"
     )
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
 
@@ -423,6 +420,16 @@ class PrivacyConfig(Section):
     def noise_of(self, clip_norm: float) -> float:
         """Standard deviation of the noise on vectors of at most this norm: replacing one moves it by twice that."""
         return self.noise_multiplier * 2 * clip_norm
+
+
+class MembersConfig(Section):
+    """What one member of a fleet can do to the others."""
+
+    robust: bool = Field(
+        True,
+        description="an edge bounds each device's header changes and its vote, so that one that lies cannot decide for "
+        "others",
+    )
 
 
 class LinksConfig(Section):
@@ -462,6 +469,7 @@ class Job(Section):
     backbone: BackboneConfig = BackboneConfig()
     header: HeaderConfig = HeaderConfig()
     refine: RefineConfig = RefineConfig()
+    members: MembersConfig = MembersConfig()
     links: LinksConfig = LinksConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     run: RunConfig = RunConfig()

@@ -338,7 +338,7 @@ def next_state(
     Args:
         state: Before the round.
         replies: Of the round.
-        sent: The coarse header, with ``refine.robust``: changes to it are shortened to a multiple of the median one,
+        sent: The coarse header, with ``members.robust``: changes to it are shortened to a multiple of the median one,
             and who sent a longer one is named among the faults.
     """
     weights = weights_among(state, replies)
@@ -396,8 +396,8 @@ def personal(state: EdgeState, device: str) -> dict[str, Tensor]:
 def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply], num_classes: int | None = None) -> Decision:
     """Choose how the whole cluster ships, by validation loss pooled over its devices.
 
-    With ``refine.robust`` no single device decides it (``method.robust.vote``): a mean loss counts for at most twice
-    that of a guess among ``num_classes``.
+    Given ``num_classes``, no single device decides it (``method.robust.vote``): a mean loss counts for at most twice
+    that of a guess among so many.
 
     Choosing per device on a few samples is noise and loses. With the guard, refined headers ship only where they are no
     worse than those sent; without it, always. Where no device has validation samples nothing speaks for a change, and
@@ -412,7 +412,7 @@ def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply], num_classe
     if total[ways[0]].num_samples == 0:
         return Decision(header="coarse" if refine.guard else "refined")
     loss = {way: s.loss_sum / s.num_samples for way, s in total.items()}
-    if refine.robust:
+    if num_classes is not None:
         loss = dict(zip(ways, _votes(ways, replies, num_classes), strict=True))
     loss = {way: nats for way, nats in loss.items() if math.isfinite(nats)}
     if not loss:
@@ -431,10 +431,10 @@ def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply], num_classe
     )
 
 
-def _votes(ways: Sequence[str], replies: Mapping[str, ProposeReply], num_classes: int | None) -> list[float]:
+def _votes(ways: Sequence[str], replies: Mapping[str, ProposeReply], num_classes: int) -> list[float]:
     """The cluster's loss of each way; where losses are noised they are differences, and may be below 0."""
     numbers = torch.tensor([float(r.scores[ways[0]].num_samples) for r in replies.values()])
     losses = [[r.scores[way].loss_sum / max(r.scores[way].num_samples, 1) for way in ways] for r in replies.values()]
-    ceiling = 2 * math.log(max(num_classes, 2)) if num_classes else math.inf
+    ceiling = 2 * math.log(max(num_classes, 2))
     result: list[float] = vote(torch.tensor(losses, dtype=torch.float64), numbers, ceiling).tolist()
     return result

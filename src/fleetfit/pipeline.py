@@ -221,7 +221,7 @@ def refine_cluster(
     expected = expected_of(coarse, known, job.privacy, job.links.send_models)
     too_small = edge.too_small(job, assignment, stats)
     cluster = Cluster(name, devices, job.links, expected, coarse, frozenset(too_small))
-    sent = take(coarse.tensors, "header") if job.refine.robust else None
+    sent = take(coarse.tensors, "header") if job.members.robust else None
 
     def send_coarse() -> EdgeState:
         came = cluster.ask("coarse model", CoarseReply, lambda _: coarse, devices.members)
@@ -252,7 +252,7 @@ def refine_cluster(
             return Propose(step=last, tensors=edge.personal(state, device))
 
         came = cluster.ask("proposal", ProposeReply, question, state.devices)
-        decision = edge.decide(job.refine, came.replies, len(assignment.labels))
+        decision = edge.decide(job.refine, came.replies, len(assignment.labels) if job.members.robust else None)
         return decision.model_copy(
             update={"devices": tuple(came.replies), "joined": tuple(came.joined), "faults": came.faults}
         )

@@ -32,8 +32,8 @@ PAPER: dict[str, dict[str, Any]] = {
         "importance": "parameter",
         "prune_share": 0.2,
         "guard": False,
-        "robust": False,
     },
+    "members": {"robust": False},
 }
 
 # The rates of the defaults are those of a small model that starts from nothing, and would spoil a pre-trained one.

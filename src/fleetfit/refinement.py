@@ -195,8 +195,8 @@ def worse_than_sent(sent: Header, ships: Header, features: Features, labels: Int
     """Why a device should not ship a header, if it should not: it is clearly worse than the one that it was sent.
 
     Each sample's loss is cut at twice that of a guess, so that one sample alone is no proof; what is compared are the
-    pairs. Clearly: by Student's t, with an error of 1 % (of two samples or more), and by a twentieth of a guess's loss at
-    least; one sample must lose a whole one.
+    pairs. Clearly: by Student's t, with an error of 1 % (of two samples or more), and by a twentieth of a guess's loss
+    at least; one sample must lose a whole one.
 
     Args:
         sent: The coarse header.
