@@ -49,7 +49,7 @@ from fleetfit.method.privacy import clipped, epsilon_of, flat, secret_noise
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import build_header
 from fleetfit.privacy import NOTE, NOTHING_SAID, DevicePrivacy, personal_without_noise, promise, releases
-from fleetfit.privacy_ledger import PrivacyLedger
+from fleetfit.privacy_ledger import LifetimeLedger, PrivacyLedger
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec, ValidationScores
 from fleetfit.report import build_report
@@ -597,3 +597,167 @@ def test_nothing_is_sent_where_the_accountant_is_missing(tmp_path: Path, monkeyp
         local.run(tiny(tmp_path), tmp_path / "run")
     assert not caught
     assert not (tmp_path / "run").exists()
+
+
+# -- an edge that cheats ----------------------------------------------------------------------------------------------
+
+
+def with_only(labels: tuple[int, ...], kind: int = 0) -> DeviceState:
+    """A private device whose training samples are of some classes."""
+    state = make_state(kind, make_private())
+    train = state.data.train
+    numbers = torch.tensor([labels[i % len(labels)] for i in range(len(train))])
+    return replace(state, data=replace(state.data, train=replace(train, labels=numbers)))
+
+
+def poisoned(change: Callable[[dict[str, Tensor]], None], **refine: Any) -> list[DeviceMessage]:
+    """The script with another coarse header."""
+    messages = script(**refine)
+    coarse = messages[1]
+    assert isinstance(coarse, CoarseModel)
+    header = {n: t.clone() for n, t in take(coarse.tensors, "header").items()}
+    change(header)
+    messages[1] = coarse.model_copy(update={"tensors": coarse.tensors | put("header", header)})
+    return messages
+
+
+def forms(messages: list[DeviceMessage], state: DeviceState) -> list[Any]:
+    """What of each reply is no number: its kind, shapes, types, length; or what was refused, and how."""
+    found: list[Any] = []
+    for message in messages:
+        try:
+            state, reply = handle(state, message)
+        except ValueError as error:
+            found.append(str(error))
+        else:
+            found.append((reply.kind, [(n, t.shape, t.dtype) for n, t in reply.tensors.items()], len(encode(reply))))
+    return found
+
+
+def bias_of(value: float) -> Callable[[dict[str, Tensor]], None]:
+    def change(header: dict[str, Tensor]) -> None:
+        header["classifier.last.bias"][1] = value
+
+    return change
+
+
+def scaled_by(value: float) -> Callable[[dict[str, Tensor]], None]:
+    def change(header: dict[str, Tensor]) -> None:
+        for tensor in header.values():
+            tensor *= value
+
+    return change
+
+
+ORACLES: dict[str, Callable[[dict[str, Tensor]], None]] = {
+    "-3e38": bias_of(-3e38),
+    "nan": bias_of(math.nan),
+    "a million": bias_of(-9e5),
+    "weights 1e30": scaled_by(1e30),
+    "large weights": scaled_by(1e5),
+}
+
+
+@pytest.mark.parametrize("oracle", ORACLES)
+def test_what_fails_on_a_class_looks_as_if_it_had_not(oracle: str) -> None:
+    messages = poisoned(ORACLES[oracle])
+    assert forms(messages, with_only((0, 1, 2, 3))) == forms(messages, with_only((0, 2, 3)))
+    assert forms(messages, with_only((1,))) == forms(messages, with_only((0,), kind=1))
+
+
+@pytest.mark.parametrize("place", ["train_header", "importance_set", "sketch_quantiles", "predict"])
+def test_any_failure_on_data_looks_like_a_success(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fleetfit import device
+
+    messages = script()
+    good = forms(messages, with_only((0, 1, 2, 3)))
+    real = getattr(device, place)
+    calls = 0
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1 or place == "train_header":
+            raise RuntimeError("of class b")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(device, place, failing)
+    assert forms(messages, with_only((0, 1, 2, 3))) == good
+    assert calls
+
+
+def test_without_a_sketch_the_number_of_samples_is_not_told() -> None:
+    messages = script(similarity="average", sketch="samples")
+    private = make_private(similarity="average", sketch="samples")
+    one, other = (forms(messages[:2], make_state(kind, private)) for kind in (0, 1))
+    assert one == other
+
+
+def test_importance_that_is_no_number_is_none() -> None:
+    private, message = make_private(), RefineRound(step=2, round=1)
+    bad = {"a": torch.tensor([1.0, math.nan]), "b": torch.tensor([-1.0])}
+    nothing = {name: torch.zeros_like(t) for name, t in bad.items()}
+    assert all(
+        torch.equal(t, private._importance(message, nothing)[n]) for n, t in private._importance(message, bad).items()
+    )
+
+
+# -- one promise for all runs -----------------------------------------------------------------------------------------
+
+
+def private_job(**privacy: Any) -> Job:
+    return make_job({"refine": {"sketch": "sliced"}, "privacy": {"noise_multiplier": 1.0, **privacy}})
+
+
+def lifetime(folder: Path, limit: float | None = None, **privacy: Any) -> LifetimeLedger:
+    return LifetimeLedger(folder / "privacy.json", private_job(**privacy), limit, folder / "runs")
+
+
+COARSE, HELLO = script()[1], AttributesRequest(step=0)
+
+
+def test_by_default_all_runs_together_promise_what_one_does(tmp_path: Path) -> None:
+    ledger = lifetime(tmp_path)
+    assert ledger.limit == pytest.approx(promise(private_job())["epsilon"])  # type: ignore[index]
+    for message in (HELLO, COARSE):
+        ledger.check("a" * 16, True, message)
+        ledger.count("a" * 16, message)
+    for again in (ledger, lifetime(tmp_path)):  # also after a restart
+        again.check("a" * 16, True, COARSE)
+        again.check("b" * 16, True, HELLO)  # tells nothing of the data
+        with pytest.raises(ValueError, match=r"promised epsilon 15\.\d+, its privacy\.lifetime_epsilon is 9\.99"):
+            again.check("b" * 16, True, COARSE)
+        assert "in 1 run" in again.words
+
+
+def test_epsilons_of_runs_compose_as_gaussians_do(tmp_path: Path) -> None:
+    number = len(releases(private_job().refine))
+    ledger = lifetime(tmp_path, limit=epsilon_of(1.0, 3 * number, 1e-5))
+    for run in ("a" * 16, "b" * 16, "c" * 16):
+        ledger.check(run, True, COARSE)
+        ledger.count(run, COARSE)
+    with pytest.raises(ValueError, match="lifetime_epsilon"):
+        ledger.check("d" * 16, True, COARSE)
+    louder = lifetime(tmp_path, limit=epsilon_of((3 * number + number / 100) ** -0.5, 1, 1e-5), noise_multiplier=10.0)
+    louder.check("d" * 16, True, COARSE)
+
+
+def test_a_run_whose_answers_are_forgotten_is_over(tmp_path: Path) -> None:
+    ledger = lifetime(tmp_path, limit=100.0)
+    ledger.count("a" * 16, COARSE)
+    for message in (HELLO, COARSE):  # a new secret would be made for either
+        with pytest.raises(ValueError, match="this run is over"):
+            ledger.check("a" * 16, False, message)
+
+
+def test_a_ledger_that_is_lost_or_damaged_is_no_fresh_start(tmp_path: Path) -> None:
+    lifetime(tmp_path).count("a" * 16, COARSE)
+    (tmp_path / "privacy.json").write_text('{"a": NaN}')
+    with pytest.raises(ValueError, match="is corrupt"):
+        lifetime(tmp_path)
+    (tmp_path / "privacy.json").unlink()
+    kept = tmp_path / "runs" / ("a" * 16) / "memory"
+    kept.mkdir(parents=True)
+    (kept / "privacy.json").write_text("{}")
+    with pytest.raises(ValueError, match="is missing, though there were runs"):
+        lifetime(tmp_path)
