@@ -388,3 +388,34 @@ def test_a_damaged_note_of_the_data_is_named(tmp_path: Path) -> None:
         (tmp_path / "run" / "data.json").write_text("{}")
         with pytest.raises(ValueError, match=r"data\.json is corrupt"):
             folder.claim_data(data_of("cat", "dog"))
+
+
+# -- a cache ----------------------------------------------------------------------------------------------------------
+
+
+def cached(folder: Path, name: str, value: float) -> float:
+    steps = StepFolder(folder, Ledger(), is_cache=True)
+    return steps.step(name, EdgeState, lambda: reply(value)).scores.loss_sum
+
+
+def test_a_cache_is_used_again_and_says_of_what_it_is(tmp_path: Path) -> None:
+    assert cached(tmp_path, "reference/a", 1.0) == 1.0
+    assert cached(tmp_path, "reference/a", 2.0) == 1.0
+
+
+@pytest.mark.parametrize("planted", ["file", "folder", "other", "damaged", "link"])
+def test_what_somebody_planted_in_a_cache_is_not_used(tmp_path: Path, planted: str) -> None:
+    cached(tmp_path, "reference/a", 1.0)
+    path = tmp_path / "reference" / "a.safetensors"
+    if planted == "other":
+        cached(tmp_path, "reference/b", 3.0)
+        path.write_bytes((tmp_path / "reference" / "b.safetensors").read_bytes())
+    elif planted == "damaged":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif planted == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        place = path if planted == "file" else path.parent
+        place.chmod(place.stat().st_mode | 0o002)
+    assert cached(tmp_path, "reference/a", 2.0) == 2.0

@@ -1,6 +1,7 @@
 """The device: determinism, order of messages, importance against autograd, pruning, anchor, prior, odd data."""
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -35,11 +36,12 @@ from fleetfit.messages import (
 )
 from fleetfit.method.aggregation import class_prior, unit_sum
 from fleetfit.models.elastic import Backbone
-from fleetfit.models.features import Features
+from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import Header, build_header, header_from_state
 from fleetfit.models.pruning import prunable_layers
 from fleetfit.randomness import named_generator, seeded_init
 from fleetfit.records import Block, DeviceAttributes, DeviceReport, EnergyModel, HeaderSpec
+from fleetfit.refinement import worse_than_sent
 
 torch.set_num_threads(1)
 
@@ -789,3 +791,64 @@ def test_a_header_without_neurons_to_drop_is_told(spec: HeaderSpec, share: float
     notes = done.report.notes
     assert any(note.startswith(told) for note in notes) if told else not any("prune" in note for note in notes)
     assert (done.report.kept_neurons < done.report.neurons) is (share == 0.5)
+
+
+# -- what is not shipped, and what is not computed -------------------------------------------------------------------
+
+
+def test_a_device_ships_what_it_was_sent_where_the_clusters_choice_is_clearly_worse() -> None:
+    coarse = make_coarse()
+    state, _ = started(coarse, make_state(make_data(classes=(0, 2, 3))))
+    spoilt = {n: 100 * torch.ones_like(t) for n, t in take(coarse.tensors, "header").items()}
+    spoilt["classifier.last.bias"] = torch.tensor([0.0, 50.0, 0.0, 0.0])
+    tensors = dict(state.memory.tensors) | put("header", spoilt)
+    state = replace(state, memory=state.memory.model_copy(update={"tensors": tensors, "step": 4}))
+    state, reply = handle(state, Finish(step=5, header="refined", prior_strength=None))
+    assert isinstance(reply, FinishReply)
+    assert reply.report.accuracy == reply.report.accuracy_coarse
+    (note,) = [n for n in reply.report.notes if n.startswith("shipped as it was sent: ")]
+    assert "nats as sent" in note
+    assert "own validation samples" in note
+    shipped = take(state.memory.tensors, "shipped")
+    assert all(torch.equal(shipped[n], t) for n, t in take(coarse.tensors, "header").items())
+
+
+def flat_header(bias: list[float]) -> Header:
+    header = build_header(HeaderSpec(kind="linear"), FeatureShape(8, (2, 2)), len(LABELS))
+    with torch.no_grad():
+        header.last_linear.weight.zero_()
+        header.last_linear.bias.copy_(torch.tensor(bias))
+    return header
+
+
+@pytest.mark.parametrize(
+    ("ships", "labels", "refused"),
+    [
+        ([0.0, 0.0, 0.0, 0.0], [0, 0, 0, 0, 0, 0], True),  # a guess, where the model as sent was right
+        ([0.0, 0.0, 0.0, 0.0], [0], False),  # one sample loses less than a guess's worth
+        ([-90.0, 0.0, 0.0, 0.0], [0], True),
+        ([5.9, 0.0, 0.0, 0.0], [0] * 50, False),  # worse by next to nothing
+        ([9.0, 0.0, 0.0, 0.0], [0] * 6, False),
+        ([6.0, 6.0, 0.0, 0.0], [0, 1, 0, 0, 1, 1], False),  # better for one class, worse for another
+        ([math.nan, 0.0, 0.0, 0.0], [0, 0, 0], True),
+        ([0.0, 0.0, 0.0, 0.0], [], False),
+    ],
+)
+def test_clearly_worse_is_beyond_noise(ships: list[float], labels: list[int], refused: bool) -> None:
+    features = Features(torch.zeros(len(labels), 5, 8), torch.zeros(len(labels), 5, 8))
+    told = worse_than_sent(flat_header([6.0, 0, 0, 0]), flat_header(ships), features, torch.tensor(labels).long())
+    assert (told is not None) is refused
+
+
+def test_numbers_that_no_model_has_are_refused_before_anything_is_computed() -> None:
+    coarse = make_coarse()
+    for name in ("header.classifier.last.bias", "backbone.layernorm.weight"):
+        for bad in (math.nan, math.inf, -3e38, 1e7):
+            spoilt = {**coarse.tensors, name: torch.full_like(coarse.tensors[name], bad)}
+            with pytest.raises(ValueError, match=f"tensor '{name}' must be"):
+                started(coarse.model_copy(update={"tensors": spoilt}))
+
+
+def test_shares_are_one_a_label() -> None:
+    with pytest.raises(ValueError, match="class_shares must be 4 shares"):
+        started(make_coarse().model_copy(update={"class_shares": (0.5, 0.5)}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fleetfit import files
-from fleetfit.files import content_hash, read_json, write_atomically
+from fleetfit.files import content_hash, others_may_write, read_json, write_atomically
 
 torch.set_num_threads(1)
 
@@ -23,7 +23,38 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_atomically(path, b"\0\1")
     assert path.read_bytes() == b"\0\1"
     assert [p.name for p in path.parent.iterdir()] == ["file.txt"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077, 0o027])
+def test_files_follow_the_umask_and_secrets_stay_secret(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file", b"")
+        write_atomically(tmp_path / "secret", b"", mode=0o600)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~umask
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
+
+
+def test_what_others_may_write_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "deep"
+    folder.mkdir(parents=True)
+    path = folder / "file"
+    path.write_bytes(b"")
+    root = tmp_path / "cache"
+    for place in (path, folder, root):
+        assert others_may_write(path, root) is None
+        mode = stat.S_IMODE(place.stat().st_mode)
+        place.chmod(mode | stat.S_IWOTH)
+        assert others_may_write(path, root) == place
+        place.chmod(mode)
+    link = folder / "link"
+    link.symlink_to(path)
+    assert others_may_write(link, root) == link
+    if os.geteuid() == 0:  # a file of another user
+        os.chown(path, 12345, 12345)
+        assert others_may_write(path, root) == path
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace", "chmod", "fdopen"])

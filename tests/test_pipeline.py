@@ -9,7 +9,7 @@ import torch
 from tiny_job import TINY_VIT, tiny_fields
 
 from fleetfit import cloud, edge, pipeline
-from fleetfit.config import Job, make_job
+from fleetfit.config import Job, MembersConfig, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
@@ -20,15 +20,17 @@ from fleetfit.messages import (
     ClusterStats,
     DeviceMessage,
     Message,
+    ProposeReply,
     RefineRound,
     Refused,
     Request,
+    RoundReply,
     StatsRequest,
     TrainingState,
     silent,
 )
 from fleetfit.pipeline import _reference_key, gather_stats, run_cloud, run_edge
-from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec
+from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec, ValidationScores
 from fleetfit.reference import classifier_of, train_reference
 
 torch.set_num_threads(1)
@@ -251,6 +253,66 @@ def test_gathering_asks_for_nothing_but_attributes(job: Job, data: FleetData) ->
     assert len(link.asked) == 3
 
 
+def test_a_device_that_nothing_fits_is_left_out_and_the_others_go_on(
+    job: Job, data: FleetData, assignment: BackboneAssignment
+) -> None:
+    link = Devices(data)
+    old = link.states[DEVICES[1]]
+    link.states[DEVICES[1]] = DeviceState(attributes_of(DEVICES[1], 1), old.data, old.memory)
+    report = run_edge(job, assignment, data.edges["far"], link, FakeSteps(), silent)
+    assert [d.device_id for d in report.devices] == [DEVICES[0], DEVICES[2]]
+    assert [(a.device_id, a.since) for a in report.absent] == [(DEVICES[1], "coarse model")]
+    (fault,) = report.faults
+    assert fault.reason.startswith("left out: nothing fits its limit of 1 bytes, this has ")
+    assert {m.kind for d, m in link.asked if d == DEVICES[1]} == {"attributes_request"}
+
+
+def test_what_a_kit_knows_counts_whatever_a_device_says(job: Job, data: FleetData) -> None:
+    link = Devices(data)
+    old = link.states[DEVICES[1]]
+    link.states[DEVICES[1]] = DeviceState(attributes_of(DEVICES[1], 1), old.data, old.memory)
+    stats = gather_stats(job, "far", link, FakeSteps(), {d: attributes_of(d) for d in DEVICES})
+    assert stats.devices == tuple(attributes_of(d) for d in DEVICES)
+    (fault,) = stats.faults
+    assert (fault.device_id, fault.recovered) == (DEVICES[1], True)
+    assert "it says another storage_limit_bytes than its edge's kit has" in fault.reason
+
+
+class Lying(Devices):
+    """One device's weights are a million, and its vote is for them."""
+
+    def ask(self, messages: Mapping[str, Request], bounds: object = None) -> dict[str, Message | Refused]:
+        replies = super().ask(messages)
+        reply = replies.get(DEVICES[0])
+        if isinstance(reply, RoundReply):
+            header = {n: torch.full_like(t, 1e6) for n, t in reply.tensors.items() if n.startswith("header.")}
+            replies[DEVICES[0]] = reply.model_copy(update={"tensors": reply.tensors | header})
+        if isinstance(reply, ProposeReply):
+            losses = {way: 1e8 if way.startswith("coarse") else 0.0 for way in reply.scores}
+            ways = {w: ValidationScores(num_samples=100, loss_sum=nats, num_correct=0) for w, nats in losses.items()}
+            replies[DEVICES[0]] = reply.model_copy(update={"scores": ways})
+        return replies
+
+
+def test_a_lying_device_is_named_and_costs_others_nothing(
+    job: Job, data: FleetData, assignment: BackboneAssignment, whole: EdgeRun
+) -> None:
+    honest = {d.device_id: d for d in whole.report.devices}
+    for robust in (True, False):
+        now = job.model_copy(update={"members": MembersConfig(robust=robust)})
+        report = run_edge(now, assignment, data.edges["far"], Lying(data), FakeSteps(), silent)
+        named = {f.device_id for f in report.faults if "its header changed by" in f.reason}
+        assert named == ({DEVICES[0]} if robust else set())
+        others = [d for d in report.devices if d.device_id != DEVICES[0]]
+        assert len(others) == 2, "nobody honest is refused"
+        if robust:
+            for device in others:
+                before = honest[device.device_id]
+                assert device.accuracy is not None
+                assert before.accuracy is not None
+                assert device.accuracy >= before.accuracy - 0.15  # of some twenty test samples
+
+
 # -- the cloud --------------------------------------------------------------------------------------------------------
 
 
@@ -407,3 +469,20 @@ def test_other_data_is_another_reference(job: Job, data: FleetData) -> None:
 
     assert data.public.train.fingerprint == "digits"
     assert key("digits") == _reference_key(job, data.public) != key("digits 900 0")
+
+
+def test_a_cluster_that_nothing_fits_is_left_out_and_one_device_ends_no_run(job: Job, data: FleetData) -> None:
+    edges, told = Edges({"near": 1, "far": 10**6}), []
+
+    def progress(phase: str, done: int, total: int, note: str = "") -> None:
+        told.append(f"{phase}: {note}")
+
+    result = run_cloud(job, data.public, edges, FakeSteps(), FakeSteps(), progress)
+    assert list(result.reports) == list(result.choices) == ["far"]
+    (left,) = result.left_out
+    assert (left.device_id, left.cluster, left.limit_bytes) == ("near-1", "near", 1)
+    assert f"left out: near-1: {left.reason}" in told
+    assert "its storage limit of 1 bytes (1 without the room for a header, header.room = 0.1)" in left.reason
+    assert ("near", "backbone_assignment") not in [(member, m.kind) for member, m in edges.asked]
+    with pytest.raises(ValueError, match="cluster 'near': nothing fits its storage limit of 1 bytes"):
+        run_cloud(job, data.public, Edges({"near": 1, "far": 2}), FakeSteps(), FakeSteps(), silent)

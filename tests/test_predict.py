@@ -431,3 +431,22 @@ def test_the_command(run: Path, folder: Path, tmp_path: Path) -> None:
     assert [(p["input"], p["row"], p["label"]) for p in told] == [(str(array), i, labels[i]) for i in range(2)]
     assert [p["probability"] for p in told] == pytest.approx(shares, abs=1e-5)
     assert CliRunner().invoke(cli.app, ["predict", str(folder)]).exit_code == 2
+
+
+def test_labels_of_a_foreign_model_reach_the_terminal_harmless(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from fleetfit import predict as module
+    from fleetfit.cli import app
+
+    evil = "seven\x1b]0;owned\x07\x1b[2J"
+    found = module.Prediction(input="a\x1b[1m.png", row=0, label=evil, probability=0.5, note="\x1b[31m")
+    monkeypatch.setattr(module, "predict", lambda folder, inputs: [found])
+    shown = CliRunner().invoke(app, ["predict", str(tmp_path), "a.png"])
+    assert shown.exit_code == 0
+    assert "\x1b" not in shown.output
+    assert "seven" in shown.output
+    exact = CliRunner().invoke(app, ["predict", str(tmp_path), "a.png", "--json"])
+    assert json.loads(exact.output)[0]["label"] == evil

@@ -285,6 +285,7 @@ def _report(
 ) -> ClusterReport:
     steps = ["attributes", "coarse model", *(f"round {s.round}" for s in history[1:]), "proposal", "finish"]
     absent = [d for d in cluster.devices.members if d not in replies]
+    since = {d: "coarse model" if d in cluster.left_out else absent_since(d, steps, faults) for d in absent}
     models = {f"{device}/{name}": t for device, reply in replies.items() for name, t in reply.tensors.items()}
     if models:
         models |= {name: t for name, t in found.tensors.items() if name.startswith("backbone.")}
@@ -297,7 +298,7 @@ def _report(
         rounds=tuple({"round": s.round, **s.scores.model_dump()} for s in history),
         decision=decision.model_dump(include={"header", "prior_strength", "loss_by_way"}),
         devices=tuple(r.report for r in replies.values()),
-        absent=tuple(AbsentDevice(device_id=d, since=absent_since(d, steps, faults)) for d in absent),
+        absent=tuple(AbsentDevice(device_id=d, since=since[d]) for d in absent),
         faults=tuple(faults),
         tensors=models,
     )

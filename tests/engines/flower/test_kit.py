@@ -88,3 +88,13 @@ def test_a_secret_is_its_owners_from_the_first_byte_and_overwrites_nothing(tmp_p
     with pytest.raises(FileExistsError):
         write_secret(path, b"two")
     assert path.read_bytes() == b"one"
+
+
+def test_a_kit_brings_no_code_onto_a_machine_that_does_not_allow_it() -> None:
+    from fleetfit.engines.flower.participants import check_code
+
+    with pytest.raises(ValueError, match=r"'os:getcwd', a function of Python, .* start with --allow-code"):
+        check_code("os:getcwd", allow_code=False)
+    check_code("os:getcwd", allow_code=True)
+    for source in ("data", "data/train.csv", "../x", "C:\\new\\train", "a:b/c", "owner/name"):
+        check_code(source, allow_code=False)
