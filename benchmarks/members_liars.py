@@ -11,7 +11,7 @@ seeds; ``method.robust``'s numbers were looked at on seed 100.
 import argparse
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,13 +155,13 @@ def banking77_fleet(seed: int) -> tuple[Any, Callable[[Mapping[str, Any]], tuple
 FLEETS = {"digits": (digits_fleet, DIGITS_SPLITS), "banking77": (banking77_fleet, banking77.SETTINGS)}
 
 
-def seed_figures(name: str, seed: int) -> list[dict[str, Any]]:
-    """All runs of one seed, a row each."""
+def seed_figures(name: str, seed: int) -> Iterator[list[dict[str, Any]]]:
+    """All runs of one seed, a row each, setting by setting."""
     prepare, splits = FLEETS[name]
     sent, split = prepare(seed)
-    rows = []
     with digits.nothing_twice():
         for setting, changed in splits.items():
+            rows = []
             job, data = split(changed)
             members = fleet_of(job)[CLUSTER]
             honest = {a.device_id: digits.in_memory for a in members}
@@ -182,7 +182,7 @@ def seed_figures(name: str, seed: int) -> list[dict[str, Any]]:
                             | compared(report, without, alone, set(known), set(lies))
                         )
             print(f"{name}, seed {seed}: {setting}", flush=True)
-    return rows
+            yield rows
 
 
 def compared(
@@ -217,10 +217,11 @@ def main() -> None:
     seeds = args.seeds or SEEDS[args.data]
     rows: list[dict[str, Any]] = []
     for seed in seeds:
-        rows += seed_figures(args.data, seed)
-        kept = json.loads(args.out.read_text()) if args.out.exists() else {}
-        kept[args.data] = {"seeds": sorted({row["seed"] for row in rows}), "rows": rows}
-        write_atomically(args.out, json.dumps(kept, indent=1) + "\n")
+        for of_setting in seed_figures(args.data, seed):
+            rows += of_setting
+            kept = json.loads(args.out.read_text()) if args.out.exists() else {}
+            kept[args.data] = {"seeds": sorted({row["seed"] for row in rows}), "rows": rows}
+            write_atomically(args.out, json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ one form that its writers give it, without building what it describes. Only what
 """
 
 import json
+import logging
 import math
 import re
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
+FEW_SECONDS = 60.0
 MAX_MESSAGE_RULE = "links.max_message_bytes"
 MAX_DIMENSIONS = 8
 MAX_LENGTH = 2**31 - 1  # of a dimension
@@ -138,6 +141,36 @@ def tensors_of(blob: bytes, header: Header) -> dict[str, Tensor]:
             tensor.copy_(torch.frombuffer(content, dtype=dtype).view(place.shape))
         tensors[name] = tensor != 0 if place.dtype == torch.bool else tensor
     return tensors
+
+
+class FewLines(logging.Filter):
+    """Lets some lines of one kind pass in a minute: whoever sends messages can cause as many as he likes.
+
+    Args:
+        most: Of one kind, and of kinds.
+    """
+
+    def __init__(self, most: int = 30) -> None:
+        super().__init__()
+        self.most = most
+        self._passed: dict[str, list[float]] = {}
+
+    def passes(self, kind: str) -> bool:
+        """Whether another line of this kind is written."""
+        now = time.monotonic()
+        if kind not in self._passed and len(self._passed) >= self.most:
+            self._passed = {k: at for k, at in self._passed.items() if now - at[-1] < FEW_SECONDS}
+            if len(self._passed) >= self.most:
+                return False
+        times = [at for at in self._passed.get(kind, ()) if now - at < FEW_SECONDS]
+        if len(times) >= self.most:
+            return False
+        self._passed[kind] = [*times, now]
+        return True
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is written; its kind is its text without what is filled in."""
+        return self.passes(f"{record.name} {record.msg}"[:MAX_NAME])
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fleetfit.bounds import MAX_LOSS, check_values
+from fleetfit.bounds import MAX_LOSS, FewLines, check_values
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Samples
@@ -64,6 +64,7 @@ from fleetfit.training import predict, score
 
 M = TypeVar("M", bound=Message)
 log = logging.getLogger(__name__)
+log.addFilter(FewLines())
 TRAINING_PRIOR_STRENGTH = 3.0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fleetfit.artifacts import MemoryFolder
+from fleetfit.bounds import FewLines
 from fleetfit.config import Job
 from fleetfit.data.partition import Split
 from fleetfit.device import DeviceMemory, DeviceState, handle
@@ -29,6 +30,7 @@ from fleetfit.records import DeviceAttributes
 
 Handler = Callable[[Message], Message]
 logger = logging.getLogger(__name__)
+logger.addFilter(FewLines())
 BEGIN = (AttributesRequest, CoarseModel)  # messages that need no memory
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from fleetfit.bounds import from_edge
+from fleetfit.bounds import FewLines, from_edge
 from fleetfit.config import LinksConfig
 from fleetfit.messages import CoarseModel, CoarseReply, DeviceMessage, Link, Message, Refused, Request, printable
 from fleetfit.records import Fault
@@ -17,6 +17,7 @@ M = TypeVar("M", bound=Message)
 ATTEMPTS = 3
 NO_REPLY = "no reply"
 logger = logging.getLogger(__name__)
+logger.addFilter(FewLines(1000))  # of a large cluster too, and the report has all
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from fleetfit.bounds import FewLines
 from fleetfit.engines.flower import door as module
 from fleetfit.engines.flower.door import Door
-from fleetfit.engines.flower.gate import MAX_TOLD, _Few, _read
+from fleetfit.engines.flower.gate import MAX_TOLD, _read
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_without_a_descriptor_strangers_go_and_nothing_is_raised_that_asyncio_lo
 
 
 def test_lines_of_one_kind_are_few() -> None:
-    few = _Few()
+    few = FewLines()
     record = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "Invalid HTTP request received.", None, None)
     assert sum(few.filter(record) for _ in range(10_000)) == MAX_TOLD
     others = (logging.LogRecord("asyncio", logging.ERROR, "", 0, f"kind {i}", None, None) for i in range(10_000))

@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from fleetfit.bounds import FewLines
 from fleetfit.engines.flower.certificates import client_context, public_pem
 from fleetfit.engines.flower.door import Door, Passed
 from fleetfit.engines.flower.greeting import (
@@ -40,7 +41,7 @@ from fleetfit.engines.flower.greeting import (
 from fleetfit.engines.flower.inside import HEADER, shown
 from fleetfit.engines.flower.kit import Kit, bracketed
 from fleetfit.engines.flower.runtime import speaks_for_itself
-from fleetfit.messages import MAX_REASON, printable
+from fleetfit.messages import printable
 
 log = logging.getLogger(__name__)
 
@@ -117,26 +118,7 @@ def more_descriptors() -> int:
     return MAX_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
 
 
-class _Few(logging.Filter):
-    """Lets some lines of one kind pass in a minute: whoever reaches the port can cause as many as he likes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._passed: dict[str, list[float]] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether a line is written."""
-        now = time.monotonic()
-        times = self._passed.setdefault(f"{record.name} {record.msg}"[:MAX_REASON], [])
-        times[:] = [at for at in times if now - at < REPEATED_SECONDS]
-        if len(self._passed) > MAX_TOLD or len(times) >= MAX_TOLD:
-            self._passed = {kind: at for kind, at in self._passed.items() if at and now - at[-1] < REPEATED_SECONDS}
-            return False
-        times.append(now)
-        return True
-
-
-_FEW = _Few()
+_FEW = FewLines()
 
 
 class Gate:

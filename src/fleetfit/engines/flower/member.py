@@ -11,7 +11,7 @@ import httpx
 from flwr.app import Message as FlowerMessage
 from flwr.app import RecordDict
 
-from fleetfit.bounds import FROM_ABOVE, MAX_MESSAGE_RULE
+from fleetfit.bounds import FROM_ABOVE, MAX_MESSAGE_RULE, FewLines
 from fleetfit.engines.flower.certificates import read_member_key
 from fleetfit.engines.flower.codec import pack, unpack
 from fleetfit.engines.flower.daemons import Daemon
@@ -31,6 +31,7 @@ from fleetfit.engines.flower.runtime import TASK_POLL_SECONDS, Api, NodeTasks, c
 from fleetfit.messages import Declined, Message, decode_any, encode, printable
 
 log = logging.getLogger(__name__)
+log.addFilter(FewLines(300))
 
 NODE_ID = re.compile(r"SuperNode ID: (\d+)")
 SENT = "Sent successfully"
@@ -65,6 +66,7 @@ class Member:
         self._stop = threading.Event()
         self._node = 0
         self._sent = 0
+        self._few = FewLines()
         self._supernode: Daemon | None = None
         self._tasks: NodeTasks | None = None
         self._keeper: threading.Thread | None = None
@@ -235,7 +237,8 @@ class Member:
         except Exception as error:  # of a message, which may ask for anything
             kind = request.kind if request is not None else "message"
             log.warning("%s of %s", kind, above, exc_info=error)
-            self._tell(printable(f"a {kind} of {above} cannot be answered: {error}"))
+            if self._few.passes(kind):
+                self._tell(printable(f"a {kind} of {above} cannot be answered: {error}"))
             return Declined(reason=printable(self.kit.without_path(error)))
 
     def _encoded(self, reply: Message) -> bytes:
