@@ -1,6 +1,6 @@
 """What members of a fleet, and strangers, can do to others: benchmarks/results/members.md, of members_*.json.
 
-python benchmarks/members.py fuzz           a million messages to cloud, edge and device
+python benchmarks/members_fuzz.py           a million messages to cloud, edge and device
 python benchmarks/members.py privacy        an edge that wants to know which classes a device has
 python benchmarks/members.py connections    2,000 idle and slow callers at the port of a fleet's edge
 python benchmarks/members.py page           the page, of these and of members_liars.py
@@ -8,19 +8,14 @@ python benchmarks/members.py page           the page, of these and of members_li
 
 import argparse
 import json
-import logging
 import math
 import os
 import random
-import re
-import resource
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,275 +26,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import tomli_w
 import torch
+from members_fuzz import TINY, Crossing
 from members_page import markdown
 from scipy.stats import beta, norm
 
-from fleetfit.bounds import FROM_ABOVE, from_edge
-from fleetfit.config import Job, PrivacyConfig, make_job
-from fleetfit.data.partition import FleetData, share_out
+from fleetfit.config import PrivacyConfig, make_job
+from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.engines import local
-from fleetfit.engines.whole_fleet import LocalLink, fleet_of
+from fleetfit.engines.whole_fleet import fleet_of
 from fleetfit.files import own_version, write_atomically
-from fleetfit.members import declining, device_handler, edge_handler
 from fleetfit.messages import (
     AttributesRequest,
-    BackboneAssignment,
-    ClusterReport,
-    ClusterStats,
     CoarseModel,
-    Declined,
     DeviceMessage,
     Finish,
-    Message,
     Propose,
     RefineRound,
-    Refused,
-    Request,
-    decode,
-    decode_any,
     encode,
     put,
-    read_reply,
-    silent,
     take,
 )
 from fleetfit.privacy import DevicePrivacy, promise, releases
-from fleetfit.replies import check_cluster_report, check_reply, check_stats, expected_of, reply_bounds
 
 RESULTS = Path(__file__).parent / "results"
-TINY: dict[str, Any] = {
-    "model": {
-        "config": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
-        "epochs": 1,
-    },
-    "data": {"split": "classes", "classes_per_device": 5},
-    "fleet": {"devices": [{"count": 3, "cluster": "near", "storage_limit": "1 MB", "gpu_capacity": 50}]},
-    "backbone": {"steps": 4, "specialise_steps": 0, "importance_samples": 16},
-    "header": {"search": "distilled"},
-    "refine": {"rounds": 2, "epochs": 1},
-}
-
-
-# -- fuzzed messages --------------------------------------------------------------------------------------------------
-
-
-class Crossing:
-    """All that crosses links in one honest run: (who receives it, the request, the bytes)."""
-
-    def __init__(self) -> None:
-        self.down: list[tuple[str, Request, bytes]] = []
-        self.up: list[tuple[str, str, Request, bytes]] = []
-
-    def run(self, job: Job, out: Path) -> None:
-        """One run in this process."""
-        deliver = LocalLink.deliver
-
-        def noting(link: LocalLink, member: str, sent: bytes) -> list[bytes]:
-            answers = deliver(link, member, sent)
-            request = decode_any(sent)
-            assert isinstance(request, Request)
-            to, of = ("edge", "cloud") if link.down == "cloud_to_edge" else ("device", "edge")
-            self.down.append((to, request, sent))
-            self.up.extend((of, member, request, answer) for answer in answers)
-            return answers
-
-        LocalLink.deliver = noting  # type: ignore[method-assign]
-        try:
-            local.run(job, out)
-        finally:
-            LocalLink.deliver = deliver  # type: ignore[method-assign]
-
-
-NUMBER = re.compile(rb"-?\d[-+.\deE]*")
-TOKENS = (
-    *(b"0", b"-1", b"1e999", b"true", b'"1"', b"1.0", b"null", b"NaN", b"[]", b"{}", b"9" * 30, b"2147483648"),
-    *(b"9223372036854775808", b"4611686018427387904", b"1e-400", b'""', b"[" * 200 + b"]" * 200, b"8192"),
-)
-VALUES = (math.nan, math.inf, -3e38, 3e38, 1e-45, 1e7)
-
-
-def mutated(blob: bytes, others: list[bytes], chance: random.Random) -> bytes:
-    """One of many things that may become of a message."""
-    (length,) = struct.unpack("<Q", blob[:8])
-    head, data = blob[8 : 8 + length], blob[8 + length :]
-    kind = chance.randrange(12)
-    if kind == 0:  # bits
-        damaged = bytearray(blob)
-        for _ in range(chance.choice((1, 1, 4, 32))):
-            damaged[chance.randrange(min(len(damaged), 8 + length + 64))] ^= 1 << chance.randrange(8)
-        return bytes(damaged)
-    if kind == 1:
-        return blob[: chance.randrange(len(blob))]
-    if kind == 2:
-        return struct.pack("<Q", chance.choice((0, 1, length - 1, length + 1, 2**31, 2**63, 2**64 - 1))) + head + data
-    if kind == 3:  # another's middle
-        other = chance.choice(others)
-        cut, end = chance.randrange(len(blob)), chance.randrange(len(other))
-        return blob[:cut] + other[end:]
-    if kind == 4 and len(data) >= 4:
-        place = chance.randrange(len(data) // 4) * 4
-        return blob[: 8 + length + place] + struct.pack("<f", chance.choice(VALUES)) + data[place + 4 :]
-    if kind == 5:
-        return chance.randbytes(chance.randrange(400))
-    if kind == 6:  # a piece twice
-        begin = chance.randrange(len(head))
-        end = min(len(head), begin + chance.randrange(1, 200))
-        head = head[:end] + head[begin:end] * chance.choice((1, 1, 50)) + head[end:]
-    elif kind == 7:
-        begin = chance.randrange(len(head))
-        head = head[:begin] + head[begin + chance.randrange(1, 60) :]
-    elif kind == 8:
-        name = chance.choice((b'"step', b'"kind', b"F32", b"header.", b"sketch.", b"shape", b"version", b"I64"))
-        head = head.replace(name, chance.choice((b"", b'"', b"F64", b"BOOL", b"../", b"\\u0000", b"x")), 1)
-    else:  # numbers, of fields and of shapes
-        for _ in range(chance.choice((1, 1, 2))):
-            found = list(NUMBER.finditer(head))
-            if found:
-                at = chance.choice(found)
-                token = chance.choice(TOKENS).replace(b'"', b'\\"')
-                head = head[: at.start()] + token + head[at.end() :]
-    return struct.pack("<Q", len(head)) + head + data
-
-
-class Memories:
-    """A device's memory, not in files."""
-
-    def __init__(self) -> None:
-        self.of: dict[int, DeviceMemory] = {}
-
-    def before(self, step: int, _: object) -> DeviceMemory | None:
-        """The memory that a device has when it is asked for `step`."""
-        return self.of.get(max((s for s in self.of if s < step), default=-1))
-
-    def save(self, step: int, memory: DeviceMemory) -> None:
-        """Keep it, unless there is one of that step."""
-        self.of.setdefault(step, memory)  # what an honest edge began stays, so that later steps have a model
-
-
-class Transient:
-    """Steps that are not kept."""
-
-    def step(self, name: str, result: type[Message], compute: Callable[[], Any]) -> Any:
-        """Compute."""
-        return compute()
-
-
-class Counting(logging.Handler):
-    """Counts the bytes of a log."""
-
-    size = 0
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """As it would be written."""
-        self.size += len(self.format(record)) + 1
-
-
-def targets(job: Job, data: FleetData, crossing: Crossing) -> dict[str, tuple[list[Any], Callable[[Any, bytes], bool]]]:
-    """Who receives: honest messages to begin with, and what takes one; it says whether it refused."""
-    cluster, members = next(iter(fleet_of(job).items()))
-    attributes = {a.device_id: a.model_copy(update={"num_samples": 10**6}) for a in members}
-    first = members[0].device_id
-    device = declining(device_handler(attributes[first], data.devices[first], Memories()))  # type: ignore[arg-type]
-    coarse = next(r for to, r, _ in crossing.down if isinstance(r, CoarseModel))
-    expected = expected_of(coarse, attributes)
-    stats = next(decode(b, ClusterStats) for of, _, r, b in crossing.up if r.kind == "stats_request")
-
-    class Nobody:
-        members = tuple(attributes)
-
-        def ask(self, messages: Any, bounds: Any) -> dict[str, Any]:
-            return {}
-
-    edge = declining(edge_handler(job, cluster, data.edges[cluster], Nobody(), Transient(), silent))  # type: ignore[arg-type]
-    for to, request, _ in crossing.down:
-        if to == "device" and isinstance(request, DeviceMessage):
-            device(request)  # the device has a model and has come to the end, as an honest one
-
-    def by_device(_: Any, blob: bytes) -> bool:
-        return isinstance(device(decode_any(blob, "it", FROM_ABOVE)), Declined)
-
-    def by_edge_from_cloud(_: Any, blob: bytes) -> bool:
-        return isinstance(edge(decode_any(blob, "it", FROM_ABOVE)), Declined)
-
-    def by_edge(asked: Any, blob: bytes) -> bool:
-        member, request = asked
-        reply = read_reply([blob], request, reply_bounds(request, expected))
-        if isinstance(reply, Refused):
-            return True
-        check_reply(member, request, reply, expected)
-        return False
-
-    def by_cloud(asked: Any, blob: bytes) -> bool:
-        member, request = asked
-        reply = read_reply([blob], request, from_edge(len(members)))
-        if isinstance(reply, ClusterStats):
-            check_stats({member: reply})
-        elif isinstance(reply, ClusterReport):
-            check_cluster_report(member, reply, stats)
-        return isinstance(reply, Refused)
-
-    def downs(to: str) -> list[Any]:
-        return [(None, b) for t, r, b in crossing.down if t == to and not isinstance(r, BackboneAssignment)]
-
-    def ups(of: str) -> list[Any]:
-        return [((m, r), b) for o, m, r, b in crossing.up if o == of]
-
-    assignment = [(None, b) for _, r, b in crossing.down if isinstance(r, BackboneAssignment)]
-    return {
-        "device": (downs("device"), by_device),
-        "edge, of devices": (ups("edge"), by_edge),
-        "edge, of the cloud": (downs("edge") + assignment, by_edge_from_cloud),
-        "cloud": (ups("cloud"), by_cloud),
-    }
-
-
-SHARES = {"device": 0.2, "edge, of devices": 0.4, "edge, of the cloud": 0.05, "cloud": 0.35}
-
-
-def fuzz(number: int, seed: int = 0) -> dict[str, Any]:
-    """So many messages, none of which may end a program."""
-    job = make_job({**TINY, "seed": seed})
-    log, root = Counting(), logging.getLogger()
-    root.addHandler(log)
-    root.setLevel(logging.INFO)
-    with tempfile.TemporaryDirectory() as folder:
-        crossing = Crossing()
-        crossing.run(job.model_copy(update={"run": job.run.model_copy(update={"cache": folder})}), Path(folder, "run"))
-    data = share_out(
-        load_samples(job), job.data, {c: [a.device_id for a in m] for c, m in fleet_of(job).items()}, job.seed
-    )
-    taking = targets(job, data, crossing)
-    chance, ended, log.size = random.Random(seed), Counter[str](), 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows = {}
-    for name, (honest, take_one) in taking.items():
-        blobs, seconds, refused = [b for _, b in honest], [], 0
-        for _ in range(round(number * SHARES[name])):
-            asked, blob = chance.choice(honest)
-            sent = mutated(blob, blobs, chance)
-            begun = time.perf_counter()
-            try:
-                refused += take_one(asked, sent)
-            except ValueError:
-                refused += 1
-            except Exception as error:
-                ended[f"{name}: {error!r}"[:200]] += 1
-            seconds.append(time.perf_counter() - begun)
-        found = np.array(seconds)
-        rows[name] = {
-            "messages": len(seconds),
-            "refused": refused,
-            "milliseconds, median": 1e3 * float(np.median(found)),
-            "milliseconds, 99.9th percentile": 1e3 * float(np.quantile(found, 0.999)),
-            "milliseconds, longest": 1e3 * float(found.max()),
-        }
-        print(name, rows[name], flush=True)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"rows": rows, "ended": dict(ended), "memory over idle, MiB": grown, "log, MB": log.size / 1e6}
-
-
 # -- an edge that wants to know ---------------------------------------------------------------------------------------
 
 CLASS, TRIALS = 1, 300
@@ -338,7 +88,11 @@ def privacy(z: float = 1.0) -> dict[str, Any]:
     ).devices
     members = [a for m in fleet_of(job).values() for a in m]
     rows = {}
-    for oracle, change in ORACLES.items():
+    attacks = [(oracle, change, True) for oracle, change in ORACLES.items()]
+    attacks += [
+        (f"{oracle}, without [privacy]", ORACLES[oracle], False) for oracle in ("as it is", "last bias -900,000")
+    ]
+    for oracle, change, kept in attacks:
         coarse = by_step[1]
         header = {n: t.clone() for n, t in take(coarse.tensors, "header").items()}
         change(header)
@@ -355,7 +109,7 @@ def privacy(z: float = 1.0) -> dict[str, Any]:
             rows_of = torch.tensor([i for i in range(len(samples)) if int(samples.labels[i]) in classes])
             rows_of = rows_of[torch.randperm(len(rows_of), generator=torch.Generator().manual_seed(trial))]
             own = replace(own, train=samples.rows(rows_of[:40]), validation=samples.rows(rows_of[40:50]))
-            private = DevicePrivacy(job.privacy, job.refine, trial.to_bytes(32, "little"))
+            private = DevicePrivacy(job.privacy, job.refine, trial.to_bytes(32, "little")) if kept else None
             state = DeviceState(members[0], own, DeviceMemory(), privacy=private)
             numbers: list[float] = []
             form: list[Any] = []
@@ -391,8 +145,11 @@ def guessed(told: dict[bool, list[np.ndarray]]) -> dict[str, Any]:
 
     Along the difference of both means, numbers in units of their spread; the threshold that is best on the first half.
     """
-    if not told[True][0].size or len({len(v) for own in told.values() for v in own}) != 1:
-        return {"advantage": 0.0, "low": -1.0, "high": 1.0}
+    lengths = {len(v) for own in told.values() for v in own}
+    if lengths == {0}:  # no device answers: what is sent is refused before any data is looked at
+        return {"advantage": 0.0, "low": 0.0, "high": 0.0}
+    if len(lengths) > 1:  # a length tells by itself
+        return {"advantage": 1.0, "low": 0.0, "high": 1.0}
     sets = {has: np.stack(own) for has, own in told.items()}
     half = {has: len(own) // 2 for has, own in sets.items()}
     shown = np.concatenate([sets[has][: half[has]] for has in sets])
@@ -541,7 +298,6 @@ def connections() -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "fuzz": lambda: fuzz(1_000_000),
     "privacy": privacy,
     "connections": connections,
 }
@@ -551,11 +307,10 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "page"])
-    parser.add_argument("--number", type=int, help="of fuzzed messages")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.part != "page":
-        found = fuzz(args.number) if args.part == "fuzz" and args.number else PARTS[args.part]()
+        found = PARTS[args.part]()
         found["fleetfit"] = own_version()
         write_atomically(RESULTS / f"members_{args.part}.json", json.dumps(found, indent=1) + "\n")
         print(json.dumps(found, indent=1))

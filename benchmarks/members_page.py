@@ -13,8 +13,9 @@ def markdown(results: Path) -> str:
     lines = [
         "# What members of a fleet, and strangers, can do to others",
         "",
-        "`python benchmarks/members.py fuzz`, `privacy`, `connections`, and `python benchmarks/members_liars.py --data "
-        "digits` (and `banking77`); each writes its JSON and this page. 2 CPU cores, one thread a process.",
+        "`python benchmarks/members_fuzz.py`, `members.py privacy`, `members.py connections`, and "
+        "`members_liars.py --data digits` (and `banking77`); each writes its JSON and this page. 2 CPU cores, one "
+        "thread a process.",
     ]
     for part, write in (("fuzz", _fuzz), ("liars", _liars), ("privacy", _privacy), ("connections", _connections)):
         path = results / f"members_{part}.json"
@@ -111,7 +112,8 @@ def _privacy(found: dict[str, Any]) -> list[str]:
         f"{found['trials']} devices, half with the class; the attacker has seen half of them with their classes, "
         "sends the coarse header named, reads all numbers of all replies of a run, and guesses for the other half. "
         "Advantage: share of hits less share of false alarms, with a 95 % interval. No attack of this kind can have "
-        f"more than {found['the most that the noise allows']:.2f}.",
+        f"more than {found['the most that the noise allows']:.2f}. The same attacker on devices without "
+        "`[privacy]` shows what it can tell.",
         "",
         *_table(["coarse header", "advantage", "replies differ in kind, length or refusals"], rows),
     ]
