@@ -259,20 +259,18 @@ def connections() -> dict[str, Any]:
             attacker = subprocess.Popen(
                 [sys.executable, "-c", ATTACK, str(port), str(CALLERS)], stdout=subprocess.PIPE, text=True
             )
-            assert attacker.stdout is not None
-            attacker.stdout.readline()
-            during = rounds(40)
-            time.sleep(12)  # the first ones are cut off, and half call again
-            later = rounds(40)
-            alive = (
-                hub._watch.is_alive()
-                and len(hub.members()) == 3
-                and all(m.is_there or True for m in hub.members().values())
-            )
-            most = hub.gate._door.num_connections
-            attacker.kill()
-            attacker.wait()
-            begun = time.perf_counter()
+            try:
+                assert attacker.stdout is not None
+                attacker.stdout.readline()
+                during = rounds(40)
+                time.sleep(12)  # the first ones are cut off, and half call again
+                later = rounds(40)
+                alive = hub._watch.is_alive() and len(hub.members()) == 3
+                most = hub.gate._door.num_connections
+            finally:
+                begun = time.perf_counter()
+                attacker.kill()
+                attacker.wait()
             while hub.gate._door.num_connections[1] and time.perf_counter() - begun < 60:
                 time.sleep(0.1)
             recovered = time.perf_counter() - begun

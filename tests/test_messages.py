@@ -407,6 +407,8 @@ def test_another_kind(kind: str) -> None:
 def test_a_kind_that_does_not_cross_links() -> None:
     with pytest.raises(ValueError, match="message is of the unknown kind 'device_memory'"):
         decode_any(blob_of(metadata_of(kind="device_memory")))
+    with pytest.raises(ValueError, match="message is of the unknown kind ''"):
+        decode_any(blob_of(metadata_of(kind="")))
 
 
 @pytest.mark.parametrize("version", ["0", "2", "", "1.0", "01"])

@@ -301,10 +301,12 @@ def decode_any(blob: bytes, what: str = "message", bounds: Bounds = OWN_FILE) ->
         ValueError: as ``decode``, or a kind that does not cross links.
     """
     header = read_header(blob, what, bounds)
-    kind = header.metadata.get("kind", "")
-    if kind not in MESSAGES and kind:
+    kind = header.metadata.get("kind")
+    if kind is None:
+        raise ValueError(f"{what} is foreign: fleetfit's metadata is missing")
+    if kind not in MESSAGES:
         raise ValueError(f"{what} is of the unknown kind {kind[:MAX_KIND]!r}")
-    return _decoded(blob, header, MESSAGES.get(kind, Message), what)
+    return _decoded(blob, header, MESSAGES[kind], what)
 
 
 def _decoded(blob: bytes, header: Header, expected: type[M], what: str) -> M:

@@ -55,6 +55,17 @@ def test_the_oldest_unknown_of_an_address_goes_and_a_member_stays(door: Door) ->
     assert door.num_connections == (0, 0)
 
 
+def test_who_has_begun_to_say_something_goes_after_those_that_have_not(door: Door) -> None:
+    speaking, silent = call(door), [call(door)]
+    speaking[0].send(b"x" * 200)
+    assert len(speaking[1].recv(4096)) == 200
+    silent += [call(door) for _ in range(6)]
+    assert not is_over(speaking[0])
+    assert [is_over(outside) for outside, _ in silent] == [True, True, True, True, False, False, False]
+    for line in (line for both in (speaking, *silent) for line in both):
+        line.close()
+
+
 def test_who_says_nothing_goes_after_some_seconds(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = call(door), call(door)
     late = time.monotonic() + module.UNKNOWN_SECONDS + 0.01

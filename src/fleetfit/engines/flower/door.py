@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 UNKNOWN_SECONDS = 10.0  # for the handshake and the head of a first request that says who calls
 MAX_UNKNOWN = 256  # connections of an address that have not said who they are, beside two of each member
 MAX_OF_MEMBER = 64  # connections of one member
-AT_ONCE = 16  # connections that go when there is no descriptor for another
+HELLO_BYTES = 128  # of a TLS handshake or of a request's head: who has sent so many means to say something
+AT_ONCE = 16  # connections that are accepted together, or go when there is no descriptor for another
+WAITING = 1024  # connections that the system keeps until they are accepted
 PAUSE_SECONDS = 0.01
 Address = tuple[str, int]
 
@@ -32,7 +34,7 @@ class Door(socket.socket):
     Args:
         family: Of its address.
         num_members: How many are expected; they may all come from one address.
-        most: Connections in all. When there are more, those go first that have not said who they are, the oldest first.
+        most: Connections in all. When there are more, those go first that have not said who they are: ``_first_to_go``.
     """
 
     def __init__(self, family: socket.AddressFamily, num_members: int = 0, most: int = 4096) -> None:
@@ -44,6 +46,10 @@ class Door(socket.socket):
         self._unknown: dict[Address, _Counted] = {}  # in the order in which they came
         self._known: dict[Address, tuple[str, _Counted]] = {}
         self._of_address: Counter[str] = Counter()
+
+    def listen(self, backlog: int = WAITING, /) -> None:
+        """Begin to. asyncio's argument says how many it accepts in a row, which is not how many may wait."""
+        super().listen(max(backlog, WAITING))
 
     def accept(self) -> tuple[socket.socket, Any]:
         """The next connection, and the address of its other end.
@@ -57,7 +63,7 @@ class Door(socket.socket):
             if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 raise
             with self._lock:
-                for connection in [c for c in self._unknown.values() if not c.is_ended][:AT_ONCE]:
+                for connection in self._first_to_go()[:AT_ONCE]:
                     _end(connection)
             time.sleep(PAUSE_SECONDS)  # asyncio would ask again at once, and write a page of log each time
             raise BlockingIOError from error
@@ -106,13 +112,20 @@ class Door(socket.socket):
 
     def _make_room(self, new: "_Counted") -> None:
         host = new.address[0]
-        alive = [c for c in self._unknown.values() if not c.is_ended]
+        going = self._first_to_go()
         if self._of_address[host] > self.most_unknown:
-            of_host = [c for c in alive if c.address[0] == host]
+            of_host = [c for c in going if c.address[0] == host]
             if len(of_host) > self.most_unknown:
                 _end(of_host[0])
-        if len(alive) + len(self._known) > self.most:
-            _end(alive[0])
+        if len(going) + len(self._known) > self.most:
+            _end(going[0])
+
+    def _first_to_go(self) -> list["_Counted"]:
+        """Those that nobody knows: who has said next to nothing first, and of these the oldest.
+
+        A member that comes among a thousand callers says who it is within milliseconds, if it is left the time to.
+        """
+        return sorted((c for c in self._unknown.values() if not c.is_ended), key=lambda c: c.received >= HELLO_BYTES)
 
 
 class _Counted(socket.socket):
@@ -124,15 +137,16 @@ class _Counted(socket.socket):
         self.address = address
         self.since = time.monotonic()
         self.is_ended = False
+        self.received = 0
 
     def recv(self, *arguments: Any) -> bytes:
         data = super().recv(*arguments)
-        self.door.count(up=len(data))
+        self._has_received(len(data))
         return data
 
     def recv_into(self, *arguments: Any) -> int:
         number = super().recv_into(*arguments)
-        self.door.count(up=number)
+        self._has_received(number)
         return number
 
     def send(self, *arguments: Any) -> int:
@@ -144,6 +158,10 @@ class _Counted(socket.socket):
         number = super().sendmsg(*arguments)
         self.door.count(down=number)
         return number
+
+    def _has_received(self, number: int) -> None:
+        self.received += number
+        self.door.count(up=number)
 
     def close(self) -> None:
         super().close()

@@ -25,7 +25,7 @@ from starlette.routing import Route
 
 from fleetfit.bounds import FewLines
 from fleetfit.engines.flower.certificates import client_context, public_pem
-from fleetfit.engines.flower.door import Door, Passed
+from fleetfit.engines.flower.door import AT_ONCE, Door, Passed
 from fleetfit.engines.flower.greeting import (
     GONE_SECONDS,
     MAX_BYTES,
@@ -168,6 +168,7 @@ class Gate:
             server_header=False,
             lifespan="off",
             timeout_keep_alive=round(GONE_SECONDS),  # a member greets over one connection
+            backlog=AT_ONCE,  # that asyncio accepts before it reads from those that it has
         )
         if not insecure:
             config.ssl_certfile, config.ssl_keyfile = str(kit.server_certificate), str(kit.server_key)

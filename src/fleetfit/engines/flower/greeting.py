@@ -149,6 +149,8 @@ class Greeter:
             return self._said(self._connection, body)
         except ssl.SSLCertVerificationError:
             raise
+        except ssl.SSLEOFError:  # a full door ends connections at any time
+            raise NotThere(f"{said} broke off while keys were exchanged") from None
         except ssl.SSLError as error:
             raise Refused(
                 f"{said} speaks no TLS, or not ours: {error.reason or error}. Is another program at this port, or was "
