@@ -1,9 +1,10 @@
-# fleetfit: `make demo` shows it, `make test` checks it. Both install what they need on first use.
+# fleetfit: `make demo` shows it, `make test` checks it. Each installs what it needs on first use.
 # Tests run on all cores, one thread each: `make test WORKERS=1` runs them one by one.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+DEV    := $(VENV)/.installed-dev
 WORKERS ?= auto
 
 .PHONY: demo test test-all lint bench clean help
@@ -17,15 +18,20 @@ help:
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fleetfit needs Python >= 3.11; set PYTHON=..."; exit 1; }
-	@echo "Installing into $(VENV) (once; a few minutes) ..."
+	@echo "Installing fleetfit and PyTorch into $(VENV), once: about 1 GB to download, some minutes ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --progress-bar on --editable .
+	@touch $@
+
+$(DEV): $(STAMP)
+	@echo "Installing what tests need, all engines and formats included, once ..."
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/fleetfit run recipes/digits.toml --out runs/digits
+	@$(BIN)/fleetfit run digits --out runs/digits
 
-lint: $(STAMP)
+lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -37,7 +43,7 @@ test: lint
 test-all: test
 	$(BIN)/pytest -m long
 
-bench: $(STAMP)
+bench: $(DEV)
 	$(BIN)/python benchmarks/digits.py
 
 clean:

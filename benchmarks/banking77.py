@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import Elastic, cut_and_specialise, elastic_of, make_elastic
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.data.partition import FleetData, Split, share_out, split_rows
 from fleetfit.data.samples import Samples
@@ -40,7 +41,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.data.text_forms import untrained_backbone
 from fleetfit.edge import HeaderResult, find_header
 from fleetfit.elastic_training import evaluate_shape
-from fleetfit.engines.whole_fleet import LocalLink, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink
 from fleetfit.files import content_hash, write_atomically
 from fleetfit.messages import BackboneAssignment, silent, take
 from fleetfit.models.classifier import Classifier, num_parameters

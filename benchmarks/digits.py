@@ -50,6 +50,7 @@ from fleetfit.cloud import (
     make_elastic,
     match,
 )
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, make_job
 from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import FleetData, share_out
@@ -67,7 +68,7 @@ from fleetfit.elastic_training import (
     second_order,
     taylor_importance,
 )
-from fleetfit.engines.whole_fleet import LocalLink, counted, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink, counted
 from fleetfit.files import content_hash, write_atomically
 from fleetfit.header_proof import make_folds
 from fleetfit.header_search import search_header

@@ -30,11 +30,11 @@ from members_fuzz import TINY, Crossing
 from members_page import markdown
 from scipy.stats import beta, norm
 
+from fleetfit.clusters import fleet_of
 from fleetfit.config import PrivacyConfig, make_job
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.engines.whole_fleet import fleet_of
 from fleetfit.files import own_version, write_atomically
 from fleetfit.messages import (
     AttributesRequest,

@@ -29,12 +29,13 @@ import torch
 from members_page import markdown
 
 from fleetfit.bounds import FROM_ABOVE, from_edge
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory
 from fleetfit.engines import local
-from fleetfit.engines.whole_fleet import LocalLink, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink
 from fleetfit.files import own_version, write_atomically
 from fleetfit.members import declining, device_handler, edge_handler
 from fleetfit.messages import (

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 
 from fleetfit.artifacts import Ledger
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, MembersConfig, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.device import DeviceMemory, DeviceState, handle
 from fleetfit.edge import HeaderResult
-from fleetfit.engines.whole_fleet import LocalLink, counted, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink, counted
 from fleetfit.files import write_atomically
 from fleetfit.members import Handler
 from fleetfit.messages import (

@@ -610,11 +610,11 @@ def test_help_teaches(shell: Any) -> None:
             "pretrain",
             "profile",
             "doctor",
-            "fleetfit run recipes/digits.toml",
+            "fleetfit run digits",
         )
     )
     text = shell("run", "--help").stdout
-    for word in ("report.html", "devices/<device>/", "--dry-run", "To go on", "fleetfit run recipes/digits.toml"):
+    for word in ("report.html", "devices/<device>/", "--dry-run", "To go on", "fleetfit run digits"):
         assert word in text
     text_of_profile = shell("profile", "--help").stdout
     for word in ("RAPL", "fleetfit profile --list", "[[fleet.devices]]", 'profile = "boards/kitchen.toml"'):

@@ -19,10 +19,10 @@ from fleetfit.cloud import (
     cut_and_specialise,
     elastic_of,
     evaluate_candidates,
-    form_clusters,
     make_elastic,
     match,
 )
+from fleetfit.clusters import form_clusters
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from fleetfit import artifacts, cli, pipeline
 from fleetfit import reference as reference_room
 from fleetfit.artifacts import Ledger, StepFolder
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.sources import load_samples
@@ -51,7 +52,7 @@ def make(folder: Path, **model: object) -> Job:
 
 
 def public_of(job: Job) -> Split:
-    devices = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(job).items()}
+    devices = {c: [a.device_id for a in members] for c, members in fleet_of(job).items()}
     return whole_fleet.share_out(load_samples(job), job.data, devices, job.seed).public
 
 

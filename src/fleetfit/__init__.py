@@ -2,7 +2,7 @@
 
     import fleetfit
 
-    summary = fleetfit.run("recipes/digits.toml", out="runs/digits")
+    summary = fleetfit.run("digits", out="runs/digits")
     model = fleetfit.load("runs/digits/devices/phones-1")  # a torch module: inputs -> logits
 
 Nothing heavy is imported until it is used.

@@ -13,10 +13,12 @@ import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # it is imported when a blob is read: a job is checked without it
+    import torch
+    from torch import Tensor
 
 MIB = 2**20
 FEW_SECONDS = 60.0
@@ -29,18 +31,6 @@ MAX_VALUE = 1e6  # of a feature or a weight; one that is larger would drown ever
 MAX_IMPORTANCE = 1e12  # a square of one
 MAX_LOSS = 1e6  # nats a sample
 MAX_DEPTH = 16  # of lists and tables in one another, in free fields
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _TEXT = rb'"((?:[^"\\]*+(?:\\.)?+)*+)"'
 _METADATA = re.compile(rb'"__metadata__":\{((?:%b:%b,?)*+)\}' % (_TEXT, _TEXT))
 _PAIR = re.compile(rb"%b:%b,?" % (_TEXT, _TEXT))
@@ -88,7 +78,7 @@ def from_edge(num_devices: int) -> Bounds:
 class Place:
     """Where a tensor lies in a blob, and what it is."""
 
-    dtype: torch.dtype
+    dtype: "torch.dtype"
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -126,12 +116,14 @@ def read_header(blob: bytes, what: str = "message", bounds: Bounds = OWN_FILE) -
     return Header(metadata, _places(text, at, len(blob) - 8 - length, what, bounds), 8 + length)
 
 
-def tensors_of(blob: bytes, header: Header) -> dict[str, Tensor]:
+def tensors_of(blob: bytes, header: Header) -> "dict[str, Tensor]":
     """The tensors of a blob whose header has been read, each in memory of its own.
 
     They do not stay where the blob's bytes happened to lie: with MKL, the last digits of a product depend on where its
     factors begin, and PyTorch's own memory begins at multiples of 64 bytes, in every process.
     """
+    import torch
+
     tensors = {}
     for name, place in header.tensors.items():
         dtype = torch.uint8 if place.dtype == torch.bool else place.dtype  # any byte but 0 and 1 is no bool
@@ -173,7 +165,7 @@ class FewLines(logging.Filter):
         return self.passes(f"{record.name} {record.msg}"[:MAX_NAME])
 
 
-def check_values(tensors: Mapping[str, Tensor]) -> None:
+def check_values(tensors: "Mapping[str, Tensor]") -> None:
     """Whether all numbers are finite and of a size that real ones have, before anything is computed from them.
 
     Raises:
@@ -210,6 +202,25 @@ def check_free(value: Any, depth: int = 0) -> Any:
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise ValueError(f"must hold integers of at most 64 bits, got one of {value.bit_length()}")
     return value
+
+
+@cache
+def _dtypes() -> "dict[str, torch.dtype]":
+    """As safetensors calls them."""
+    import torch
+
+    return {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "I16": torch.int16,
+        "I8": torch.int8,
+        "U8": torch.uint8,
+        "BOOL": torch.bool,
+    }
 
 
 def _metadata(text: bytes, what: str) -> tuple[dict[str, str], int]:
@@ -255,7 +266,7 @@ def _places(text: bytes, at: int, size: int, what: str, bounds: Bounds) -> dict[
 
 
 def _place(found: re.Match[bytes], name: str, what: str) -> Place:
-    dtype = DTYPES.get(found[2].decode())
+    dtype = _dtypes().get(found[2].decode())
     if dtype is None:
         raise ValueError(f"{what} is corrupt: tensor {name!r} has the unknown dtype {found[2].decode()!r}")
     lengths = found[3].split(b",") if found[3] else []

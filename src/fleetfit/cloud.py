@@ -38,7 +38,7 @@ from fleetfit.method.pareto_grid import choose, make_grid, pareto_front_grid
 from fleetfit.method.size import safetensors_size_bytes, zeta
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import DepthOrder, ElasticBackbone
-from fleetfit.randomness import derive_seed, named_generator
+from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, LeftOut, Record
 from fleetfit.reference import Checkpoint, ProgressOf, Reference, classifier_of, shape_grid, tensors_of
 
@@ -302,23 +302,3 @@ def cut_and_specialise(
         header=model.header.spec,
         tensors=tensors_of(model),
     )
-
-
-def form_clusters(
-    devices: Sequence[DeviceAttributes], num_clusters: int, seed: int
-) -> dict[str, tuple[DeviceAttributes, ...]]:
-    """Group devices by k-means on their attributes (G, C), each scaled to 0..1; clusters are numbered by storage.
-
-    Fewer clusters come out where fewer devices differ.
-    """
-    from sklearn.cluster import KMeans
-
-    points = np.array([[d.energy.power_watts, d.storage_limit_bytes] for d in devices], dtype=np.float64)
-    span = np.ptp(points, axis=0)
-    points = (points - points.min(axis=0)) / np.where(span > 0, span, 1.0)
-    num_clusters = min(num_clusters, len(np.unique(points, axis=0)))
-    state = derive_seed(seed, "k-means") % 2**31
-    label = KMeans(num_clusters, n_init=10, random_state=state).fit_predict(points)
-    groups = [tuple(d for d, g in zip(devices, label, strict=True) if g == k) for k in range(num_clusters)]
-    groups.sort(key=lambda group: min(d.storage_limit_bytes for d in group))
-    return {f"cluster{i + 1}": group for i, group in enumerate(groups)}

@@ -24,6 +24,7 @@ from pydantic import (
 from fleetfit.config_errors import explain
 from fleetfit.presets import SMALL_CONFIGS, merged, preset_of
 from fleetfit.profiles import Profile, find_profile
+from fleetfit.recipes import job_path
 from fleetfit.records import MAX_SEED, OPERATIONS, FixedHeaderKind, Operation, Record
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -549,13 +550,13 @@ def _is_text(key: str) -> bool:
 
 
 def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> Job:
-    """Read and resolve a job file.
+    """Read and resolve a job file, or the recipe of that name.
 
     Raises:
         ValueError: not TOML, or not a valid job.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = job_path(path)
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -16,13 +16,13 @@ import torch
 from pydantic import Field
 
 from fleetfit.artifacts import Ledger, StepFolder
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job
 from fleetfit.data.image_forms import image_processor
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tokenizer_files import tokenizer_files
-from fleetfit.engines.whole_fleet import fleet_of
 from fleetfit.files import check_replaceable, own_version, whole_folder, write_atomically
 from fleetfit.hardware import torch_device_of
 from fleetfit.messages import Progress, silent

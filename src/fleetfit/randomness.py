@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # it is imported where numbers are drawn: jobs are checked without it
+    import torch
 
 
 def derive_seed(seed: int, *names: str | int) -> int:
@@ -13,8 +15,10 @@ def derive_seed(seed: int, *names: str | int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
-def named_generator(seed: int, *names: str | int) -> torch.Generator:
+def named_generator(seed: int, *names: str | int) -> "torch.Generator":
     """A CPU generator of its own for one place in the method."""
+    import torch
+
     return torch.Generator().manual_seed(derive_seed(seed, *names))
 
 
@@ -25,6 +29,8 @@ def seeded_init(seed: int, *names: str | int) -> Iterator[None]:
     PyTorch's and Transformers' initialisers and dropout take no generator, so the global one is forked for the time
     being, and that of the GPU where one is used.
     """
+    import torch
+
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, *names))

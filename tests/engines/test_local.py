@@ -12,12 +12,13 @@ from tiny_job import tiny_fields
 from fleetfit import members
 from fleetfit.artifacts import Ledger, MemoryFolder
 from fleetfit.bounds import Bounds
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory
 from fleetfit.engines import local, whole_fleet
-from fleetfit.engines.whole_fleet import LocalLink, fleet_of
+from fleetfit.engines.whole_fleet import LocalLink
 from fleetfit.members import device_handler
 from fleetfit.messages import (
     AttributesReply,

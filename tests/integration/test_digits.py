@@ -11,6 +11,7 @@ import torch
 
 import fleetfit
 from fleetfit.cloud import Elastic
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
@@ -66,7 +67,7 @@ class Digits:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(whole_fleet, "encode", encoding)
             self.summary = fleetfit.run(fields, self.out)
-        fleet = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(self.job).items()}
+        fleet = {c: [a.device_id for a in members] for c, members in fleet_of(self.job).items()}
         self.data: FleetData = share_out(load_samples(self.job), self.job.data, fleet, self.job.seed)
 
     def of(self, kind: type[Message]) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from tiny_job import tiny_fields
 from torch import Tensor
 
 from fleetfit import members
+from fleetfit.clusters import fleet_of
 from fleetfit.config import make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
@@ -117,7 +118,7 @@ class Caught:
             local.run(job, folder)
         self.folder = folder
         self.refine = job.refine
-        devices = {c: [a.device_id for a in members] for c, members in whole_fleet.fleet_of(job).items()}
+        devices = {c: [a.device_id for a in members] for c, members in fleet_of(job).items()}
         self.data: FleetData = share_out(load_samples(job), job.data, devices, job.seed)
         self.up = [(decode_any(b), b) for b in blobs if decode_any(b).kind in MAY_GO_UP]
         assert {m.kind for m, _ in self.up} == set(MAY_GO_UP)

@@ -14,7 +14,7 @@ try:
 
     import typer
 
-    from fleetfit.cli import doctor, export, fleet, predict, pretrain, profile, run
+    from fleetfit.cli import doctor, export, fleet, predict, pretrain, profile, recipes, run
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
     raise SystemExit(130) from None
@@ -25,7 +25,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start here: [bold]fleetfit run recipes/digits.toml[/bold]. Trouble? [bold]fleetfit doctor[/bold].",
+    epilog="Start here: [bold]fleetfit run digits[/bold]. Trouble? [bold]fleetfit doctor[/bold].",
 )
 
 app.command(no_args_is_help=True)(run.run)
@@ -33,6 +33,7 @@ app.command(no_args_is_help=True)(run.report)
 app.command(no_args_is_help=True)(export.export)
 app.command(no_args_is_help=True)(predict.predict)
 app.command(no_args_is_help=True)(pretrain.pretrain)
+app.command()(recipes.recipes)
 app.command()(profile.profile)
 app.command(no_args_is_help=True)(fleet.provision)
 app.command(no_args_is_help=True)(fleet.start)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 from click import Choice
 
-from fleetfit.cli.options import AsJson, Debug, RunFolder, percent, stdout
+from fleetfit.cli.options import AsJson, Debug, RunFolder, expect_run, percent, stdout
 from fleetfit.terminal import Phases, format_bytes, reporting
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def export(
         if given and not quantize:
             raise typer.BadParameter("goes with --quantize int8", param_hint=name)
     with reporting(debug) as signals:
+        expect_run(folder, "job.toml")
         with Phases(signals, f"run folder {folder}") as phases:
             phases("libraries", 0, 1)
             with signals.after_this():

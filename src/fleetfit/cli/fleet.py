@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fleetfit.cli.options import AsJson, Debug
+from fleetfit.cli.options import AsJson, Debug, expect_file
 from fleetfit.terminal import Phases, reporting
 
 
@@ -26,16 +26,21 @@ def provision(
     """Make a kit for every participant of a fleet: cloud, edges, devices.
 
     [bold]FLEET[/bold] is a TOML file. It names the job, the cloud's address, the edges with
-    theirs, and the devices of each edge; recipes/fleet-loopback.toml is one.
+    theirs, and the devices of each edge; the recipe fleet-loopback is one.
     A kit is a folder with keys and certificates, the job, and whom it knows. Copy
     each to its machine, and keep kits/ca where no participant is.
 
     [bold]Examples[/bold]
 
-      fleetfit provision recipes/fleet-loopback.toml --split-data --out kits
+      fleetfit provision fleet-loopback --split-data --out kits
       fleetfit start kits/phones-1
     """
     with reporting(debug) as signals:
+        from fleetfit.engines.flower.fleet_file import load_fleet_file
+        from fleetfit.recipes import job_path
+
+        fleet = job_path(fleet)
+        load_fleet_file(fleet)  # mistakes are told before libraries are loaded
         with Phases(signals, f"kits in {out}", enabled=not as_json) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
@@ -80,6 +85,10 @@ def start(
       fleetfit start kits/phones-1 --once
     """
     with reporting(debug, resumable=True, go_on="the same command goes on from here") as signals:
+        expect_file(
+            kit / "kit.toml",
+            f"{kit} is no kit: {kit / 'kit.toml'} is missing; `fleetfit provision` makes kits",
+        )
         with signals.after_this():
             from fleetfit.engines.flower.kit import read_kit
             from fleetfit.engines.flower.participants import start as take_part

@@ -20,6 +20,25 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 
 
+def expect_file(path: Path, otherwise: str) -> None:
+    """See that a folder is what a command needs, before libraries are loaded that take seconds.
+
+    Raises:
+        ValueError: it has no such file.
+    """
+    if not path.exists():
+        raise ValueError(otherwise)
+
+
+def expect_run(folder: Path, name: str) -> None:
+    """See that a folder is that of a finished run.
+
+    Raises:
+        ValueError: it is not.
+    """
+    expect_file(folder / name, f"{folder / name} is missing: is {folder} the folder of a finished run?")
+
+
 def stdout() -> "Console":
     """Where results go."""
     from rich.console import Console

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fleetfit.cli.options import AsJson, Debug, percent
+from fleetfit.cli.options import AsJson, Debug, expect_file, percent
 from fleetfit.terminal import reporting
 
 
@@ -34,6 +34,9 @@ def predict(
       fleetfit predict runs/banking77/devices/phones-1 "my card is lost"
     """
     with reporting(debug):
+        if not (folder / "model.onnx").exists():
+            card = folder / "model.json"
+            expect_file(card, f"{folder} is no device folder: {card} is missing")
         from fleetfit.messages import printable
         from fleetfit.predict import predict as label
 

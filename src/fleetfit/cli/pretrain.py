@@ -32,7 +32,7 @@ def pretrain(
 
     [bold]Examples[/bold]
 
-      fleetfit pretrain recipes/digits.toml
+      fleetfit pretrain digits
       fleetfit pretrain my.toml -s model.epochs=300 -o models/mine
 
     [bold]To go on[/bold] after Ctrl-C or a crash, give the same command again: a long

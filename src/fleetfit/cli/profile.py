@@ -70,7 +70,7 @@ def profile(
     [bold]Examples[/bold]
 
       fleetfit profile -o boards/kitchen.toml
-      fleetfit profile --job recipes/digits.toml --watts 7.5
+      fleetfit profile --job digits --watts 7.5
       fleetfit profile --family distilbert --depths 2,4,6
       fleetfit profile --list
 
@@ -90,16 +90,17 @@ def profile(
         if ready:
             _print_ready_profiles(as_json)
             return
+        from fleetfit.config import Job, load_job
+
+        resolved = load_job(job, tuple(overrides or ())) if job is not None else Job()
         with Phases(signals) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
                 from fleetfit import profiling as measuring
-                from fleetfit.config import Job, load_job
                 from fleetfit.profiled_models import make_reference
 
             phases("libraries", 1, 1)
             measuring.check_target(out)
-            resolved = load_job(job, tuple(overrides or ())) if job is not None else Job()
             plan = measuring.Plan(
                 batch_size, repeats, threads=threads or resolved.run.threads, torch_device=torch_device
             )

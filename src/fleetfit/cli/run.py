@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from click import Choice
 
-from fleetfit.cli.options import AsJson, Debug, JobFile, Overrides, Quiet, RunFolder, percent, stdout
+from fleetfit.cli.options import AsJson, Debug, JobFile, Overrides, Quiet, RunFolder, expect_run, percent, stdout
 from fleetfit.terminal import Phases, format_bytes, reporting
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def run(
 ) -> None:
     """Run a job: one Transformer and a fleet in, a model for every device out.
 
-    [bold]JOB[/bold] is a TOML file. The cloud makes a backbone for each cluster of devices,
-    its edge finds a header for it, and the devices refine it on their own data.
+    [bold]JOB[/bold] is a TOML file, or the name of a recipe ([bold]fleetfit recipes[/bold] lists
+    them). The cloud makes a backbone for each cluster of devices, its edge finds a
+    header for it, and the devices refine it on their own data.
     What comes out is a folder:
 
       report.html         the figures, to look at
@@ -64,10 +65,10 @@ def run(
 
     [bold]Examples[/bold]
 
-      fleetfit run recipes/digits.toml
-      fleetfit run recipes/digits.toml -s method=paper -s seed=1 -o runs/paper
-      fleetfit run recipes/digits.toml --json > summary.json
-      fleetfit run recipes/digits.toml --engine simulation
+      fleetfit run digits
+      fleetfit run digits -s method=paper -s seed=1 -o runs/paper
+      fleetfit run digits --json > summary.json
+      fleetfit run digits --engine simulation
 
     [bold]Engines[/bold] give the same models with the same seed.
 
@@ -251,5 +252,6 @@ def report(
       fleetfit report runs/digits
     """
     with reporting(debug):
+        expect_run(folder, "summary.json")
         page = _build_report(folder)
         typer.echo(json.dumps({"report": str(page)}) if as_json else str(page))

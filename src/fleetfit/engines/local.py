@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from fleetfit.artifacts import RunFolder
+from fleetfit.clusters import Fleet
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData
-from fleetfit.engines.whole_fleet import Fleet, LocalLink, run_whole_fleet
+from fleetfit.engines.whole_fleet import LocalLink, run_whole_fleet
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import device_handler
 from fleetfit.messages import Link, Progress, silent

@@ -12,8 +12,8 @@ import torch
 
 from fleetfit.artifacts import Ledger, RunFolder, StepFolder
 from fleetfit.bounds import FROM_ABOVE, FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
-from fleetfit.cloud import form_clusters
-from fleetfit.config import DeviceGroup, EnergyConfig, Job, LinksConfig
+from fleetfit.clusters import Fleet, fleet_of
+from fleetfit.config import Job, LinksConfig
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.hardware import torch_device_of
@@ -22,9 +22,8 @@ from fleetfit.messages import Link, Message, Progress, Refused, Request, decode_
 from fleetfit.outcome import raw_bytes, summarise, write_front, write_models
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.privacy import tell_promise
-from fleetfit.records import DeviceAttributes, EnergyModel
+from fleetfit.records import DeviceAttributes
 
-Fleet = Mapping[str, tuple[DeviceAttributes, ...]]  # of every cluster
 Connect = Callable[[RunFolder, Fleet, FleetData], AbstractContextManager[Mapping[str, Link]]]
 
 
@@ -70,49 +69,6 @@ class LocalLink:
         """What comes back for a message, encoded: here always one reply."""
         bounds = FROM_ABOVE.within(self.max_bytes, MAX_MESSAGE_RULE)
         return [encode(self.handlers[member](decode_any(sent, f"message to {member}", bounds)))]
-
-
-def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
-    """The devices of every cluster, named <cluster>-<number>; clusters by k-means where the job names none.
-
-    ``num_samples`` is filled in when the data is there.
-    """
-    devices: list[tuple[str | None, DeviceAttributes]] = []
-    for group in job.fleet.devices:
-        energies = _energies(group, job.fleet.energy)
-        for i in range(group.count):
-            energy = energies[i % len(energies)]
-            limit = group.storage_limit[i % len(group.storage_limit)]
-            name = f"device{len(devices) + 1}"
-            attributes = DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=energy, num_samples=0)
-            devices.append((group.cluster, attributes))
-    clusters: dict[str, tuple[DeviceAttributes, ...]]
-    if devices[0][0] is None:
-        number = job.fleet.num_clusters or min(3, len(devices))
-        clusters = form_clusters([a for _, a in devices], number, job.seed)
-    else:
-        names = dict.fromkeys(str(cluster) for cluster, _ in devices)
-        clusters = {name: tuple(a for cluster, a in devices if cluster == name) for name in names}
-    return {
-        cluster: tuple(a.model_copy(update={"device_id": f"{cluster}-{i}"}) for i, a in enumerate(members, start=1))
-        for cluster, members in clusters.items()
-    }
-
-
-def _energies(group: DeviceGroup, constants: EnergyConfig) -> tuple[EnergyModel, ...]:
-    """Constants of a group's devices, to be dealt out in turn."""
-    if group.profile is not None:
-        return (group.profile.energy,)
-    return tuple(
-        EnergyModel(
-            power_watts=watts,
-            power_slope_watts=watts * constants.power_slope_share,
-            patch_power_watts=watts * constants.patch_power_share,
-            latency_seconds=constants.latency_seconds,
-            latency_slope_seconds=constants.latency_seconds * constants.latency_slope_share,
-        )
-        for watts in group.gpu_capacity or ()
-    )
 
 
 def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -> dict[str, Any]:

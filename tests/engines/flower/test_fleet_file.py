@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from fleetfit.clusters import fleet_of
 from fleetfit.config import load_job
 from fleetfit.engines.flower.fleet_file import devices_of, load_fleet_file, ports_of
-from fleetfit.engines.whole_fleet import fleet_of
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 

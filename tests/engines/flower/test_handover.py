@@ -10,6 +10,7 @@ from flwr.app import Message as FlowerMessage
 from flwr.supercore.task_identity import TaskIdentity
 
 from fleetfit.bounds import FROM_DEVICE
+from fleetfit.clusters import fleet_of
 from fleetfit.config import make_job
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.samples import Inputs, Samples
@@ -18,7 +19,6 @@ from fleetfit.engines.flower import handover, simulated_device
 from fleetfit.engines.flower.codec import pack, unpack
 from fleetfit.engines.flower.handover import SimulatedDevice, read_device, write_handover
 from fleetfit.engines.flower.simulated_device import NUMBER, answer, device_app
-from fleetfit.engines.whole_fleet import fleet_of
 from fleetfit.messages import (
     AttributesReply,
     AttributesRequest,

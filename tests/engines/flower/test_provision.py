@@ -11,13 +11,13 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from fleetfit.clusters import fleet_of
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.engines.flower.certificates import public_line, read_certificate, read_member_key
 from fleetfit.engines.flower.kit import hold, read_kit
 from fleetfit.engines.flower.participants import load_data
 from fleetfit.engines.flower.provision import provision
-from fleetfit.engines.whole_fleet import fleet_of
 
 NAMES = {"cloud", "small", "large", "small-1", "small-2", "large-1"}
 SECRETS = {"server.key", "node.key", "ca.key"}

@@ -12,9 +12,9 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fleetfit.clusters import fleet_of
 from fleetfit.config import Bytes, DeviceGroup, Job, Section, Steps, Watts, load_job
 from fleetfit.config_errors import explain
-from fleetfit.engines.whole_fleet import fleet_of
 from fleetfit.profiles import Profile, find_profile
 from fleetfit.records import DeviceAttributes
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from fleetfit.artifacts import RunFolder
+from fleetfit.clusters import Fleet
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData
 from fleetfit.engines.flower.handover import SimulatedDevice, write_handover
 from fleetfit.engines.flower.link import FlowerLink, Heard
 from fleetfit.engines.flower.nodes import Resources, SimulatedNodes
 from fleetfit.engines.flower.simulated_device import device_app
-from fleetfit.engines.whole_fleet import Fleet, run_whole_fleet
+from fleetfit.engines.whole_fleet import run_whole_fleet
 from fleetfit.messages import Link, Progress, silent
 
 POLL_SECONDS = 0.05
