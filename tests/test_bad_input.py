@@ -117,9 +117,17 @@ def ran(shell: Shell, finished: Path) -> Shell:
 # -- limits and samples -----------------------------------------------------------------------------------------------
 
 
-def test_a_limit_that_nothing_fits_names_cluster_limit_and_smallest(shell: Shell) -> None:
+def test_a_device_that_nothing_fits_is_left_out_and_named_and_if_that_is_all_it_is_an_error(shell: Shell) -> None:
     devices = '[{cluster="tiny", storage_limit="2 KB"}, {cluster="large", storage_limit="1 MB"}]'
-    said = shell.error(f"fleet.devices={devices}")
+    summary = shell.fine(f"fleet.devices={devices}")
+    (left_out,) = summary["left_out"]
+    assert left_out["device_id"] == "tiny-1"
+    assert "storage limit of 2000 bytes" in left_out["reason"]
+    assert [d["id"] for d in summary["devices"]] == ["large-1"]
+
+
+def test_limits_that_nothing_fits_name_cluster_limit_and_smallest(shell: Shell) -> None:
+    said = shell.error('fleet.devices=[{cluster="tiny", storage_limit="2 KB"}]')
     assert "cluster 'tiny'" in said
     assert "storage limit of 2000 bytes" in said
     assert "smallest candidate, width 0.5 and depth 1" in said
@@ -218,7 +226,6 @@ def test_data_that_is_wrong(shell: Shell, tmp_path: Path, name: str, content: st
         ("model.learning_rate", "reference"),
         ("backbone.learning_rate", "elastic training"),
         ("header.learning_rate", "header search"),
-        ("refine.learning_rate", "device small-1, round 1"),
     ],
 )
 def test_a_loss_that_is_not_finite_says_where_and_what_to_do(shell: Shell, key: str, where: str) -> None:
@@ -226,6 +233,10 @@ def test_a_loss_that_is_not_finite_says_where_and_what_to_do(shell: Shell, key: 
     assert said.startswith(f"error: {where}")
     assert "the loss became nan at step" in said
     assert "lower the learning rate" in said
+
+
+def test_a_rate_that_no_device_takes_is_told_before_anything(shell: Shell) -> None:
+    assert "refine.learning_rate must be <= 1000, got 1e+30" in shell.error("refine.learning_rate=1e30")
 
 
 # -- damaged files ----------------------------------------------------------------------------------------------------
@@ -262,18 +273,27 @@ def test_a_damaged_step_is_named_and_the_rest_stays_usable(ran: Shell, damage: C
 
 
 @pytest.mark.parametrize("damage", [cut, noise])
-def test_a_damaged_reference_in_the_cache_is_named(
-    shell: Shell, tmp_path: Path, cache: Path, finished: Path, damage: Callable[[Path], None]
+def test_a_damaged_reference_in_the_cache_is_told_and_computed_again(
+    shell: Shell,
+    tmp_path: Path,
+    cache: Path,
+    finished: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     own = tmp_path / "cache"
     shutil.copytree(cache, own)
     references = list(own.rglob("*.safetensors"))
     for path in references:
         damage(path)
-    said = shell.error(f"run.cache='{own}'")
-    (named,) = [path for path in references if str(path) in said]
-    named.unlink()
     shell.fine(f"run.cache='{own}'")
+    (named,) = [path for path in references if f"{path} is not used, but computed again" in caplog.text]
+    assert shell.models() == {p.parent.name: p.read_bytes() for p in finished.glob("devices/*/model.safetensors")}
+    before = named.read_bytes()
+    caplog.clear()
+    shell.fine(f"run.cache='{own}'")
+    assert named.read_bytes() == before
+    assert "computed again" not in caplog.text
 
 
 def test_a_lost_memory_of_a_device_is_named(ran: Shell) -> None:
