@@ -1,6 +1,7 @@
 """The cloud: reference in, one backbone per cluster out (Phase 1, Algorithm 1). Sees public data and attributes."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -10,6 +11,8 @@ from pydantic import Field
 from fleetfit.config import Job
 from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import Split
+from fleetfit.data.samples import Samples
+from fleetfit.data.text_forms import described_backbone
 from fleetfit.elastic_training import (
     LayerImportance,
     better_depth_order,
@@ -38,9 +41,19 @@ from fleetfit.method.pareto_grid import choose, make_grid, pareto_front_grid
 from fleetfit.method.size import safetensors_size_bytes, zeta
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import DepthOrder, ElasticBackbone
+from fleetfit.models.header import Header, build_header
 from fleetfit.randomness import named_generator
-from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, LeftOut, Record
-from fleetfit.reference import Checkpoint, ProgressOf, Reference, classifier_of, shape_grid, tensors_of
+from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, LeftOut, Record, SizedShape
+from fleetfit.reference import (
+    Checkpoint,
+    ProgressOf,
+    Reference,
+    check_inputs,
+    classifier_of,
+    own_header,
+    shape_grid,
+    tensors_of,
+)
 
 
 class Elastic(Checkpoint):
@@ -150,29 +163,57 @@ def evaluate_candidates(job: Job, result: Elastic, public: Split, progress: Prog
     elastic, model = elastic_of(job, result, public.train.num_classes)
     model.to(torch_device_of(job.run.torch_device))  # and with it the elastic backbone, which is in it
     validation = public.validation.to(torch_device_of(job.run.torch_device))
-    header_shapes = {f"header.{n}": (tuple(t.shape), t.dtype) for n, t in model.header.state_dict().items()}
     candidates = []
     shapes = shape_grid(job, elastic.num_layers)
     for done, shape in enumerate(shapes, start=1):
         scores = evaluate_shape(elastic, model.header, validation, shape)
-        state = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in elastic.sliced_state(shape).items()}
-        weights = sum(int(np.prod(s)) for s, _ in state.values()) + num_parameters(model.header)
+        sized = _sized(elastic, model.header, shape)
         candidates.append(
             Candidate(
                 shape=shape,
                 loss=scores.loss,
                 accuracy=scores.accuracy,
-                parameters=weights,
-                size_bytes=safetensors_size_bytes(state | header_shapes, {"format": "pt"}),
-                zeta=zeta(shape, elastic.hidden_size, elastic.num_heads * elastic.head_dim, elastic.num_neurons),
+                parameters=sized.parameters,
+                size_bytes=sized.size_bytes,
+                zeta=sized.zeta,
             )
         )
         progress(done, len(shapes), f"{done} of {len(shapes)} evaluated")
     return Candidates(candidates=tuple(candidates))
 
 
+def sized_shapes(job: Job, samples: Samples) -> tuple[SizedShape, ...]:
+    """Every (w, d) in bytes, from the configuration alone: nothing is trained, and no weights are made.
+
+    Args:
+        job: The resolved job.
+        samples: Some that have the form of all: they say what inputs are, and how many classes there are.
+
+    Raises:
+        ValueError: the model cannot be built, has fewer layers than a depth of the job, or takes other inputs.
+    """
+    backbone = described_backbone(job.model, samples.inputs.form)
+    check_inputs(job, backbone, samples.inputs.shape)
+    with torch.device("meta"):
+        shape = backbone.feature_shape
+        header = build_header(own_header(job, shape), shape, samples.num_classes)
+        elastic = ElasticBackbone(backbone)
+        return tuple(_sized(elastic, header, shape) for shape in shape_grid(job, elastic.num_layers))
+
+
+def _sized(elastic: ElasticBackbone, header: Header, shape: BackboneShape) -> SizedShape:
+    state = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in elastic.sliced_state(shape).items()}
+    header_state = {f"header.{n}": (tuple(t.shape), t.dtype) for n, t in header.state_dict().items()}
+    return SizedShape(
+        shape=shape,
+        parameters=sum(math.prod(s) for s, _ in state.values()) + num_parameters(header),
+        size_bytes=safetensors_size_bytes(state | header_state, {"format": "pt"}),
+        zeta=zeta(shape, elastic.hidden_size, elastic.num_heads * elastic.head_dim, elastic.num_neurons),
+    )
+
+
 def fitting(
-    job: Job, candidates: Sequence[Candidate], stats: ClusterStats, cluster: str
+    job: Job, candidates: Sequence[SizedShape], stats: ClusterStats, cluster: str
 ) -> tuple[ClusterStats, tuple[LeftOut, ...]]:
     """The devices of a cluster that some candidate fits, and those that none does: they would end everybody's run.
 
@@ -195,6 +236,34 @@ def fitting(
         if d not in kept
     )
     return stats.model_copy(update={"devices": kept}), left_out
+
+
+def with_room(
+    job: Job, shapes: Sequence[SizedShape], stats: Mapping[str, ClusterStats]
+) -> tuple[dict[str, ClusterStats], tuple[LeftOut, ...]]:
+    """The clusters as they are matched, without devices that nothing fits, and those devices.
+
+    Raises:
+        ValueError: nothing fits any device; names each cluster, its largest limit, the smallest shape, and a way out.
+    """
+    kept: dict[str, ClusterStats] = {}
+    left_out: list[LeftOut] = []
+    for cluster, of_cluster in stats.items():
+        fitted, others = fitting(job, shapes, of_cluster, cluster)
+        left_out += others
+        if fitted.devices:
+            kept[cluster] = fitted
+    if not kept:
+        least = min(shapes, key=lambda s: s.size_bytes)
+        of = {c: max((d.storage_limit_bytes for d in s.devices), default=0) for c, s in stats.items()}
+        limits = "; ".join(f"cluster {cluster!r}: storage limit of {most} bytes" for cluster, most in of.items())
+        raise ValueError(
+            f"nothing fits any device ({limits}; header.room = {job.header.room:g} of it stays free): the smallest "
+            f"candidate, width {least.shape.width:g} and depth {least.shape.depth}, has {least.size_bytes} bytes; "
+            "raise fleet.devices.storage_limit, add smaller backbone.widths or backbone.depths, or take a smaller "
+            "model.config"
+        )
+    return kept, tuple(left_out)
 
 
 def usable_bytes(job: Job, device: DeviceAttributes) -> float:

@@ -70,6 +70,9 @@ def run_cloud(
         progress("checkpoint", 1, 1, told)
     stats = ask_edges(edges, {cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
     check_stats(stats)
+    kept, left_out = cloud.with_room(job, cloud.sized_shapes(job, public.train), stats)
+    for device in left_out:
+        progress("left out", 0, 0, f"{device.device_id}: {device.reason}")
 
     def of(phase: str) -> ProgressOf:
         return lambda done, total, note: progress(phase, done, total, note)
@@ -82,17 +85,10 @@ def run_cloud(
         "candidates/cloud", Candidates, lambda: cloud.evaluate_candidates(job, elastic, public, of("candidates"))
     )
     num_patches = _num_patches(job, reference)
-    choices: dict[str, ClusterChoice] = {}
-    left_out: list[LeftOut] = []
-    for cluster in edges.members:
-        kept, others = cloud.fitting(job, candidates.candidates, stats[cluster], cluster)
-        left_out += others
-        if kept.devices:
-            choices[cluster] = cloud.match(job, candidates.candidates, kept, cluster, num_patches)
-    if not choices:  # says what fits nowhere
-        cloud.match(job, candidates.candidates, next(iter(stats.values())), next(iter(stats)), num_patches)
-    for device in left_out:
-        progress("left out", 0, 0, f"{device.device_id}: {device.reason}")
+    choices = {
+        cluster: cloud.match(job, candidates.candidates, devices, cluster, num_patches)
+        for cluster, devices in kept.items()
+    }
     assignments: dict[str, BackboneAssignment] = {}
     by_shape: dict[BackboneShape, BackboneAssignment] = {}
 
@@ -112,7 +108,7 @@ def run_cloud(
     reports = ask_edges(edges, assignments, ClusterReport, most)
     for cluster, report in reports.items():
         check_cluster_report(cluster, report, stats[cluster])
-    return FleetResult(reference, elastic, candidates, choices, reports, tuple(left_out))
+    return FleetResult(reference, elastic, candidates, choices, reports, left_out)
 
 
 def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: ProgressOf) -> Reference:

@@ -82,6 +82,15 @@ class BackboneShape(Record):
     depth: int = Field(ge=1, le=MAX_LAYERS)
 
 
+class SizedShape(Record):
+    """One sub-network with the header that is distilled with it, as far as the configuration alone tells it."""
+
+    shape: BackboneShape
+    parameters: Count
+    size_bytes: Count
+    zeta: Finite
+
+
 class Candidate(Record):
     """One sub-network of the elastic backbone with its objectives, evaluated once for the whole fleet."""
 

@@ -19,7 +19,7 @@ from fleetfit.data.padding import choose_padding
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.families import family_of, text_config
-from fleetfit.models.pretrained import load_pretrained, read_config_of
+from fleetfit.models.pretrained import base_config, load_pretrained, read_config_of
 from fleetfit.models.vocabulary import trim_vocabulary
 
 log = logging.getLogger(__name__)
@@ -102,6 +102,27 @@ def untrained_backbone(model: ModelConfig, form: Preprocessing | TextPreprocessi
         model.family, dict(model.config), num_tokens=form.num_tokens, vocab_size=number, pad_token_id=form.pad_id
     )
     return Backbone(model.family, sizes)
+
+
+def described_backbone(model: ModelConfig, form: Preprocessing | TextPreprocessing | None) -> Backbone:
+    """What ``untrained_backbone`` gives, without weights, on the device "meta": sizes from the configuration alone.
+
+    Raises:
+        ValueError: the configuration is not there, of another family, or none of a model.
+    """
+    config = base_config(model.pretrained, model.family) if model.pretrained else dict(model.config)
+    with torch.device("meta"):
+        if not isinstance(form, TextPreprocessing):
+            return Backbone(model.family, config)
+        number = max(_numbers(form.tokenizer).values()) + 1
+        if model.pretrained and model.vocabulary == "full":
+            number = Backbone(model.family, config).config["vocab_size"]
+        if model.pretrained:
+            config = Backbone(model.family, config).config
+        sizes = text_config(
+            model.family, config, num_tokens=form.num_tokens, vocab_size=number, pad_token_id=form.pad_id
+        )
+        return Backbone(model.family, sizes)
 
 
 def positions_of(model: ModelConfig) -> int:
