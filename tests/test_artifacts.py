@@ -261,6 +261,37 @@ def test_a_job_that_came_to_nothing_may_be_mended(tmp_path: Path) -> None:
     assert artifacts.load_job(tmp_path / "job.toml").data.label_column == "team"
 
 
+def test_asking_devices_what_they_are_is_no_beginning(tmp_path: Path) -> None:
+    RunFolder(tmp_path, Job()).close()
+    asked = tmp_path / "steps" / "attributes" / "phones.safetensors"
+    asked.parent.mkdir(parents=True)
+    asked.touch()
+    fields = {"fleet": {"devices": [{"cluster": "phones", "storage_limit": "3 MB"}]}}
+    RunFolder(tmp_path, make_job(fields)).close()
+    assert not asked.exists()  # of devices that the job had before
+
+
+@pytest.mark.parametrize(
+    ("fields", "stays"),
+    [
+        ({"refine": {"rounds": 5}}, "{reference,elastic,candidates,specialise,header_search}"),
+        ({"fleet": {"devices": [{"storage_limit": "9 MB"}]}}, "{reference,elastic,candidates}"),
+        ({"backbone": {"steps": 7}}, "reference"),
+        ({"header": {"channels": 8}}, None),
+        ({"seed": 9}, None),
+    ],
+)
+def test_it_is_told_what_is_the_same_in_another_job(tmp_path: Path, fields: dict[str, Any], stays: str | None) -> None:
+    RunFolder(tmp_path, Job()).close()
+    for phase in ("attributes", "reference", "elastic", "candidates", "specialise", "header_search", "refine"):
+        (tmp_path / "steps" / phase).mkdir(parents=True)
+        (tmp_path / "steps" / phase / "cloud.safetensors").touch()
+    with pytest.raises(ValueError, match="holds the run of another job") as error:
+        RunFolder(tmp_path, make_job(fields))
+    assert (f"{tmp_path}/steps/{stays} NEW/steps" in str(error.value)) == (stays is not None)
+    assert ("need not be computed again" in str(error.value)) == (stays is not None)
+
+
 def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -> None:
     begin(tmp_path, Job())
     saved = (tmp_path / "job.toml").read_bytes()

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import fleetfit
 from fleetfit import artifacts, cli, files
-from fleetfit.config import Job, make_job
+from fleetfit.config import Job, load_job, make_job
 from fleetfit.engines import local
 from fleetfit.messages import Progress
 
@@ -337,6 +337,25 @@ def test_another_jobs_folder(ran: Shell) -> None:
     assert "holds the run of another job (differs in refine.rounds, seed)" in said
     assert "choose another --out" in said
     assert ran.models() == before
+
+
+def test_what_stays_of_another_job_gives_what_computing_it_again_gives(shell: Shell, finished: Path) -> None:
+    assert "cp -r" in _error_of_another(finished)
+    (shell.out / "steps").mkdir(parents=True)
+    for phase in ("reference", "elastic", "candidates", "specialise", "header_search"):
+        shutil.copytree(finished / "steps" / phase, shell.out / "steps" / phase)
+    shell.fine("refine.rounds=3")
+    with_copies = shell.models()
+    shutil.rmtree(shell.out)
+    shell.fine("refine.rounds=3")
+    assert shell.models() == with_copies
+
+
+def _error_of_another(folder: Path) -> str:
+    job = load_job(folder / "job.toml", ("refine.rounds=3",))
+    with pytest.raises(ValueError, match="holds the run of another job") as error:
+        fleetfit.run(job, folder)
+    return str(error.value)
 
 
 def test_a_folder_is_gone_on_with_under_other_run_settings(ran: Shell) -> None:

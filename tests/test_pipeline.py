@@ -29,7 +29,7 @@ from fleetfit.messages import (
     TrainingState,
     silent,
 )
-from fleetfit.pipeline import _reference_key, gather_stats, run_cloud, run_edge
+from fleetfit.pipeline import gather_stats, reference_key, run_cloud, run_edge
 from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec, ValidationScores
 from fleetfit.reference import classifier_of, train_reference
 
@@ -465,10 +465,10 @@ def test_a_cached_reference_is_used_only_where_nothing_that_made_it_differs(
 def test_other_data_is_another_reference(job: Job, data: FleetData) -> None:
     def key(fingerprint: str) -> str:
         train = replace(data.public.train, fingerprint=fingerprint)
-        return _reference_key(job, replace(data.public, train=train))
+        return reference_key(job, replace(data.public, train=train))
 
     assert data.public.train.fingerprint == "digits"
-    assert key("digits") == _reference_key(job, data.public) != key("digits 900 0")
+    assert key("digits") == reference_key(job, data.public) != key("digits 900 0")
 
 
 def test_a_cluster_that_nothing_fits_is_left_out_and_one_device_ends_no_run(job: Job, data: FleetData) -> None:

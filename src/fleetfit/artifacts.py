@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import math
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -310,6 +311,17 @@ class MemoryFolder:
         return self.folder / f"{step}.safetensors"
 
 
+ASKED = "attributes"
+_CLOUD = {"method", "seed", "data", "model"}
+READS = {  # the sections of the job that a phase's steps depend on, in the order of a run
+    "reference": _CLOUD,
+    "elastic": _CLOUD | {"backbone"},
+    "candidates": _CLOUD | {"backbone"},
+    "specialise": _CLOUD | {"backbone", "fleet", "header"},
+    "header_search": _CLOUD | {"backbone", "fleet", "header"},
+}
+
+
 class RunFolder:
     """Owner of one run's files.
 
@@ -333,7 +345,7 @@ class RunFolder:
         self.steps = StepFolder(path / "steps", self.ledger, self._note)
 
     def _claim(self) -> None:
-        """Note what job this folder is of; one that came to nothing, as its data was refused, say, may be mended."""
+        """Note what job this folder is of; one in which nothing was computed yet is whoever's comes next."""
         saved = self.path / "job.toml"
         if saved.exists():
             before = load_job(saved)
@@ -341,17 +353,35 @@ class RunFolder:
             if differing and self._begun():
                 raise ValueError(
                     f"{self.path} holds the run of another job (differs in {', '.join(differing[:5])}); "
-                    "choose another --out, or delete the folder"
+                    f"choose another --out, or delete the folder{self._could_stay(differing)}"
                 )
+            if differing:
+                shutil.rmtree(self.path / "steps", ignore_errors=True)
         write_atomically(saved, self.job.to_toml())
 
     def _begun(self) -> bool:
-        made = (
-            *(self.path / "steps").rglob("*.safetensors"),
-            *self.path.glob("devices/*"),
-            *self.path.glob("summary.json"),
+        """Whether there is anything that took time: attributes of devices are asked for in a moment."""
+        steps = (path for path in (self.path / "steps").rglob("*") if path.is_file() and path.parent.name != ASKED)
+        return any(True for _ in (*steps, *self.path.glob("devices/*"), *self.path.glob("summary.json")))
+
+    def _could_stay(self, differing: Sequence[str]) -> str:
+        """Which finished steps are the same in the other job, for a person."""
+        changed = {key.partition(".")[0] for key in differing}
+        if "header.channels" in differing:  # the reference's own header has them too
+            changed.add("model")
+        same = []
+        for phase, reads in READS.items():
+            if changed & reads:
+                break
+            if (self.path / "steps" / phase).exists():
+                same.append(phase)
+        if not same:
+            return ""
+        names = same[0] if len(same) == 1 else "{" + ",".join(same) + "}"
+        return (
+            f"\nwhat is the same in both jobs need not be computed again: mkdir -p NEW/steps && cp -r "
+            f"{self.path}/steps/{names} NEW/steps, and --out NEW"
         )
-        return bool(made)
 
     def close(self) -> None:
         """Let others write here."""

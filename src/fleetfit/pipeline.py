@@ -113,7 +113,7 @@ def run_cloud(
 
 def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: ProgressOf) -> Reference:
     """The trained reference, from the cache or into it; a training that was stopped is gone on with."""
-    key = _reference_key(job, public)
+    key = reference_key(job, public)
     return cache.step(key, Reference, lambda: train_reference(job, public, progress, cache.bookmark(key)))
 
 
@@ -307,7 +307,7 @@ def absent_since(device: str, steps: Sequence[str], faults: Sequence[Fault]) -> 
     return steps[heard + 1]
 
 
-def _reference_key(job: Job, public: Split) -> str:
+def reference_key(job: Job, public: Split) -> str:
     """Changes with what the reference depends on: its own settings, its start, the public samples, the seed."""
     start = fingerprint(job.model.pretrained) if job.model.pretrained else ""
     channels = job.header.channels if job.model.header == "pooled" else None  # of its own header

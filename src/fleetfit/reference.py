@@ -65,11 +65,11 @@ def train_reference(job: Job, public: Split, progress: ProgressOf, bookmark: Boo
             train and no header.
         TrainingDiverged: the loss is not finite.
     """
-    model, fresh_header = _untrained_reference(job, public.train)
+    model, fresh_header = untrained_reference(job, public.train)
     torch_device = torch_device_of(job.run.torch_device)
     model, public = model.to(torch_device), public.to(torch_device)
     header_first = fresh_header and bool(job.model.pretrained)
-    curve = _fit_reference(job, model, public, progress, bookmark, header_first) if job.model.epochs else ()
+    curve = fit_reference(job, model, public, progress, bookmark, header_first) if job.model.epochs else ()
     model.eval()
     validation, test = scores_of(model, public.validation), scores_of(model, public.test)
     return Reference(
@@ -84,7 +84,7 @@ def train_reference(job: Job, public: Split, progress: ProgressOf, bookmark: Boo
     )
 
 
-def _untrained_reference(job: Job, train: Samples) -> tuple[Classifier, bool]:
+def untrained_reference(job: Job, train: Samples) -> tuple[Classifier, bool]:
     """The whole model as its training begins: pre-trained, with its header where classes agree, or fresh.
 
     The second value says whether its header is fresh.
@@ -106,7 +106,7 @@ def _untrained_reference(job: Job, train: Samples) -> tuple[Classifier, bool]:
         return Classifier(backbone, header or build_header(spec, shape, train.num_classes)), header is None
 
 
-def _fit_reference(
+def fit_reference(
     job: Job,
     model: Classifier,
     public: Split,

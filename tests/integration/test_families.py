@@ -215,14 +215,14 @@ def test_a_pretrained_model_runs_through_a_whole_job(tmp_path: Path) -> None:
 
 
 def test_other_weights_in_the_same_folder_are_another_reference(tmp_path: Path) -> None:
-    from fleetfit.pipeline import _reference_key
+    from fleetfit.pipeline import reference_key
 
     job = make_job(fields(tmp_path, pretrained=str(folder_of_a_vit(tmp_path / "vit"))))
     public = share_out(load_samples(job), job.data, {"all": ["all-1"]}, 0).public
-    before = _reference_key(job, public)
-    assert _reference_key(job, public) == before
+    before = reference_key(job, public)
+    assert reference_key(job, public) == before
     folder_of_a_vit(tmp_path / "vit", hidden_size=32)
-    assert _reference_key(job, public) != before
+    assert reference_key(job, public) != before
 
 
 @pytest.mark.parametrize(

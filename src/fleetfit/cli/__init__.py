@@ -1,4 +1,4 @@
-"""The command line: ``fleetfit run | report | export | predict | pretrain | profile | provision | start | doctor``.
+"""The command line, ``fleetfit``: one module of commands for each thing that a person wants to do.
 
 The only place that prints; results on stdout, all else on stderr.
 
@@ -14,7 +14,7 @@ try:
 
     import typer
 
-    from fleetfit.cli import doctor, export, fleet, predict, pretrain, profile, recipes, run
+    from fleetfit.cli import doctor, export, fleet, plan, predict, pretrain, profile, recipes, run
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
     raise SystemExit(130) from None
@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 app.command(no_args_is_help=True)(run.run)
+app.command(no_args_is_help=True)(plan.plan)
 app.command(no_args_is_help=True)(run.report)
 app.command(no_args_is_help=True)(export.export)
 app.command(no_args_is_help=True)(predict.predict)
