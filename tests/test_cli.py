@@ -367,6 +367,8 @@ def test_an_interrupt_that_became_another_error_still_stops(shell: Any, monkeypa
 
 
 def test_report(shell: Any) -> None:
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/summary.json").touch()
     assert shell("report", "runs/x").stdout == "runs/x/report.html\n"
     assert json.loads(shell("report", "runs/x", "--json").stdout) == {"report": "runs/x/report.html"}
 

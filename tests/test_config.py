@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleetfit.config import UNITS, DeviceGroup, Job, load_job, make_job, parse_bytes, parse_override
+from fleetfit.config import DeviceGroup, Job, load_job, make_job, parse_override
 from fleetfit.presets import PAPER
 from fleetfit.profiles import profile_toml, ready_profiles
+from fleetfit.units import UNITS, parse_bytes
 
 ONE_DEVICE = {"storage_limit": "1 MB"}
 PAPER_PROFILE = ready_profiles()["paper"].model_dump()
@@ -143,7 +144,9 @@ def group(**fields: object) -> DeviceGroup:
 
 def test_a_profile_stands_in_the_place_of_gpu_capacity() -> None:
     named = group(profile="raspberry-pi-5")
-    assert (named.profile, named.gpu_capacity) == (ready_profiles()["raspberry-pi-5"], None)
+    assert (named.profile, named.gpu_capacity) == ((ready_profiles()["raspberry-pi-5"],), None)
+    several = group(profile=["raspberry-pi-5", "jetson-nano"])
+    assert [p.name for p in several.profile or ()] == ["raspberry-pi-5", "jetson-nano"]
     assert (group().profile, group().gpu_capacity) == (None, (100.0,))
 
 
@@ -156,7 +159,7 @@ def test_the_resolved_job_has_all_of_a_profile_and_needs_no_file(tmp_path: Path)
         again = make_job(fields)
         assert again == job
         assert again.fleet.devices[0].profile == job.fleet.devices[0].profile
-        assert again.fleet.devices[0].profile.name == "kitchen"
+        assert [p.name for p in again.fleet.devices[0].profile] == ["kitchen"]
     assert str(path) not in job.to_toml()
 
 
@@ -170,14 +173,14 @@ def test_the_resolved_job_has_all_of_a_profile_and_needs_no_file(tmp_path: Path)
         ),
         ({"profile": "no/such.toml"}, ".profile is a file that cannot be read: No such file"),
         ({"profile": "paper", "gpu_capacity": 5}, ": gpu_capacity must be left out with profile, which has the power"),
-        ({"profile": 3}, ".profile must be a table of keys, got 3"),
+        ({"profile": 3}, ".profile.0 must be a table of keys, got 3"),
         (
             {"profile": PAPER_PROFILE | {"power_wats": 1}},
-            ".profile.power_wats is an unknown key; did you mean 'power_watts'?",
+            ".profile.0.power_wats is an unknown key; did you mean 'power_watts'?",
         ),
-        ({"profile": PAPER_PROFILE | {"power_watts": -1}}, ".profile.power_watts must be >= 0, got -1"),
-        ({"profile": PAPER_PROFILE | {"power_watts": "1"}}, ".profile.power_watts must be a number, got '1'"),
-        ({"profile": PAPER_PROFILE | {"source": ""}}, ".profile.source must not be empty, got ''"),
+        ({"profile": PAPER_PROFILE | {"power_watts": -1}}, ".profile.0.power_watts must be >= 0, got -1"),
+        ({"profile": PAPER_PROFILE | {"power_watts": "1"}}, ".profile.0.power_watts must be a number, got '1'"),
+        ({"profile": PAPER_PROFILE | {"source": ""}}, ".profile.0.source must not be empty, got ''"),
         ({"gpu_capacity": None}, ": gpu_capacity must be given where there is no profile"),
     ],
 )

@@ -22,26 +22,12 @@ from pydantic import (
 )
 
 from fleetfit.config_errors import explain
+from fleetfit.inventory import read_inventory
 from fleetfit.presets import SMALL_CONFIGS, merged, preset_of
 from fleetfit.profiles import Profile, find_profile
 from fleetfit.recipes import job_path
 from fleetfit.records import MAX_SEED, OPERATIONS, FixedHeaderKind, Operation, Record
-
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(value: object) -> object:
-    """'300 KB' -> 300000; integers pass. Powers of ten for KB, MB, GB and of two for KiB, MiB, GiB."""
-    if isinstance(value, str):
-        number = value.strip().rstrip("BKMGIbkmgi ")
-        unit = value.strip()[len(number) :].strip().upper() or "B"
-        try:
-            return int(float(number) * UNITS[unit])
-        except (KeyError, ValueError, OverflowError):
-            raise ValueError(f"must be bytes, as 300000 or '300 KB' (units {', '.join(UNITS)})") from None
-    if isinstance(value, bool):
-        raise ValueError("must be bytes, as 300000 or '300 KB'")
-    return value
+from fleetfit.units import parse_bytes
 
 
 def as_tuple(value: object) -> object:
@@ -207,8 +193,11 @@ class DeviceGroup(Section):
     """``count`` devices alike; a list is dealt out in turn, so [60, 100] alternates."""
 
     count: Annotated[int, Field(ge=1)] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)] | None = Field(
+        None, description="of the device, or of several <name>-<number>; default: <cluster>-<number>"
+    )
     cluster: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] | None = Field(
-        None, description="left out: clusters are made from the attributes by k-means"
+        None, description="left out: clusters are made (fleet.clustering)"
     )
     storage_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
         description="C_n, bytes or '300 KB'"
@@ -216,7 +205,7 @@ class DeviceGroup(Section):
     gpu_capacity: Annotated[tuple[Watts, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = Field(
         (100.0,), description="G_n, watts; the other constants are those of fleet.energy"
     )
-    profile: Profile | None = Field(
+    profile: Annotated[tuple[Profile, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = Field(
         None, description="in place of gpu_capacity: a ready profile's name, a profile's .toml file, or its table"
     )
 
@@ -233,7 +222,16 @@ class DeviceGroup(Section):
     @classmethod
     def _whole_profile(cls, value: object) -> object:
         """A name or a file becomes what it stands for, so that the resolved job needs neither."""
+        if isinstance(value, (list, tuple)):
+            return [find_profile(v) if isinstance(v, str) else v for v in value]
         return find_profile(value) if isinstance(value, str) else value
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """Of each device; None: it has none of its own."""
+        if self.name is None or self.count == 1:
+            return (self.name,) * self.count
+        return tuple(f"{self.name}-{i}" for i in range(1, self.count + 1))
 
     @model_validator(mode="after")
     def _some_power(self) -> "DeviceGroup":
@@ -263,16 +261,57 @@ class FleetConfig(Section):
         ),
         min_length=1,
     )
-    num_clusters: Annotated[int, Field(ge=1)] | None = Field(None, description="k of k-means; default: up to 3")
+    inventory: str = Field(
+        "", description="in place of devices: a CSV file, one line a device; the resolved job has its devices instead"
+    )
+    columns: dict[str, str] = Field(
+        {}, description="titles of the inventory's columns, where names do not tell: name, storage_limit, profile, ..."
+    )
+    clustering: Literal["storage", "kmeans"] = Field(
+        "storage",
+        description="where devices name no cluster. storage: none shares its limit with one of less than half its "
+        "room; kmeans: the paper's, on watts and bytes as they are",
+    )
+    num_clusters: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="default: storage: as many as are needed, at most 8; kmeans: up to 3"
+    )
+    read_from: tuple[str, ...] = Field((), description="how the inventory was read; written by fleetfit")
     energy: EnergyConfig = EnergyConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _devices_of_inventory(cls, value: object) -> object:
+        """The devices of a file become the job's own, so that the resolved job does not need it."""
+        if not isinstance(value, dict):
+            return value
+        path, columns = value.get("inventory"), value.get("columns") or {}
+        if not path:
+            if columns:
+                raise ValueError("columns must be left out without inventory")
+            return value
+        if value.get("devices") is not None:
+            raise ValueError("devices must be left out with inventory, which has them")
+        if not isinstance(path, str) or not isinstance(columns, dict):
+            return value
+        try:
+            found = read_inventory(path, {str(k): str(v) for k, v in columns.items()})
+        except OSError as error:
+            raise ValueError(f"inventory is a file that cannot be read: {error.strerror}, got {path!r}") from None
+        devices = [{k: v for k, v in device.items() if k != "data"} for device in found.devices]
+        rest = {k: v for k, v in value.items() if k not in ("inventory", "columns")}
+        return {**rest, "devices": devices, "read_from": found.notes}
 
     @model_validator(mode="after")
     def _clusters(self) -> "FleetConfig":
         named = [g.cluster is not None for g in self.devices]
         if any(named) and not all(named):
-            raise ValueError("devices.cluster must be given for all groups or for none (none: clusters by k-means)")
+            raise ValueError("devices.cluster must be given for all groups or for none (none: clusters are made)")
         if all(named) and self.num_clusters is not None:
             raise ValueError("num_clusters must be left out where every group of devices names its cluster")
+        names = [name.casefold() for g in self.devices for name in g.names if name]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"devices.name must be another one for each device, {twice!r} is there twice")
         total = sum(g.count for g in self.devices)
         if self.num_clusters is not None and self.num_clusters > total:
             raise ValueError(f"num_clusters must be <= the number of devices ({total}), got {self.num_clusters}")
@@ -549,6 +588,14 @@ def _is_text(key: str) -> bool:
     return fields is str
 
 
+def _find_beside(path: Path, fields: dict[str, Any]) -> None:
+    """An inventory that is not there from here may lie beside the job."""
+    fleet = fields.get("fleet")
+    named = fleet.get("inventory") if isinstance(fleet, dict) else None
+    if isinstance(named, str) and named and not Path(named).exists() and (path.parent / named).is_file():
+        fields["fleet"] = {**fields["fleet"], "inventory": str(path.parent / named)}
+
+
 def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> Job:
     """Read and resolve a job file, or the recipe of that name.
 
@@ -561,6 +608,7 @@ def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> Job:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}{_of_windows(path)}") from None
+    _find_beside(path, fields)
     for text in overrides:
         fields = merged(fields, parse_override(text))
     try:

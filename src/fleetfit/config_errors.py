@@ -1,7 +1,7 @@
 """What is wrong with a file of keys, in words: one line for each problem."""
 
 import difflib
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -20,12 +20,18 @@ def _model_at(path: tuple[str | int, ...], root: type[BaseModel]) -> type[BaseMo
             continue
         if part not in model.model_fields:
             return None
-        annotation = model.model_fields[part].annotation
-        inner = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        inner = [a for a in _parts(model.model_fields[part].annotation) if issubclass(a, BaseModel)]
         if not inner:
             return None
         model = inner[0]
     return model
+
+
+def _parts(annotation: Any) -> list[type]:
+    """The classes that a type is made of."""
+    if arguments := get_args(annotation):
+        return [part for argument in arguments for part in _parts(argument)]
+    return [annotation] if isinstance(annotation, type) else []
 
 
 RULES = {

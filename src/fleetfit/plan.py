@@ -17,7 +17,7 @@ import torch
 from fleetfit import cloud, edge
 from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import Elastic
-from fleetfit.clusters import fleet_of
+from fleetfit.clusters import fleet_notes, fleet_of
 from fleetfit.config import Job
 from fleetfit.data.partition import FleetData, Split, share_out
 from fleetfit.data.samples import Samples
@@ -120,6 +120,7 @@ def make_plan(job: Job, progress: Progress = silent, estimate: bool = True) -> P
         promise(job)
     progress("data", 0, 1, job.data.source)
     fleet = fleet_of(job)
+    notes += fleet_notes(job, fleet)
     samples: Samples | None = None
     with noting():
         samples = load_samples(job, progress)

@@ -34,6 +34,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "guard": False,
     },
     "members": {"robust": False},
+    "fleet": {"clustering": "kmeans"},
 }
 
 # The rates of the defaults are those of a small model that starts from nothing, and would spoil a pre-trained one.

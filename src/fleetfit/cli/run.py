@@ -53,8 +53,8 @@ def run(
 ) -> None:
     """Run a job: one Transformer and a fleet in, a model for every device out.
 
-    [bold]JOB[/bold] is a TOML file, or the name of a recipe ([bold]fleetfit recipes[/bold] lists
-    them). The cloud makes a backbone for each cluster of devices, its edge finds a
+    [bold]JOB[/bold] is a TOML file, or a recipe's name ([bold]fleetfit recipes[/bold]).
+    The cloud makes a backbone for each cluster of devices, its edge finds a
     header for it, and the devices refine it on their own data.
     What comes out is a folder:
 

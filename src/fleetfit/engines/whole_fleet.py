@@ -12,7 +12,7 @@ import torch
 
 from fleetfit.artifacts import Ledger, RunFolder, StepFolder
 from fleetfit.bounds import FROM_ABOVE, FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
-from fleetfit.clusters import Fleet, fleet_of
+from fleetfit.clusters import Fleet, fleet_notes, fleet_of
 from fleetfit.config import Job, LinksConfig
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
@@ -103,7 +103,7 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
         read = samples.summary.model_copy(update={"notes": (*samples.summary.notes, *data.notes)})
         folder.claim_data(read)
         progress("data", 1, 1, f"{len(samples):,} samples")
-        for line in read.lines:
+        for line in (*read.lines, *fleet_notes(job, fleet)):
             progress("data", 0, 0, line)
         known = {cluster: tuple(counted(a, data) for a in members) for cluster, members in fleet.items()}
         with connect(folder, known, data) as links:

@@ -8,13 +8,14 @@ import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fleetfit.clusters import fleet_of
 from fleetfit.config import Bytes, DeviceGroup, Job, Section, Steps, Watts, load_job
 from fleetfit.config_errors import explain
+from fleetfit.inventory import read_inventory
 from fleetfit.profiles import Profile, find_profile
 from fleetfit.records import DeviceAttributes
 
@@ -102,6 +103,8 @@ class FleetFile(Section):
     edges: tuple[EdgeEntry, ...] = Field(min_length=1)
     certificates: CertificatesConfig = CertificatesConfig()
     privacy: PrivacyEntry = PrivacyEntry()
+    inventory: str = Field("", description="a CSV file of all devices, whose clusters are the edges; relative to this")
+    columns: dict[str, str] = Field({}, description="titles of the inventory's columns, where names do not tell")
 
     @model_validator(mode="after")
     def _everyone_has_a_name_of_his_own(self) -> "FleetFile":
@@ -140,11 +143,34 @@ def load_fleet_file(path: Path) -> tuple[FleetFile, Job]:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
+    if named := fields.pop("inventory", None):
+        _take_inventory(path, named, fields)
     try:
         fleet = FleetFile.model_validate(fields)
     except ValidationError as error:
         raise ValueError(f"{path}:\n{explain(error, FleetFile)}") from None
     return fleet, load_job(path.parent / fleet.job)
+
+
+def _take_inventory(path: Path, named: object, fields: dict[str, Any]) -> None:
+    """The devices of an inventory, each to the edge that its cluster is called like; of edges that list none."""
+    columns, edges = fields.pop("columns", {}), fields.get("edges")
+    if not isinstance(named, str) or not isinstance(columns, dict) or not isinstance(edges, list):
+        raise ValueError(f"{path}: inventory must be a file, columns a table, and edges must be given")
+    found = read_inventory(path.parent / named, columns)
+    names = {str(edge.get("name")) for edge in edges if isinstance(edge, dict)}
+    for device in found.devices:
+        if device.get("cluster") not in names:
+            raise ValueError(
+                f"{path.parent / named}: the cluster of {device['name']!r} must be the name of an edge of {path}, "
+                f"{', '.join(sorted(names))}, got {device.get('cluster')!r}"
+            )
+    for edge in edges:
+        own = [device for device in found.devices if device["cluster"] == edge.get("name")]
+        if own and edge.get("devices"):
+            raise ValueError(f"{path}: edges.devices must be left out of {edge.get('name')!r}: the inventory has them")
+        if own:
+            edge["devices"] = [{k: v for k, v in device.items() if k != "cluster"} for device in own]
 
 
 def devices_of(fleet: FleetFile, job: Job) -> tuple[Job, dict[str, tuple[DeviceAttributes, ...]]]:
@@ -187,12 +213,15 @@ def _group(entry: DeviceEntry, cluster: str, known: DeviceAttributes | None) -> 
     if entry.storage_limit is None:
         assert known is not None
         power = Profile(name="job", hardware="as in the job", source="the job", **known.energy.model_dump())
-        return DeviceGroup(cluster=cluster, storage_limit=(known.storage_limit_bytes,), profile=power)
+        return DeviceGroup(
+            name=entry.name, cluster=cluster, storage_limit=(known.storage_limit_bytes,), profile=(power,)
+        )
+    group = DeviceGroup(name=entry.name, cluster=cluster, storage_limit=(entry.storage_limit,))
     if entry.profile is not None:
-        return DeviceGroup(cluster=cluster, storage_limit=(entry.storage_limit,), profile=entry.profile)
+        return group.model_copy(update={"profile": (entry.profile,), "gpu_capacity": None})
     if entry.gpu_capacity is not None:
-        return DeviceGroup(cluster=cluster, storage_limit=(entry.storage_limit,), gpu_capacity=(entry.gpu_capacity,))
-    return DeviceGroup(cluster=cluster, storage_limit=(entry.storage_limit,))
+        return group.model_copy(update={"gpu_capacity": (entry.gpu_capacity,)})
+    return group
 
 
 def ports_of(fleet: FleetFile) -> list[int]:

@@ -1,0 +1,17 @@
+"""Sizes as people write them."""
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(value: object) -> object:
+    """'300 KB' -> 300000; integers pass. Powers of ten for KB, MB, GB and of two for KiB, MiB, GiB."""
+    if isinstance(value, str):
+        number = value.strip().rstrip("BKMGIbkmgi ")
+        unit = value.strip()[len(number) :].strip().upper() or "B"
+        try:
+            return int(float(number) * UNITS[unit])
+        except (KeyError, ValueError, OverflowError):
+            raise ValueError(f"must be bytes, as 300000 or '300 KB' (units {', '.join(UNITS)})") from None
+    if isinstance(value, bool):
+        raise ValueError("must be bytes, as 300000 or '300 KB'")
+    return value
