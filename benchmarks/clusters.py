@@ -64,9 +64,10 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
         "# Clusters of unlike devices",
         "",
         "`python benchmarks/clusters.py`. Fifty devices of 130 KB to 2 MB, evenly in doublings, on digits; seeds "
-        f"{', '.join(results)}. Mean accuracy % of the devices' own test images (mean over seeds, ± standard error).",
+        f"{', '.join(results)}. Below half: the cluster's limit is less than half "
+        "of the device's. Mean accuracy % of the devices' own test images (mean over seeds, ± standard error).",
         "",
-        "| clusters | number, limits | devices below half of their room | room used | as sent | fine-tuned alone | fleetfit |",
+        "| clusters | number, limits | devices below half | room used | as sent | fine-tuned alone | fleetfit |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for way, name in (("storage", "by storage (default)"), ("kmeans", "k-means in plain bytes and watts")):
