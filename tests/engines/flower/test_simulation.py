@@ -240,7 +240,7 @@ def command(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Command]
         command.process.wait()
 
 
-SLOW = pytest.mark.parametrize("command", [{"epochs": 200_000}], indirect=True)  # a round takes minutes
+SLOW = pytest.mark.parametrize("command", [{"epochs": 100_000}], indirect=True)  # a round takes minutes
 
 
 @pytest.mark.long
