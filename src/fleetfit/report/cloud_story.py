@@ -29,7 +29,8 @@ from fleetfit.report.markup import (
     percent,
     plural,
 )
-from fleetfit.report.run_data import ClusterLine, FrontRow, Run, mean
+from fleetfit.report.run_data import FrontRow, Run
+from fleetfit.report.summary import ClusterLine, mean
 
 # Rule in front.csv -> its letter in the figure, its name, and what it chooses.
 CHOOSERS = {
