@@ -34,7 +34,7 @@ from fleetfit.report.layout import (
     table_row,
     tag,
 )
-from fleetfit.report.markup import Markup, bytes_text, count, decimal, element, join, known, percent, plural
+from fleetfit.report.markup import Markup, count, decimal, element, join, known, percent, plural
 from fleetfit.report.run_data import Run
 from fleetfit.report.summary import mean
 

@@ -22,8 +22,8 @@ from fleetfit.report.markup import (
     seconds_text,
 )
 from fleetfit.report.run_data import Run, paired_gain
-from fleetfit.report.summary import Summary, mean
 from fleetfit.report.style import STYLE
+from fleetfit.report.summary import Summary, mean
 
 PHASES = {
     "attributes": "Devices tell their attributes",
@@ -142,7 +142,9 @@ def _headline(run: Run) -> Markup:
     tiles: list[tuple[Child, str]] = [
         (count(len(devices)), f"devices in {plural(len(summary.clusters), 'cluster')}"),
         (
-            element("span", f"{within} of {len(devices)}", class_="good" if within == len(devices) else "bad"),
+            element(
+                "span", f"{count(within)} of {count(len(devices))}", class_="good" if within == len(devices) else "bad"
+            ),
             "within their storage limit",
         ),
         (percent(run.reference.accuracy), f"reference, {count(summary.reference.parameters)} parameters, public test"),

@@ -24,17 +24,20 @@ body > header { padding-top: 40px; }
 .kicker { color: var(--muted); font-size: .9rem; margin: 0; overflow-wrap: anywhere; }
 .lede { font-size: 1.15rem; max-width: 64ch; }
 .note { color: var(--muted); font-size: .9rem; }
-h1.verdict { font-size: clamp(1.3rem, 3vw, 1.85rem); line-height: 1.3; max-width: 46em; text-wrap: pretty; }
+h1.verdict { font-size: clamp(1.2rem, 2.6vw, 1.6rem); line-height: 1.35; font-weight: 600;
+  max-width: 46em; text-wrap: pretty; }
 .tools { display: flex; flex-wrap: wrap; gap: 8px 18px; align-items: center; margin: 0 0 12px; font-size: .9rem; }
 .tools[hidden], tr[hidden] { display: none; }
 .tools label { display: flex; align-items: center; gap: 8px; color: var(--muted); max-width: 100%; }
 .tools input, .tools select { font: inherit; color: var(--ink); background: var(--panel); border: 1px solid var(--line);
   border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; } .tools output { color: var(--muted); }
-.tall { max-height: min(78vh, 720px); overflow: auto; padding-top: 0; }
+.tall { max-height: min(78vh, 720px); overflow: auto; padding-top: 0; padding-bottom: 6px; }
 .tall thead th { position: sticky; top: 0; background: var(--panel); box-shadow: inset 0 -1px var(--line);
-  padding-top: 14px; } .tall caption { padding-top: 14px; }
-#fleet-table tbody th { overflow-wrap: anywhere; min-width: 7em; } #fleet-table td + td { min-width: 4.6em; }
-#fleet-table td:last-child { min-width: 12em; }
+  padding-top: 10px; z-index: 1; } .tall caption { padding-top: 14px; }
+#fleet-table tbody th { overflow-wrap: anywhere; min-width: 6.5em; position: sticky; left: 0;
+  background: var(--panel); }
+#fleet-table td:nth-child(2) { overflow-wrap: anywhere; } #fleet-table td + td { min-width: 4.6em; }
+#fleet-table td:last-child { min-width: 17em; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 4px 0; cursor: pointer;
   text-align: inherit; } th button:hover { color: var(--accent); }
 th[aria-sort] button::after { content: "↕"; opacity: .45; padding-left: .3em; }
@@ -59,6 +62,12 @@ section { margin: 52px 0 0; scroll-margin-top: 12px; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 18px; min-width: 0; }
 .panel > p:last-child { margin-bottom: 0; }
 .grid + .note, .panel > table + .note, .scroll + .note { margin: 14px 0 0; }
+.grid:has(> .panel:only-child) { grid-template-columns: minmax(0, 820px); }
+.grid > .panel:only-child { display: flex; flex-wrap: wrap; gap: 10px 34px; align-items: flex-start; }
+.grid > .panel:only-child > * { flex: 1 1 100%; min-width: 0; margin-top: 0; }
+.grid > .panel:only-child > :is(figure, .below, .tight) { flex: 0 1 345px; }
+details > .grid { margin-top: 14px; } details.cluster + details.cluster { margin-top: 8px; }
+.scroll tbody th { min-width: 6em; }
 .below { margin-top: 18px; } .ends { display: flex; justify-content: space-between; gap: 12px; margin-bottom: 6px; }
 .panel > dl { margin-top: 14px; } figure + .tight { margin-top: 16px; }
 .hero { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
@@ -113,7 +122,8 @@ pre { overflow-x: auto; background: var(--faint); padding: 14px; border-radius: 
 footer details { margin: 0 0 14px; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: .92em; }
 body > footer { margin-top: 56px; padding-bottom: 48px; color: var(--muted); font-size: .88rem; }
-a:focus-visible, summary:focus-visible, .tools :focus-visible, th button:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
+a:focus-visible, summary:focus-visible, .tools :focus-visible, th button:focus-visible,
+.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 svg text { font-family: system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; font-size: 12px; fill: var(--ink);
   font-variant-numeric: tabular-nums; }
 svg .small { font-size: 11px; fill: var(--muted); } svg .strong { font-weight: 600; } svg .paper { fill: var(--panel); }
@@ -136,5 +146,8 @@ svg .line-second { fill: none; stroke: var(--second); stroke-width: 2; } svg .do
 svg .line-muted { fill: none; stroke: var(--muted); stroke-width: 2; stroke-dasharray: 5 3; }
 svg .dot-muted { fill: var(--muted); } svg .coarse { fill: none; stroke: var(--muted); stroke-width: 1.6; }
 svg .alone { stroke: var(--second); stroke-width: 2.5; } svg .range { stroke: var(--line); stroke-width: 2; }
-@media print { body { background: none; } .tools { display: none; } .tall { max-height: none; } .panel, details.cluster { break-inside: avoid; } nav { display: none; } }
+@media (max-width: 560px) { .tools label { flex: 1 1 100%; flex-wrap: wrap; }
+  .tools :is(input, select) { flex: 1 1 180px; } }
+@media print { body { background: none; } .tools { display: none; } .tall { max-height: none; }
+  .panel, details.cluster { break-inside: avoid; } nav { display: none; } }
 """)

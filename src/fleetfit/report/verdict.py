@@ -95,8 +95,7 @@ def device_rows(summary: Summary) -> list[DeviceRow]:
 
 def _finished(device: DeviceLine, width: float | None, depth: int | None) -> DeviceRow:
     as_sent, alone, fleetfit = (
-        value if known(value) else None
-        for value in (device.accuracy_coarse, device.accuracy_local, device.accuracy)
+        value if known(value) else None for value in (device.accuracy_coarse, device.accuracy_local, device.accuracy)
     )
     looks = []
     if device.size_bytes > device.limit_bytes:
@@ -141,7 +140,11 @@ def _fit(rows: list[DeviceRow]) -> str:
 
 
 def _without(rows: list[DeviceRow]) -> list[str]:
-    said = {OVER: ("is", "are", "over the limit"), LEFT_OUT: ("was", "were", "left out"), ABSENT: ("is", "are", "absent")}
+    said = {
+        OVER: ("is", "are", "over the limit"),
+        LEFT_OUT: ("was", "were", "left out"),
+        ABSENT: ("is", "are", "absent"),
+    }
     parts = []
     for kind, (one, many, what) in said.items():
         names = [row.name for row in rows if row.has(kind)]
@@ -157,16 +160,17 @@ def _accuracy(summary: Summary, rows: list[DeviceRow]) -> list[str]:
     if fleetfit is None:
         return ["accuracies are not known, since no device has test samples"]
     parts = [f"mean accuracy {percent(fleetfit)} ({percent(sent)} as sent, {percent(alone)} fine-tuned alone)"]
-    below = {
-        words: [row.name for row in rows if row.has(kind)]
-        for kind, words in ((BELOW_SENT, "as sent"), (BELOW_ALONE, "fine-tuned alone"))
-    }
-    if not any(below.values()):
+    below_sent, below_alone = ([row.name for row in rows if row.has(kind)] for kind in (BELOW_SENT, BELOW_ALONE))
+    if not below_sent and not below_alone:
         return [*parts, "no device ended below as sent or fine-tuned alone"]
-    return [
-        *parts,
-        *(f"{plural(len(names), 'device')} ended below {words}: {listed(names)}" for words, names in below.items() if names),
-    ]
+    if below_sent == below_alone:
+        return [*parts, _ended(below_sent, "as sent and fine-tuned alone")]
+    told = ((below_sent, "as sent"), (below_alone, "fine-tuned alone"))
+    return [*parts, *(_ended(names, words) for names, words in told if names)]
+
+
+def _ended(names: list[str], below: str) -> str:
+    return f"{plural(len(names), 'device')} ended below {below}: {listed(names)}"
 
 
 def listed(names: Iterable[str]) -> str:
@@ -192,8 +196,10 @@ def next_commands(summary: Summary, folder: Path) -> list[NextCommand]:
         sample = {"image": "picture.png", "text": '"a text to label"'}.get(kind or "", "INPUT")
         if any(AT_THE_DOOR in link for link in summary.traffic):
             found.append(
-                NextCommand(wish="Label an input, on a device: each has its model in its kit",
-                            command=f"fleetfit predict KIT/model {sample}")
+                NextCommand(
+                    wish="Label an input, on a device: each has its model in its kit",
+                    command=f"fleetfit predict KIT/model {sample}",
+                )
             )
         else:
             model = shlex.quote(str(folder / "devices" / first))
