@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fleetfit.artifacts import AT_THE_DOOR
-from fleetfit.records import Record
+from fleetfit.records import ONE_CLASS_NOTE, Record
 from fleetfit.report.markup import count, known, percent, plural, points
 from fleetfit.report.summary import DeviceLine, Summary, mean
 
@@ -25,7 +25,6 @@ LOOKS = {
     ONE_CLASS: "one class only",
 }
 SMALL_SHARE = 0.5  # of a device's own limit; a model below it leaves storage unused
-ONE_CLASS_NOTE = "one class in its training data"  # as devices report it
 MOST_NAMES = 3  # of devices named in a sentence
 
 
@@ -130,13 +129,14 @@ def verdict(summary: Summary) -> str:
 
 def _fit(rows: list[DeviceRow]) -> str:
     number, fit = len(rows), sum(row.size_bytes is not None and not row.has(OVER) for row in rows)
-    if fit == number == 1:
-        return "The one device has a model within its storage"
-    if fit == number > 0:
-        return f"All {count(number)} devices have a model within their storage"
+    if number == 1:
+        return f"The one device has {'a' if fit else 'no'} model within its storage"
     if not fit:
         return f"None of {plural(number, 'device')} has a model within its storage"
-    return f"{count(fit)} of {count(number)} devices {'has' if fit == 1 else 'have'} a model within their storage"
+    if fit == number:
+        return f"All {count(number)} devices have a model within their storage"
+    have = "has a model within its" if fit == 1 else "have a model within their"
+    return f"{count(fit)} of {count(number)} devices {have} storage"
 
 
 def _without(rows: list[DeviceRow]) -> list[str]:
