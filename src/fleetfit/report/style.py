@@ -31,12 +31,13 @@ h1.verdict { font-size: clamp(1.2rem, 2.6vw, 1.6rem); line-height: 1.35; font-we
 .tools label { display: flex; align-items: center; gap: 8px; color: var(--muted); max-width: 100%; }
 .tools input, .tools select { font: inherit; color: var(--ink); background: var(--panel); border: 1px solid var(--line);
   border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; } .tools output { color: var(--muted); }
-.tall { max-height: min(78vh, 720px); overflow: auto; padding-top: 0; padding-bottom: 6px; }
+#fleet > .panel { padding: 0; } .tall { max-height: min(78vh, 720px); overflow: auto; }
+#fleet-table caption { padding: 14px 18px 6px; } #fleet-table tr > :last-child { padding-right: 18px; }
+#fleet-table tr > :first-child { padding-left: 18px; position: sticky; left: 0; background: var(--panel); }
 .tall thead th { position: sticky; top: 0; background: var(--panel); box-shadow: inset 0 -1px var(--line);
-  padding-top: 10px; z-index: 1; } .tall caption { padding-top: 14px; }
-#fleet-table tbody th { overflow-wrap: anywhere; min-width: 6.5em; position: sticky; left: 0;
-  background: var(--panel); }
-#fleet-table td:nth-child(2) { overflow-wrap: anywhere; } #fleet-table td + td { min-width: 4.6em; }
+  padding-top: 10px; z-index: 1; } .tall thead th:first-child { z-index: 2; }
+#fleet-table tbody th { overflow-wrap: anywhere; min-width: 8em; } #fleet-table td + td { min-width: 4.6em; }
+#fleet-table td:nth-child(2) { overflow-wrap: anywhere; min-width: 7.5em; }
 #fleet-table td:last-child { min-width: 17em; }
 th button { font: inherit; color: inherit; background: none; border: 0; padding: 4px 0; cursor: pointer;
   text-align: inherit; } th button:hover { color: var(--accent); }
@@ -45,7 +46,7 @@ th[aria-sort=ascending] button::after { content: "↑"; opacity: 1; }
 th[aria-sort=descending] button::after { content: "↓"; opacity: 1; }
 .look { display: inline-block; margin: 0 6px 3px 0; padding: 0 8px; border: 1px solid var(--line); border-radius: 99px;
   font-size: .78rem; line-height: 1.6; color: var(--muted); }
-.look.below-sent, .look.below-alone { color: var(--second); border-color: currentColor; }
+.look.below-sent, .look.below-alone { color: var(--second); border-color: currentColor; white-space: nowrap; }
 .look.over, .look.left-out, .look.absent { color: var(--bad); border-color: currentColor; border-radius: 10px; }
 dl.commands { display: block; } dl.commands > div { margin: 0 0 12px; }
 dl.commands dt { color: var(--ink); } dl.commands dd { text-align: left; }
