@@ -48,7 +48,15 @@ from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
 from fleetfit.privacy import DevicePrivacy, personal_without_noise
 from fleetfit.randomness import named_generator
-from fleetfit.records import BackboneShape, DeviceAttributes, DeviceReport, HeaderSpec, JsonDict, ValidationScores
+from fleetfit.records import (
+    ONE_CLASS_NOTE,
+    BackboneShape,
+    DeviceAttributes,
+    DeviceReport,
+    HeaderSpec,
+    JsonDict,
+    ValidationScores,
+)
 from fleetfit.refinement import (
     SKETCH_PROJECTIONS,
     drop_least_important,
@@ -502,7 +510,7 @@ def _notes(data: Split, num_classes: int, of_pruning: str | None) -> tuple[str, 
     if len(data.train) == 1:
         notes.append("one training sample")
     if present == 1:
-        notes.append("one class in its training data")
+        notes.append(ONE_CLASS_NOTE)
     if len(data.test) == 0:
         notes.append("no test samples: accuracies are not known")
     if len(data.validation) == 0:

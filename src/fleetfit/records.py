@@ -20,6 +20,7 @@ MAX_CELLS = 4096  # a side
 MAX_UNITS = 2**17  # channels, neurons or hidden units of a layer
 MAX_COUNT = 2**53  # whatever is counted: beyond it, not every integer is a double
 MAX_WATTS_OR_SECONDS = 1e9
+ONE_CLASS_NOTE = "one class in its training data"  # of a device's report; readers of the report look for it
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 FIXED_HEADERS: tuple[FixedHeaderKind, ...] = get_args(FixedHeaderKind)
 

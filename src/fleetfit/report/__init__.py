@@ -1,4 +1,4 @@
-"""A finished run folder -> report.html: one self-contained page: what was built, why, and how well it does."""
+"""A finished run folder -> report.html: one self-contained page: how well each device does, what was built, and why."""
 
 from pathlib import Path
 

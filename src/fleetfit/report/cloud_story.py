@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from fleetfit.report.figures import FrontPoint, Series, front_figure, heat_map, legend_mark, line_chart, mark
 from fleetfit.report.layout import (
+    MAX_CARDS,
     bar,
     figure,
     grid,
@@ -29,7 +30,8 @@ from fleetfit.report.markup import (
     percent,
     plural,
 )
-from fleetfit.report.run_data import ClusterLine, FrontRow, Run, mean
+from fleetfit.report.run_data import FrontRow, Run
+from fleetfit.report.summary import ClusterLine, mean
 
 # Rule in front.csv -> its letter in the figure, its name, and what it chooses.
 CHOOSERS = {
@@ -43,12 +45,14 @@ CHOOSERS = {
 
 
 def clusters(run: Run) -> Markup:
-    """A card for each cluster: shape, size against the limit, scores."""
+    """A card for each cluster: shape, size against the limit, scores; with many clusters a table before them."""
+    cards = {c.id: _card(run, c) for c in run.summary.clusters}
     epochs = plural(run.job.fleet.energy.epochs, "training epoch")
     return section(
         "clusters",
         "What each cluster got",
-        grid(*(_card(run, c, number) for number, c in enumerate(run.summary.clusters, start=1))),
+        _overview(run) if len(cards) > MAX_CARDS else None,
+        per_cluster(run, cards),
         note(
             "The bar: the largest model file that ships to the cluster’s devices, header included. As cut: the "
             "sub-network when it was chosen, with its loss and accuracy on the public validation split, "
@@ -59,7 +63,27 @@ def clusters(run: Run) -> Markup:
     )
 
 
-def _card(run: Run, cluster: ClusterLine, number: int) -> Markup:
+def _overview(run: Run) -> Markup:
+    """The clusters, a line each."""
+    numeric = range(1, 6)
+    rows = []
+    for number, cluster in enumerate(run.summary.clusters, start=1):
+        own = run.reports[cluster.id].devices
+        cells = (
+            count(len(own)),
+            f"{cluster.width:g} × {cluster.depth}",
+            f"{bytes_text(max((d.size_bytes for d in own), default=cluster.size_bytes))} / "
+            f"{bytes_text(min((d.limit_bytes for d in own), default=cluster.limit_bytes))}",
+            percent(mean(d.accuracy_coarse for d in own)),
+            percent(mean(d.accuracy for d in own)),
+            header_name(run.reports[cluster.id].header),
+        )
+        rows.append(table_row(f"{number} · {cluster.id}", *cells, numeric=numeric))
+    columns = ["Cluster", "Devices", "w × d", "Largest model / least limit", "As sent", "fleetfit", "Header"]
+    return panel(None, table("Every cluster; accuracies are means of its devices", columns, rows, numeric))
+
+
+def _card(run: Run, cluster: ClusterLine) -> Markup:
     report = run.reports[cluster.id]
     devices = report.devices
     largest = max((d.size_bytes for d in devices), default=cluster.size_bytes)
@@ -80,8 +104,7 @@ def _card(run: Run, cluster: ClusterLine, number: int) -> Markup:
         ("Test accuracy", element("b", percent(mean(d.accuracy for d in devices)))),
     ]
     used = element("b", f"{percent(share, 0)} of limit", class_="good" if fits else "bad")
-    return panel(
-        f"{number} · {cluster.id}",
+    return join(
         element("div", f"{bytes_text(largest)} of {bytes_text(limit)}", used, class_="ends"),
         bar(share, None if fits else "over"),
         element("dl", *(join(element("dt", k), element("dd", v)) for k, v in pairs)),

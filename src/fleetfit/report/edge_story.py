@@ -34,8 +34,9 @@ from fleetfit.report.layout import (
     table_row,
     tag,
 )
-from fleetfit.report.markup import Markup, bytes_text, count, decimal, element, join, known, percent, plural
-from fleetfit.report.run_data import Run, mean
+from fleetfit.report.markup import Markup, count, decimal, element, join, known, percent, plural
+from fleetfit.report.run_data import Run
+from fleetfit.report.summary import mean
 
 Weights = tuple[tuple[float, ...], ...]  # [device peer]
 MAX_MATRIX = 30  # devices of a cluster whose similarity matrix is drawn; above, a summary
@@ -162,7 +163,7 @@ def _similarity_table(large: Mapping[str, Weights]) -> Markup:
 
 
 def devices(run: Run) -> Markup:
-    """Accuracy of every device: as sent, fine-tuned alone, as shipped."""
+    """Accuracy of every device: as sent, fine-tuned alone, fleetfit."""
     dots = {
         cluster: [
             DeviceDots(d.device_id, d.accuracy_coarse, d.accuracy_local, d.accuracy, d.num_test) for d in r.devices
@@ -174,10 +175,10 @@ def devices(run: Run) -> Markup:
     for cluster, own in dots.items():
         drawing = (dot_plot if len(own) <= MAX_ROWS else quantile_plot)(cluster, own, floor)
         sent, alone, ships = (mean(getattr(d, f) for d in own) for f in ("coarse", "alone", "fleetfit"))
-        means = f"Mean: as sent {percent(sent)}, alone {percent(alone)}, fleetfit {percent(ships)}."
+        means = f"Mean: as sent {percent(sent)}, fine-tuned alone {percent(alone)}, fleetfit {percent(ships)}."
         contents[cluster] = figure(drawing, means)
     legend = [
-        element("li", legend_mark(ring), "as sent by the edge"),
+        element("li", legend_mark(ring), "as sent"),
         element("li", legend_mark(tick), "fine-tuned alone: same header, same epochs, no collaboration"),
         element("li", legend_mark(dot), "fleetfit, as shipped"),
     ]
@@ -226,33 +227,23 @@ def _faults(run: Run) -> Markup | None:
 
 
 def _device_table(run: Run) -> Markup:
-    numeric = range(2, 9)
+    numeric = range(2, 5)
     rows = []
     for cluster, report in run.reports.items():
         for number, d in enumerate(report.devices, start=1):
-            over = "" if d.size_bytes <= d.limit_bytes else ", over the limit"
             cells = (
                 f"{cluster}, {number}",
-                percent(d.accuracy_coarse),
-                percent(d.accuracy_local),
-                percent(d.accuracy),
                 count(d.num_test),
                 count(d.num_train),
-                bytes_text(d.size_bytes) + over,
                 f"{d.kept_neurons} of {d.neurons}",
                 "; ".join(d.notes),
             )
             rows.append(table_row(d.device_id, *cells, numeric=numeric))
-    columns = ["Device", "Cluster, no.", "As sent", "Alone", "fleetfit", "n test", "n train", "Size"]
-    whole = table(
-        "Every device; accuracies on its private test split",
-        [*columns, "Neurons kept", "Notes"],
-        rows,
-        numeric,
-    )
+    columns = ["Device", "Cluster, no.", "n test", "n train", "Neurons kept", "Notes"]
+    whole = table("Samples, the header’s neurons, and what the device noted", columns, rows, numeric)
     noted = sum(bool(d.notes) for d in run.devices)
     hint = f"{plural(noted, 'device')} with notes" if noted else "no notes"
-    return element("details", element("summary", f"Table of all {plural(len(rows), 'device')} ({hint})"), whole)
+    return element("details", element("summary", f"Samples and notes of {plural(len(rows), 'device')} ({hint})"), whole)
 
 
 def rounds(run: Run) -> Markup:

@@ -6,6 +6,8 @@ from fleetfit.records import HeaderSpec
 from fleetfit.report.markup import Child, Markup, element, known, plural
 from fleetfit.report.run_data import Run
 
+MAX_CARDS = 8  # clusters whose cards stand open: more would be a dozen screens
+
 
 def section(id_: str, title: str, *children: Child) -> Markup:
     """A part of the page that the navigation leads to."""
@@ -39,8 +41,11 @@ def grid(*panels: Markup) -> Markup:
 
 
 def per_cluster(run: Run, contents: Mapping[str, Markup]) -> Markup:
-    """A card for each cluster."""
-    return grid(*(panel(c.id, contents[c.id]) for c in run.summary.clusters))
+    """A card for each cluster; closed until asked for where there are many."""
+    cards = grid(*(panel(c.id, contents[c.id]) for c in run.summary.clusters))
+    if len(run.summary.clusters) <= MAX_CARDS:
+        return cards
+    return element("details", element("summary", f"Figures of {plural(len(run.summary.clusters), 'cluster')}"), cards)
 
 
 def figure(drawing: Markup, *caption: Child) -> Markup:

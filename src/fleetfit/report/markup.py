@@ -13,6 +13,10 @@ class Markup(str):
 
     __slots__ = ()
 
+    def __html__(self) -> str:
+        """What template engines ask for, so that they do not escape it again."""
+        return self
+
 
 Child = str | int | None
 Attribute = str | int | float | bool | None

@@ -1,11 +1,11 @@
-"""The page: headline, the sections of the story in their order, what it cost, and the job it was."""
+"""The page: verdict, devices and next commands; the story in its order, what it cost, and the job it was."""
 
 import math
 from collections.abc import Mapping
 
 from fleetfit.artifacts import AT_THE_DOOR
 from fleetfit.files import own_version
-from fleetfit.report import cloud_story, data_story, edge_story
+from fleetfit.report import cloud_story, data_story, edge_story, first_screen, rendering
 from fleetfit.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
 from fleetfit.report.markup import (
     NOT_KNOWN,
@@ -21,8 +21,9 @@ from fleetfit.report.markup import (
     points,
     seconds_text,
 )
-from fleetfit.report.run_data import Run, Summary, mean, paired_gain
+from fleetfit.report.run_data import Run, paired_gain
 from fleetfit.report.style import STYLE
+from fleetfit.report.summary import Summary, mean
 
 PHASES = {
     "attributes": "Devices tell their attributes",
@@ -42,6 +43,9 @@ LINKS = {
     "device_to_edge_bytes": ("Devices → edges", "sketches, importance, headers"),
 }
 NAVIGATION = {
+    "fleet": "Devices",
+    "next": "What next",
+    "overview": "Overview",
     "how": "How",
     "data": "Data",
     "clusters": "Clusters",
@@ -49,10 +53,11 @@ NAVIGATION = {
     "map": "Widths and depths",
     "headers": "Headers",
     "similarity": "Similarity",
-    "devices": "Devices",
+    "devices": "Accuracy",
     "rounds": "Refinement",
     "cost": "Traffic and time",
     "training": "Cloud training",
+    "glossary": "Glossary",
     "job": "Job",
 }
 CACHED_SECONDS = 0.1  # a reference that took less was not trained but read
@@ -62,15 +67,20 @@ def render(run: Run) -> str:
     """The whole page."""
     sections = {i: title for i, title in NAVIGATION.items() if i != "data" or run.summary.data is not None}
     links = [element("li", element("a", title, href=f"#{id_}")) for id_, title in sections.items()]
+    program = rendering.script("fleet.js")
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src {rendering.script_hash(program)}"
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
         element("title", f"fleetfit: {run.name}"),
         element("style", STYLE),
     )
-    story = (
+    parts = (
+        first_screen.fleet,
+        first_screen.next_steps,
+        _overview,
         _how,
         data_story.data,
         cloud_story.clusters,
@@ -86,35 +96,27 @@ def render(run: Run) -> str:
     navigation = element("nav", element("ul", *links), aria_label="Sections")
     body = element(
         "body",
-        element("header", _masthead(run), _headline(run), navigation),
-        element("main", *(tell(run) for tell in story)),
+        element("header", first_screen.opening(run), navigation),
+        element("main", *(tell(run) for tell in parts), first_screen.glossary()),
         _footer(run),
+        element("script", program),
     )
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
 
 
-def _masthead(run: Run) -> Markup:
-    within, number = run.num_within_limit, len(run.devices)
-    fit = (
-        "Every shipped model is within its device’s storage limit."
-        if within == number
-        else f"Only {within} of {number} shipped models are within their device’s storage limit."
-    )
+def _overview(run: Run) -> Markup:
     summary = run.summary
-    return join(
-        element(
-            "p",
-            f"fleetfit report · run {run.name} · method {summary.method} · seed {summary.seed}",
-            class_="kicker",
-        ),
-        element("h1", f"One model, {plural(number, 'device')}, {plural(len(summary.clusters), 'cluster')}"),
+    return section(
+        "overview",
+        f"One model, {plural(len(run.devices), 'device')}, {plural(len(summary.clusters), 'cluster')}",
         element(
             "p",
             f"A reference Transformer with {count(summary.reference.parameters)} parameters was cut to one backbone "
             "per cluster of devices, given a header (the part that turns features into classes), and fitted to every "
-            f"device’s private data, which stayed where it was. {fit}",
+            "device’s private data, which stayed where it was.",
             class_="lede",
         ),
+        _headline(run),
     )
 
 
@@ -123,7 +125,7 @@ def _headline(run: Run) -> Markup:
     bars = [
         bar_row(name, value if value is not None else 0.0, percent(value), kind=kind)
         for field, name, kind in (
-            ("accuracy_coarse", "As sent by the edge", "grey"),
+            ("accuracy_coarse", "As sent", "grey"),
             ("accuracy_local", "Fine-tuned alone", "second"),
             ("accuracy", "fleetfit", None),
         )
@@ -140,7 +142,9 @@ def _headline(run: Run) -> Markup:
     tiles: list[tuple[Child, str]] = [
         (count(len(devices)), f"devices in {plural(len(summary.clusters), 'cluster')}"),
         (
-            element("span", f"{within} of {len(devices)}", class_="good" if within == len(devices) else "bad"),
+            element(
+                "span", f"{count(within)} of {count(len(devices))}", class_="good" if within == len(devices) else "bad"
+            ),
             "within their storage limit",
         ),
         (percent(run.reference.accuracy), f"reference, {count(summary.reference.parameters)} parameters, public test"),
@@ -166,7 +170,7 @@ def _tile(value: Child, says: str) -> Markup:
 
 def _gains(run: Run) -> str:
     parts = []
-    for field, name in (("accuracy_coarse", "the model as sent"), ("accuracy_local", "fine-tuning alone")):
+    for field, name in (("accuracy_coarse", "the model as sent"), ("accuracy_local", "the one fine-tuned alone")):
         gain = paired_gain(run.devices, field)
         if gain is not None:
             error = f" (standard error {100 * gain.error:.1f})" if gain.num_devices > 1 else ""

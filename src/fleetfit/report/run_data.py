@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from fleetfit.artifacts import AT_THE_DOOR
 from fleetfit.cloud import Elastic
@@ -16,53 +16,11 @@ from fleetfit.config import Job, load_job
 from fleetfit.files import read_json
 from fleetfit.messages import ClusterReport, Message
 from fleetfit.method.search_space import validate_blocks
-from fleetfit.records import DataSummary, DeviceReport, LeftOut, Record
+from fleetfit.records import DeviceReport, Record
 from fleetfit.reference import Reference
+from fleetfit.report.summary import Row, Summary, read_summary
 
 M = TypeVar("M", bound=Message)
-
-
-class Row(BaseModel):
-    """What the page needs of a file's record; keys it does not need are passed over."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class ReferenceLine(Row):
-    """The reference in summary.json."""
-
-    accuracy: float | None
-    parameters: int
-
-
-class ClusterLine(Row):
-    """A cluster in summary.json; scores of its candidate on the public validation split."""
-
-    id: str
-    limit_bytes: int
-    width: float
-    depth: int
-    parameters: int
-    size_bytes: int
-    energy_joules: float
-    loss: float
-    accuracy: float
-    header: str
-
-
-class Summary(Row):
-    """summary.json."""
-
-    method: str
-    seed: int
-    reference: ReferenceLine
-    clusters: tuple[ClusterLine, ...]
-    traffic: dict[str, float]
-    seconds: dict[str, float]
-    left_out: tuple[LeftOut, ...] = ()
-    data: DataSummary | None = None
-    cpu_seconds: dict[str, float] = {}  # not in the folders of earlier versions
-    peak_memory_bytes: int | None = None
 
 
 class FrontRow(Row):
@@ -88,6 +46,7 @@ class Run(Record):
     """All that the page tells, as read from the run folder; mappings by cluster."""
 
     name: str
+    folder: Path  # as the person who asked for the page named it
     job: Job
     summary: Summary
     reference: Reference
@@ -120,12 +79,6 @@ class Gain(Record):
     num_devices: int
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the known ones; None without any."""
-    finite = [v for v in values if v is not None and math.isfinite(v)]
-    return sum(finite) / len(finite) if finite else None
-
-
 def paired_gain(devices: Iterable[DeviceReport], earlier: str) -> Gain | None:
     """What ships minus an earlier accuracy ("accuracy_coarse", "accuracy_local"), and its standard error."""
     pairs = [(getattr(d, earlier), d.accuracy) for d in devices]
@@ -145,7 +98,7 @@ def read_run(folder: Path) -> Run:
     """
     path = folder / "summary.json"
     try:
-        summary = Summary.model_validate(_nulls_as_nan(read_json(path)))
+        summary = read_summary(read_json(path))
     except ValidationError as error:
         raise ValueError(f"{path} is corrupt: {error}") from None
     job_path = folder / "job.toml"
@@ -162,6 +115,7 @@ def read_run(folder: Path) -> Run:
                 raise ValueError(f"{path} is corrupt: header of {cluster}: {error}") from None
     return Run(
         name=folder.resolve().name,
+        folder=folder,
         job=load_job(job_path),
         summary=summary,
         reference=_take(lines, "reference/cloud", Reference, path),
@@ -170,15 +124,6 @@ def read_run(folder: Path) -> Run:
         front=_read_front(folder / "cloud" / "front.csv", [c.id for c in summary.clusters]),
         bytes_by_phase=_bytes_by_phase(lines, path),
     )
-
-
-def _nulls_as_nan(value: Any) -> Any:
-    """What summary.json does not know is NaN here: a dash on the page."""
-    if value is None:
-        return math.nan
-    if isinstance(value, dict):
-        return {k: _nulls_as_nan(v) for k, v in value.items()}
-    return [_nulls_as_nan(v) for v in value] if isinstance(value, list) else value
 
 
 def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,36 @@ body > header { padding-top: 40px; }
 .kicker { color: var(--muted); font-size: .9rem; margin: 0; overflow-wrap: anywhere; }
 .lede { font-size: 1.15rem; max-width: 64ch; }
 .note { color: var(--muted); font-size: .9rem; }
+h1.verdict { font-size: clamp(1.2rem, 2.6vw, 1.6rem); line-height: 1.35; font-weight: 600;
+  max-width: 46em; text-wrap: pretty; }
+.tools { display: flex; flex-wrap: wrap; gap: 8px 18px; align-items: center; margin: 0 0 12px; font-size: .9rem; }
+.tools[hidden], tr[hidden] { display: none; }
+.tools label { display: flex; align-items: center; gap: 8px; color: var(--muted); max-width: 100%; }
+.tools input, .tools select { font: inherit; color: var(--ink); background: var(--panel); border: 1px solid var(--line);
+  border-radius: 8px; padding: 6px 10px; min-width: 0; max-width: 100%; } .tools output { color: var(--muted); }
+#fleet > .panel { padding: 0; } .tall { max-height: min(78vh, 720px); overflow: auto; }
+#fleet-table caption { padding: 14px 18px 6px; } #fleet-table tr > :last-child { padding-right: 18px; }
+#fleet-table tr > :first-child { padding-left: 18px; position: sticky; left: 0; background: var(--panel); }
+.tall thead th { position: sticky; top: 0; background: var(--panel); box-shadow: inset 0 -1px var(--line);
+  padding-top: 10px; z-index: 1; } .tall thead th:first-child { z-index: 2; }
+#fleet-table tbody th { overflow-wrap: anywhere; min-width: 8em; } #fleet-table td + td { min-width: 4.6em; }
+#fleet-table td:nth-child(2) { overflow-wrap: anywhere; min-width: 7.5em; }
+#fleet-table td:last-child { min-width: 17em; }
+th button { font: inherit; color: inherit; background: none; border: 0; padding: 4px 0; cursor: pointer;
+  text-align: inherit; } th button:hover { color: var(--accent); }
+th[aria-sort] button::after { content: "↕"; opacity: .45; padding-left: .3em; }
+th[aria-sort=ascending] button::after { content: "↑"; opacity: 1; }
+th[aria-sort=descending] button::after { content: "↓"; opacity: 1; }
+.look { display: inline-block; margin: 0 6px 3px 0; padding: 0 8px; border: 1px solid var(--line); border-radius: 99px;
+  font-size: .78rem; line-height: 1.6; color: var(--muted); }
+.look.below-sent, .look.below-alone { color: var(--second); border-color: currentColor; white-space: nowrap; }
+.look.over, .look.left-out, .look.absent { color: var(--bad); border-color: currentColor; border-radius: 10px; }
+dl.commands { display: block; } dl.commands > div { margin: 0 0 12px; }
+dl.commands dt { color: var(--ink); } dl.commands dd { text-align: left; }
+dl.commands code { display: block; overflow-x: auto; white-space: pre; background: var(--faint); border-radius: 8px;
+  padding: 8px 12px; margin-top: 3px; }
+#glossary h3 { margin: 20px 0 8px; } dl.terms { grid-template-columns: minmax(5em, auto) 1fr; max-width: 72ch; }
+dl.terms dt { color: var(--ink); } dl.terms dd { text-align: left; color: var(--muted); overflow-wrap: break-word; }
 nav { margin: 22px 0 0; border-block: 1px solid var(--line); padding: 8px 0; }
 nav ul { display: flex; flex-wrap: wrap; gap: 2px 18px; list-style: none; margin: 0; padding: 0; font-size: .9rem; }
 nav a { color: var(--accent); text-decoration: none; display: inline-block; padding: 4px 0; }
@@ -33,6 +63,12 @@ section { margin: 52px 0 0; scroll-margin-top: 12px; }
 .panel { background: var(--panel); border: 1px solid var(--line); border-radius: 10px; padding: 18px; min-width: 0; }
 .panel > p:last-child { margin-bottom: 0; }
 .grid + .note, .panel > table + .note, .scroll + .note { margin: 14px 0 0; }
+.grid:has(> .panel:only-child) { grid-template-columns: minmax(0, 820px); }
+.grid > .panel:only-child { display: flex; flex-wrap: wrap; gap: 10px 34px; align-items: flex-start; }
+.grid > .panel:only-child > * { flex: 1 1 100%; min-width: 0; margin-top: 0; }
+.grid > .panel:only-child > :is(figure, .below, .tight) { flex: 0 1 345px; }
+details > .grid { margin-top: 14px; } details.cluster + details.cluster { margin-top: 8px; }
+.scroll tbody th { min-width: 6em; }
 .below { margin-top: 18px; } .ends { display: flex; justify-content: space-between; gap: 12px; margin-bottom: 6px; }
 .panel > dl { margin-top: 14px; } figure + .tight { margin-top: 16px; }
 .hero { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr));
@@ -87,7 +123,8 @@ pre { overflow-x: auto; background: var(--faint); padding: 14px; border-radius: 
 footer details { margin: 0 0 14px; }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; font-size: .92em; }
 body > footer { margin-top: 56px; padding-bottom: 48px; color: var(--muted); font-size: .88rem; }
-a:focus-visible, summary:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
+a:focus-visible, summary:focus-visible, .tools :focus-visible, th button:focus-visible,
+.scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 svg text { font-family: system-ui, "Segoe UI", Roboto, "Liberation Sans", sans-serif; font-size: 12px; fill: var(--ink);
   font-variant-numeric: tabular-nums; }
 svg .small { font-size: 11px; fill: var(--muted); } svg .strong { font-weight: 600; } svg .paper { fill: var(--panel); }
@@ -110,5 +147,8 @@ svg .line-second { fill: none; stroke: var(--second); stroke-width: 2; } svg .do
 svg .line-muted { fill: none; stroke: var(--muted); stroke-width: 2; stroke-dasharray: 5 3; }
 svg .dot-muted { fill: var(--muted); } svg .coarse { fill: none; stroke: var(--muted); stroke-width: 1.6; }
 svg .alone { stroke: var(--second); stroke-width: 2.5; } svg .range { stroke: var(--line); stroke-width: 2; }
-@media print { body { background: none; } .panel, details.cluster { break-inside: avoid; } nav { display: none; } }
+@media (max-width: 560px) { .tools label { flex: 1 1 100%; flex-wrap: wrap; }
+  .tools :is(input, select) { flex: 1 1 180px; } }
+@media print { body { background: none; } .tools { display: none; } .tall { max-height: none; }
+  .panel, details.cluster { break-inside: avoid; } nav { display: none; } }
 """)
