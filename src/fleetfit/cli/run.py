@@ -176,7 +176,13 @@ def _build_report(folder: Path) -> Path:
 
 
 def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, models_here: bool) -> None:
-    console = stdout()
+    from rich.text import Text
+
+    from fleetfit.messages import printable
+    from fleetfit.report.summary import read_summary
+    from fleetfit.report.verdict import next_commands, verdict
+
+    console, read = stdout(), read_summary(summary)
     console.print()
     console.print(_summary_table(summary))
     reference, promised = summary["reference"], summary.get("privacy")
@@ -185,19 +191,21 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, 
         console.print(f"{told}; accuracies stay on the devices", style="dim")
     for line in (
         "size: the largest of the cluster's models; shape: width × depth of the backbone",
-        "accuracies on the devices' private tests; coarse: as sent; local: each alone",
+        "accuracies on the devices' private tests; alone: fine-tuned alone",
         f"reference: {percent(reference['accuracy'])} on public data, {reference['parameters']:,} parameters",
     ):
         console.print(line, style="dim")
     console.print()
+    console.print(Text(printable(verdict(read))))
+    console.print()
     if page is not None:
-        console.print(f"look:    {page}", soft_wrap=True)
-    if not models_here:
-        console.print("models:  on each device, in the folder model of its kit", soft_wrap=True)
-        return
-    console.print(f"models:  {folder / 'devices'} (one folder each)", soft_wrap=True)
-    first = str(folder / "devices" / summary["devices"][0]["id"])
-    console.print(f"use:     import fleetfit; model = fleetfit.load({first!r})  # inputs -> logits", soft_wrap=True)
+        console.print(f"page:    {page}", soft_wrap=True)
+    where = (
+        f"{folder / 'devices'} (one folder each)" if models_here else "on each device, in the folder model of its kit"
+    )
+    console.print(f"models:  {where}", soft_wrap=True)
+    for number, step in enumerate(next_commands(read, folder)):
+        console.print(Text("" if number else "next:").append(f"\n  # {step.wish}\n", "dim").append(f"  {step.command}"))
 
 
 def _summary_table(summary: Mapping[str, Any]) -> "Table":
@@ -215,8 +223,8 @@ def _summary_table(summary: Mapping[str, Any]) -> "Table":
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     table.add_column("header", no_wrap=True)
-    table.add_column("coarse", footer=means[0], justify="right", no_wrap=True)
-    table.add_column("local", footer=means[1], justify="right", no_wrap=True)
+    table.add_column("as sent", footer=means[0], justify="right", no_wrap=True)
+    table.add_column("alone", footer=means[1], justify="right", no_wrap=True)
     table.add_column("fleetfit", footer=means[2], justify="right", no_wrap=True, style="bold", footer_style="bold")
     for cluster in summary["clusters"]:
         own = [d for d in devices if d["cluster"] == cluster["id"]]

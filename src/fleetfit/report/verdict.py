@@ -214,8 +214,5 @@ def next_commands(summary: Summary, folder: Path) -> list[NextCommand]:
     return [
         *found,
         NextCommand(wish="Write this page again", command=f"fleetfit report {run}"),
-        NextCommand(
-            wish="Your own data: copy the job, set data.source, and model.config to its size of inputs",
-            command=f"cp {shlex.quote(str(folder / 'job.toml'))} mine.toml && fleetfit run mine.toml",
-        ),
+        NextCommand(wish="Your own data and devices", command="fleetfit init my-job.toml"),
     ]
