@@ -50,6 +50,10 @@ SUMMARY: dict[str, Any] = {
 ACCURACIES = [(0.5, 0.6, 0.7), (0.7, 0.8, 0.9), (None, None, None)]
 for _device, _values in zip(SUMMARY["devices"], ACCURACIES, strict=True):
     _device.update(zip(("accuracy_coarse", "accuracy_local", "accuracy"), _values, strict=True))
+    _device |= {"parameters": 5, "limit_bytes": 10**6, "notes": []}
+MEASURED = {"parameters": 5, "size_bytes": 9, "energy_joules": 1.0, "loss": 0.5, "accuracy": 0.9}
+SUMMARY["clusters"] = [cluster | MEASURED for cluster in SUMMARY["clusters"]]
+SUMMARY |= {"traffic": {}, "seconds": {}, "absent": [], "left_out": []}
 
 
 def fake_run(job: Job, out: str | Path, progress: Progress) -> dict[str, Any]:
@@ -90,7 +94,9 @@ def test_run_prints_the_summary_on_stdout_and_progress_on_stderr(shell: Any) -> 
     assert ["servers", "1", "1", "MB", "812", "KB", "1", "×", "6", "linear", "–", "–", "–"] in rows
     assert ["all", "3", "60.0%", "70.0%", "80.0%"] in rows
     assert "95.1%" in result.stdout
-    assert "look:    runs/digits/report.html" in result.stdout
+    assert "page:    runs/digits/report.html" in result.stdout
+    assert "All 3 devices have a model within their storage; mean accuracy 80.0" in " ".join(result.stdout.split())
+    assert "fleetfit export runs/digits --device phones-1" in result.stdout
     assert "fleetfit.load('runs/digits/devices/phones-1')" in result.stdout
     assert all(len(line) <= 80 for line in result.stdout.splitlines() if not line.startswith("use:"))
     assert "reference ..." in result.stderr
@@ -99,7 +105,7 @@ def test_run_prints_the_summary_on_stdout_and_progress_on_stderr(shell: Any) -> 
 
 def test_a_name_of_nine_letters_stays_on_one_line_of_80_columns(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fleet of recipes/vit-base.toml."""
-    cluster = {"id": "cluster10", "limit_bytes": 3_250_000, "width": 0.75, "depth": 3, "header": "pooled"}
+    cluster = {"id": "cluster10", "limit_bytes": 3_250_000, "width": 0.75, "depth": 3, "header": "pooled"} | MEASURED
     device = SUMMARY["devices"][0] | {"id": "cluster10-1", "cluster": "cluster10", "size_bytes": 1_330_000}
     summary = SUMMARY | {"clusters": [cluster], "devices": [device]}
     monkeypatch.setattr(local, "run", lambda job, out, progress: summary)
@@ -127,7 +133,9 @@ def test_the_simulation_is_told_what_a_device_takes(
     result = shell("run", RECIPE, "--engine", "simulation", "-s", "run.threads=3", *options)
     assert result.exit_code == 0, result.stderr
     assert given == [resources]
-    assert "look:    runs/digits/report.html" in result.stdout
+    assert "page:    runs/digits/report.html" in result.stdout
+    assert "All 3 devices have a model within their storage; mean accuracy 80.0" in " ".join(result.stdout.split())
+    assert "fleetfit export runs/digits --device phones-1" in result.stdout
 
 
 @pytest.mark.parametrize("option", ["--num-cpus=2", "--num-gpus=1", "--address=auto"])

@@ -117,7 +117,7 @@ def test_next_commands_name_a_device_that_is_there_and_can_be_pasted():
         "fleetfit export 'my runs/x' --device 'a b'",
         "fleetfit export 'my runs/x' --all",
         "fleetfit report 'my runs/x'",
-        "cp 'my runs/x/job.toml' mine.toml && fleetfit run mine.toml",
+        "fleetfit init my-job.toml",
     ]
     deployed = [c.command for c in next_commands(summary(device("a"), traffic={"up_wire_bytes": 3}), Path("x"))]
     assert deployed[0] == "fleetfit predict KIT/model INPUT"

@@ -204,6 +204,9 @@ def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, 
         f"{folder / 'devices'} (one folder each)" if models_here else "on each device, in the folder model of its kit"
     )
     console.print(f"models:  {where}", soft_wrap=True)
+    if models_here and summary["devices"]:
+        first = str(folder / "devices" / summary["devices"][0]["id"])
+        console.print(f"use:     import fleetfit; model = fleetfit.load({first!r})  # inputs -> logits", soft_wrap=True)
     for number, step in enumerate(next_commands(read, folder)):
         console.print(Text("" if number else "next:").append(f"\n  # {step.wish}\n", "dim").append(f"  {step.command}"))
 
