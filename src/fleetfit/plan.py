@@ -44,6 +44,7 @@ from fleetfit.training import steps_per_epoch
 
 SECONDS = 0.8  # of each measurement
 LEAST_STEPS = 4
+FEW_SAMPLES = 128  # that importance is measured on; its time grows with their number
 
 
 class PlannedDevice(Record):
@@ -224,6 +225,11 @@ class _Watch:
         if len(self.times) > LEAST_STEPS and now - first > SECONDS:
             raise _Enough
 
+    @property
+    def before_steps(self) -> float:
+        """What comes before the first step."""
+        return self.times[0][0] - self.begun if self.times else 0.0
+
     def seconds(self, total: int | None = None) -> float:
         """Of all steps, and of what comes before the first."""
         if len(self.times) < 2:
@@ -231,7 +237,7 @@ class _Watch:
         # The first step is slower than the others: memory is had, kernels are chosen.
         (start, first), (end, last) = self.times[min(1, len(self.times) - 2)], self.times[-1]
         each = (end - start) / max(1, last - first)
-        return self.times[0][0] - self.begun + each * (self.total if total is None else total)
+        return self.before_steps + each * (self.total if total is None else total)
 
 
 def _watched(work: Callable[[_Watch], Any]) -> tuple[_Watch, Any]:
@@ -270,8 +276,12 @@ def _measured(
     )
     yield PhaseEstimate(phase="reference", **_of_reference(job, model, is_fresh, public))
     at("elastic training")
-    watch, _ = _watched(lambda w: cloud.make_elastic(job, reference, public, w))
-    yield PhaseEstimate(phase="elastic", seconds=watch.seconds())
+    few = min(FEW_SAMPLES, job.backbone.importance_samples)
+    quick = {"importance_samples": few, "depth_order": _any_order(job)}
+    quickly = job.model_copy(update={"backbone": job.backbone.model_copy(update=quick)})
+    watch, _ = _watched(lambda w: cloud.make_elastic(quickly, reference, public, w))
+    importance = watch.before_steps
+    training = watch.seconds() - importance + importance * job.backbone.importance_samples / few
     at("candidates")
     elastic = Elastic(
         config=reference.config,
@@ -284,7 +294,10 @@ def _measured(
     grid = shape_grid(job, max(s.shape.depth for s in shapes))
     work = [s.width * s.depth for s in grid]
     share = sum(work) / max(sum(work[: len(watch.times)]), 1e-9)
-    yield PhaseEstimate(phase="candidates", seconds=(watch.times[-1][0] - watch.begun) * share)
+    candidates = (watch.times[-1][0] - watch.begun) * share
+    orders = 2 if job.backbone.depth_order == "auto" else 0  # each is tried on all candidates
+    yield PhaseEstimate(phase="elastic", seconds=training + orders * candidates)
+    yield PhaseEstimate(phase="candidates", seconds=candidates)
 
     kept = {c: [a for a in m if a.device_id not in left_out] for c, m in fleet.items()}
     kept = {c: m for c, m in kept.items() if m}
