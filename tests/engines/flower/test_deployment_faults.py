@@ -270,7 +270,9 @@ class Cable:
         self.namespace, self.here, there = f"fleetfit-{number}", f"ffa{number}", f"ffb{number}"
         subnet = f"198.18.{number % 256}"  # of those that are for trials
         self.address, self.address_inside = f"{subnet}.1", f"{subnet}.2"
+        self.nowhere = ("unreachable", f"{subnet}.0/30", "metric", "9999")  # without the cable, whatever else there is
         self._ip("netns", "add", self.namespace)
+        self._ip("route", "add", *self.nowhere)
         self._ip("link", "add", self.here, "type", "veth", "peer", "name", there, "netns", self.namespace)
         self._ip("address", "add", f"{self.address}/30", "dev", self.here)
         self._ip("-n", self.namespace, "address", "add", f"{self.address_inside}/30", "dev", there)
@@ -287,6 +289,7 @@ class Cable:
     def remove(self) -> None:
         subprocess.run(["ip", "netns", "delete", self.namespace], check=False, capture_output=True)  # and its cable
         subprocess.run(["ip", "link", "delete", self.here], check=False, capture_output=True)
+        subprocess.run(["ip", "route", "delete", *self.nowhere], check=False, capture_output=True)
 
     def _ip(self, *arguments: str) -> None:
         try:

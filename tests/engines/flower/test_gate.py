@@ -40,7 +40,16 @@ from fleetfit.engines.flower.certificates import (
     sign,
 )
 from fleetfit.engines.flower.gate import MAX_CALL_BYTES, Gate, listen
-from fleetfit.engines.flower.greeting import Greeter, Greeting, NotThere, Refused, Status, objection
+from fleetfit.engines.flower.greeting import (
+    Distrusted,
+    Greeter,
+    Greeting,
+    NotThere,
+    Refused,
+    Status,
+    Welcome,
+    objection,
+)
 from fleetfit.engines.flower.hub import check_certificate
 from fleetfit.engines.flower.kit import Kit, kit_toml, read_kit
 from fleetfit.engines.flower.member import Member
@@ -589,3 +598,26 @@ def test_a_closed_door_is_closed(insecure: Kit) -> None:
         pass
     with socket.socket() as trial:
         assert trial.connect_ex(("127.0.0.1", insecure.server.port)) != 0
+
+
+def test_somebody_in_the_place_of_the_one_above_does_not_end_a_member_that_was_there(
+    kits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is on the way may answer at any time; a member that has not been there yet is told of its own mistake."""
+    monkeypatch.setattr(member_module, "EVERY_SECONDS", 0.01)
+    told: list[str] = []
+    member = Member(read_kit(kits / "small-1"), told.append)
+    answers = iter([Distrusted("not signed by the authority"), Welcome(), Refused("small-1 is not among the devices")])
+
+    def greet(*_: Any, **__: Any) -> Welcome:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(member._greeter, "greet", greet)
+    member._keep_greeting()
+    assert told[0] == "waiting: not signed by the authority"
+    assert told[-1] == "small is back"
+    assert isinstance(member._refusal, Refused)
+    assert "not among" in str(member._refusal)

@@ -71,6 +71,10 @@ class Refused(ValueError):
     """The one above does not let this member take part, or cannot be trusted; waiting does not help."""
 
 
+class Distrusted(Refused):
+    """Who answers there cannot show that it is the one above: anybody on the way may do that, at any time."""
+
+
 class NotThere(OSError):
     """The one above does not answer; it may be started later."""
 
@@ -134,7 +138,7 @@ class Greeter:
         except ssl.SSLCertVerificationError as error:
             why = distrust(self.kit.upstream, self.kit.ca, error)
             self._tell_the_other_side(greeting, why)
-            raise Refused(why) from None
+            raise Distrusted(why) from None
 
     def _post(self, body: bytes, context: ssl.SSLContext | None) -> Welcome:
         """Over a new connection, which is kept if all goes well."""
@@ -152,13 +156,13 @@ class Greeter:
         except ssl.SSLEOFError:  # a full door ends connections at any time
             raise NotThere(f"{said} broke off while keys were exchanged") from None
         except ssl.SSLError as error:
-            raise Refused(
+            raise Distrusted(
                 f"{said} speaks no TLS, or not ours: {error.reason or error}. Is another program at this port, or was "
                 "its kit made with --insecure and this one not?"
             ) from None
         except (http.client.HTTPException, ConnectionResetError, BrokenPipeError) as error:
             if context is None:
-                raise Refused(
+                raise Distrusted(
                     f"{said} does not answer in HTTP: {error or type(error).__name__}. This kit was made with "
                     "--insecure; was the other one not?"
                 ) from None

@@ -19,6 +19,7 @@ from fleetfit.engines.flower.gate import Tell
 from fleetfit.engines.flower.greeting import (
     EVERY_SECONDS,
     GONE_SECONDS,
+    Distrusted,
     Greeter,
     NotThere,
     Refused,
@@ -130,13 +131,15 @@ class Member:
                 if silent:
                     self._tell(f"{self.kit.upstream.name} is back")
                 silent = False
-            except Refused as error:
-                self._refusal = error
-                return
-            except OSError as error:  # it is not there; or there is no descriptor here
+            except (Distrusted, OSError) as error:
+                # It is not there, or there is no descriptor here. Or somebody else answers in its place, who is not to
+                # be the end of us: it was there before.
                 if not silent:
                     self._tell(f"waiting: {error}")
                 silent = True
+            except Refused as error:
+                self._refusal = error
+                return
 
     # -- Flower's program ---------------------------------------------------------------------------------------------
 
