@@ -44,14 +44,12 @@ def predict(folder: Path, inputs: Sequence[str | Path]) -> list[Prediction]:
         OSError: a file cannot be opened.
         ImportError: the model is in ONNX, and ONNX Runtime is not installed.
     """
-    logits_of, labels, form = _model(folder)
-    if form is None:
-        raise ValueError(f"{folder} does not say how images become its inputs: written by an older fleetfit?")
+    logits_of, labels, form = model_in(folder)
     read = [_read(name, form) for name in inputs]
     predictions = []
     for name, (rows, samples, note) in zip(inputs, read, strict=True):
         parts = [logits_of(_ready(samples[i : i + BATCH], form)) for i in range(0, len(samples), BATCH)]
-        for row, shares in zip(rows, _probabilities(np.concatenate(parts)), strict=True):
+        for row, shares in zip(rows, probabilities(np.concatenate(parts)), strict=True):
             if not np.isfinite(shares).all():
                 raise ValueError(f"{folder}: the model's output for {name} is not finite: its weights are damaged")
             best = int(shares.argmax())
@@ -76,7 +74,20 @@ def _ready(samples: Any, form: Form) -> Shaped[np.ndarray, "sample ..."]:
 Logits = Callable[[Shaped[np.ndarray, "sample ..."]], Float32[np.ndarray, "sample class"]]
 
 
-def _model(folder: Path) -> tuple[Logits, tuple[str, ...], Form | None]:
+def model_in(folder: Path) -> tuple[Logits, tuple[str, ...], Form]:
+    """What makes logits of prepared samples, the labels, and how inputs are made.
+
+    Raises:
+        ValueError: no model there, or one that does not say what its inputs are.
+        ImportError: the model is in ONNX, and ONNX Runtime is not installed.
+    """
+    logits_of, labels, form = _any_model_in(folder)
+    if form is None:
+        raise ValueError(f"{folder} does not say how images become its inputs: written by an older fleetfit?")
+    return logits_of, labels, form
+
+
+def _any_model_in(folder: Path) -> tuple[Logits, tuple[str, ...], Form | None]:
     if (folder / ONNX_FILE).exists():
         exported = OnnxModel(folder / ONNX_FILE)
         return exported.logits, exported.card.labels, exported.card.preprocessing
@@ -90,7 +101,8 @@ def _model(folder: Path) -> tuple[Logits, tuple[str, ...], Form | None]:
     return logits, card.labels, card.preprocessing
 
 
-def _probabilities(logits: Float32[np.ndarray, "sample class"]) -> Float32[np.ndarray, "sample class"]:
+def probabilities(logits: Float32[np.ndarray, "sample class"]) -> Float32[np.ndarray, "sample class"]:
+    """Softmax of each row."""
     powers = np.exp(logits - logits.max(1, keepdims=True))
     shares: np.ndarray = powers / powers.sum(1, keepdims=True)
     return shares

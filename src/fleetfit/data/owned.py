@@ -61,13 +61,13 @@ def load_owned(
         OSError: a file cannot be read, or the cache cannot be written.
     """
     if cut == "own":
-        samples = _part(job, source, (), labels, form, progress)
+        samples = labelled(job, source, (), labels, form, progress)
         split = split_rows(samples, torch.arange(len(samples)), job.data, test_share, job.seed, *names)
         return replace(split, summary=samples.summary)
     there = _splits_of(Path(source))
     if "train" not in there:
         raise ValueError(f"data.source = {source!r} must have a split train, with data.cut = 'given'")
-    parts = {name: _part(job, source, (name,), labels, form, progress) for name in PARTS if name in there}
+    parts = {name: labelled(job, source, (name,), labels, form, progress) for name in PARTS if name in there}
     nothing = parts["train"].rows(torch.arange(0))
     summary = _joined([part.summary for part in parts.values() if part.summary is not None])
     train, validation, test = (parts.get(name, nothing) for name in PARTS)
@@ -105,14 +105,28 @@ def _splits_of(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in PARTS if (folder / f"{name}.parquet").is_file())
 
 
-def _part(
+def labelled(
     job: Job,
     source: str,
     splits: tuple[str, ...],
     labels: tuple[str, ...],
     form: Preprocessing | TextPreprocessing,
-    progress: Progress,
+    progress: Progress = silent,
 ) -> Samples:
+    """Samples of a source with their labels, as ``load_owned`` reads each part.
+
+    Args:
+        job: Columns and how files are read; the cache.
+        source: The file or folder.
+        splits: Which of its splits; none: all.
+        labels: Names of all classes.
+        form: How inputs are made.
+        progress: Told how far the phase "data" is.
+
+    Raises:
+        ValueError: as ``load_owned``.
+        OSError: as ``load_owned``.
+    """
     given = {"source": source, "root": "", "subset": "", "splits": splits, "user_column": ""}
     config = job.data.model_copy(update=given)
     cache = Path(job.run.cache).expanduser()
