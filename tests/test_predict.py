@@ -444,6 +444,7 @@ def test_labels_of_a_foreign_model_reach_the_terminal_harmless(
     evil = "seven\x1b]0;owned\x07\x1b[2J"
     found = module.Prediction(input="a\x1b[1m.png", row=0, label=evil, probability=0.5, note="\x1b[31m")
     monkeypatch.setattr(module, "predict", lambda folder, inputs: [found])
+    (tmp_path / "model.json").touch()
     shown = CliRunner().invoke(app, ["predict", str(tmp_path), "a.png"])
     assert shown.exit_code == 0
     assert "\x1b" not in shown.output

@@ -96,12 +96,10 @@ def _read(job: Job, source: str, labels: tuple[str, ...], form: Form, progress: 
 
     A kit's own files hold pixels as the model's source had them, which is told by none being larger.
     """
-    if not isinstance(form, Preprocessing) or form.maximum == WHITE:
-        return labelled(job, source, job.data.splits, labels, form, progress)
-    scaled = labelled(job, source, job.data.splits, labels, form.model_copy(update={"maximum": WHITE}), progress)
-    if len(scaled) and float(scaled.inputs.store.max()) <= form.maximum:
-        return labelled(job, source, job.data.splits, labels, form, progress)
-    return scaled
+    samples = labelled(job, source, job.data.splits, labels, form, progress)
+    if not isinstance(form, Preprocessing) or not len(samples) or float(samples.inputs.store.max()) <= form.maximum:
+        return samples
+    return labelled(job, source, job.data.splits, labels, form.model_copy(update={"maximum": WHITE}), progress)
 
 
 def _share(part: int, whole: int) -> float | None:
