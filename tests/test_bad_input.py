@@ -3,6 +3,7 @@
 Each test runs the command line on a job of a second: what a user would do, what a user would read.
 """
 
+import csv
 import errno
 import io
 import json
@@ -121,6 +122,11 @@ def test_a_device_that_nothing_fits_is_left_out_and_named_and_if_that_is_all_it_
     devices = '[{cluster="tiny", storage_limit="2 KB"}, {cluster="large", storage_limit="1 MB"}]'
     summary = shell.fine(f"fleet.devices={devices}")
     (left_out,) = summary["left_out"]
+    with (shell.out / "devices.csv").open(newline="") as file:
+        lines = {row["device"]: row for row in csv.DictReader(file)}
+    assert {name: row["status"] for name, row in lines.items()} == {"large-1": "finished", "tiny-1": "left out"}
+    assert lines["large-1"]["size_bytes"] == str(summary["devices"][0]["size_bytes"])
+    assert lines["tiny-1"]["accuracy"] == ""
     assert left_out["device_id"] == "tiny-1"
     assert "storage limit of 2000 bytes" in left_out["reason"]
     assert [d["id"] for d in summary["devices"]] == ["large-1"]

@@ -1,7 +1,7 @@
 """The run folder and its files. Every file appears whole or not at all; finished steps survive a kill.
 
 job.toml            the resolved job             summary.json   the figures
-data.json           what data was read
+data.json           what data was read           devices.csv    a line for each device
 metrics.jsonl       one line per finished step   report.html    the page (report.py)
 cloud/front.csv     every candidate              devices/<id>/  model.safetensors, model.json
 steps/              finished steps               memory/        what each device keeps between messages

@@ -3,6 +3,7 @@
 import math
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from fleetfit.artifacts import AT_THE_DOOR, RunFolder
@@ -15,6 +16,11 @@ from fleetfit.model_folder import ModelCard
 from fleetfit.pipeline import FleetResult
 from fleetfit.privacy import promise
 from fleetfit.records import BackboneShape, DataSummary, DeviceReport, Record
+
+COLUMNS = (  # of devices.csv, behind who it is
+    *("width", "depth", "header", "parameters", "size_bytes", "limit_bytes"),
+    *("accuracy_as_sent", "accuracy_alone", "accuracy", "notes"),
+)
 
 
 def write_front(folder: RunFolder, result: FleetResult) -> None:
@@ -88,6 +94,46 @@ def device_card(
         limit_bytes=device.limit_bytes,
         accuracy=device.accuracy,
     )
+
+
+def write_devices(folder: RunFolder, summary: Mapping[str, Any]) -> None:
+    """devices.csv: the summary's devices, those without a model too, a line each, for a spreadsheet or pandas."""
+    clusters = {c["id"]: c for c in summary["clusters"]}
+    rows = []
+    for d in summary["devices"]:
+        shape = clusters[d["cluster"]]
+        rows.append(
+            {
+                "device": d["id"],
+                "cluster": d["cluster"],
+                "status": "finished",
+                "width": shape["width"],
+                "depth": shape["depth"],
+                "header": shape["header"],
+                "parameters": d["parameters"],
+                "size_bytes": d["size_bytes"],
+                "limit_bytes": d["limit_bytes"],
+                "accuracy_as_sent": d["accuracy_coarse"],
+                "accuracy_alone": d["accuracy_local"],
+                "accuracy": d["accuracy"],
+                "notes": _no_formula("; ".join(d["notes"])),
+            }
+        )
+    nothing = dict.fromkeys(("device", "cluster", "status", *COLUMNS))
+    left_out = {d["device_id"]: d for d in summary["left_out"]}
+    for name, d in left_out.items():
+        said = {"device": name, "cluster": d["cluster"], "status": "left out", "limit_bytes": d["limit_bytes"]}
+        rows.append(nothing | said | {"notes": d["reason"]})
+    for d in summary["absent"]:
+        if d["id"] not in left_out:
+            said = {"device": d["id"], "cluster": d["cluster"], "status": "absent", "notes": f"since {d['since']}"}
+            rows.append(nothing | said)
+    folder.write_table("devices.csv", rows)
+
+
+def _no_formula(text: str) -> str:
+    """What a device says of itself, as a spreadsheet shows it and does not compute it."""
+    return f" {text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 class ClusterSummary(Record):

@@ -19,7 +19,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.hardware import torch_device_of
 from fleetfit.members import Handler, edge_handler
 from fleetfit.messages import Link, Message, Progress, Refused, Request, decode_any, encode, read_reply
-from fleetfit.outcome import raw_bytes, summarise, write_front, write_models
+from fleetfit.outcome import raw_bytes, summarise, write_devices, write_front, write_models
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.privacy import tell_promise
 from fleetfit.records import DeviceAttributes
@@ -111,6 +111,7 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
         summary = summarise(job, folder, raw_bytes(data), result, read)
         write_front(folder, result)
         write_models(job, folder, result, samples)
+        write_devices(folder, summary)
         folder.write_json("summary.json", summary)
     return summary
 

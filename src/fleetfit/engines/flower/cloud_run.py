@@ -26,7 +26,7 @@ from fleetfit.messages import BackboneAssignment, ClusterReport, Progress, take
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import backbone_from_state
 from fleetfit.models.header import header_from_state
-from fleetfit.outcome import device_card, summarise, write_front
+from fleetfit.outcome import device_card, summarise, write_devices, write_front
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.records import DataSummary
 
@@ -167,6 +167,7 @@ def _results(job: Job, kit: Kit, folder: RunFolder, result: FleetResult, data: D
     write_front(folder, result)
     if job.links.send_models:
         _write_models(kit, folder, result)
+    write_devices(folder, summary)
     folder.write_json("summary.json", summary)
     return summary
 
