@@ -489,7 +489,7 @@ def test_a_longer_blob_than_allowed_is_not_even_looked_at(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("fleetfit.bounds.json.loads", never)
     monkeypatch.setattr("fleetfit.bounds.struct.unpack", never)
-    monkeypatch.setattr("fleetfit.bounds.torch.frombuffer", never)
+    monkeypatch.setattr(torch, "frombuffer", never)
     says = f"has {len(blob)} bytes, links.max_message_bytes is {len(blob) - 1}"
     with pytest.raises(ValueError, match=says):
         decode(blob, RoundReply, bounds=at_most(len(blob) - 1))

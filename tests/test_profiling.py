@@ -437,7 +437,7 @@ def test_the_whole_machine_into_a_file_that_a_job_names(tmp_path: Path, monkeypa
     assert "# 0.333      1  83.333, 83.333  11, 11" in text
     assert "3 layers, 12 channels, 6 heads, 4 patches; forward passes of 2 samples" in found.profile.source
     job = make_job({"fleet": {"devices": [{"storage_limit": 5, "profile": str(path)}]}})
-    assert job.fleet.devices[0].profile == found.profile
+    assert job.fleet.devices[0].profile == (found.profile,)
 
 
 def test_given_watts_need_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ try:
 
     import typer
 
-    from fleetfit.cli import doctor, evaluate, export, fleet, plan, predict, pretrain, profile, recipes, run
+    from fleetfit.cli import doctor, evaluate, export, fleet, init, plan, predict, pretrain, profile, recipes, run
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
     raise SystemExit(130) from None
@@ -36,6 +36,7 @@ app.command(no_args_is_help=True)(predict.predict)
 app.command(no_args_is_help=True)(evaluate.evaluate)
 app.command(no_args_is_help=True)(pretrain.pretrain)
 app.command()(recipes.recipes)
+app.command()(init.init)
 app.command()(profile.profile)
 app.command(no_args_is_help=True)(fleet.provision)
 app.command(no_args_is_help=True)(fleet.start)
