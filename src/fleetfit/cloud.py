@@ -1,7 +1,7 @@
 """The cloud: reference in, one backbone per cluster out (Phase 1, Algorithm 1). Sees public data and attributes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import ClassVar
 
 import numpy as np
@@ -42,6 +42,8 @@ from fleetfit.method.size import safetensors_size_bytes, zeta
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import DepthOrder, ElasticBackbone
 from fleetfit.models.header import Header, build_header
+from fleetfit.models.memory import peak_bytes
+from fleetfit.profiles import SAMPLES_PER_EPOCH, vit_operations
 from fleetfit.randomness import named_generator
 from fleetfit.records import BackboneShape, Candidate, DeviceAttributes, LeftOut, Record, SizedShape
 from fleetfit.reference import (
@@ -195,10 +197,63 @@ def sized_shapes(job: Job, samples: Samples) -> tuple[SizedShape, ...]:
     backbone = described_backbone(job.model, samples.inputs.form)
     check_inputs(job, backbone, samples.inputs.shape)
     with torch.device("meta"):
-        shape = backbone.feature_shape
-        header = build_header(own_header(job, shape), shape, samples.num_classes)
+        features = backbone.feature_shape
+        header = build_header(own_header(job, features), features, samples.num_classes)
         elastic = ElasticBackbone(backbone)
-        return tuple(_sized(elastic, header, shape) for shape in shape_grid(job, elastic.num_layers))
+        sized = tuple(_sized(elastic, header, shape) for shape in shape_grid(job, elastic.num_layers))
+    if not any(group.memory_limit for group in job.fleet.devices):
+        return sized
+    # Weights are needed to run, but not their values.
+    elastic, header = ElasticBackbone(backbone.to_empty(device="cpu").eval()), header.to_empty(device="cpu").eval()
+    one = torch.zeros(1, *samples.inputs.shape, dtype=samples.inputs[torch.arange(1)].dtype)
+    return tuple(
+        s.model_copy(
+            update={
+                "memory_bytes": s.size_bytes + peak_bytes(lambda s=s: header(elastic.run(one, s.shape).features))  # type: ignore[misc]
+            }
+        )
+        for s in sized
+    )
+
+
+def operations(elastic: ElasticBackbone, shape: BackboneShape) -> float:
+    """Floating-point operations of one sample's forward pass in matrix products, header not counted."""
+    config, takes = elastic.backbone.config, elastic.backbone.input_shape
+    patch = config.get("patch_size")
+    if len(takes) == 3 and isinstance(patch, int):
+        channels, rows, columns = takes
+        patches = (rows // patch) * (columns // patch)
+        embedding, layer = vit_operations(elastic.hidden_size, elastic.num_neurons, patches, channels * patch**2, 1)
+    else:
+        embedding, (_, layer) = 0.0, vit_operations(elastic.hidden_size, elastic.num_neurons, takes[0], 1, 0)
+    return embedding + shape.width * shape.depth * layer
+
+
+def latency_seconds(device: DeviceAttributes, shape: SizedShape) -> float:
+    """How long one sample takes on a device, by its profile (T of Eq. 2 is that of 1,000 samples)."""
+    if device.latency is not None and device.latency.seconds_per_operation is not None:
+        return device.latency.seconds_per_operation * shape.operations
+    volume = shape.shape.width * shape.shape.depth
+    return (device.energy.latency_seconds + device.energy.latency_slope_seconds * volume) / SAMPLES_PER_EPOCH
+
+
+def over(job: Job, device: DeviceAttributes, shape: SizedShape) -> str:
+    """Which limit of a device a shape does not keep, in words; empty: it keeps all."""
+    what = f"the smallest candidate, width {shape.shape.width:g} and depth {shape.shape.depth}"
+    if shape.size_bytes > usable_bytes(job, device):
+        return (
+            f"its storage limit of {device.storage_limit_bytes} bytes ({usable_bytes(job, device):.0f} without the "
+            f"room for a header, header.room = {job.header.room:g}) is too small for {what}, of "
+            f"{shape.size_bytes} bytes"
+        )
+    if device.memory_limit_bytes is not None and shape.memory_bytes > device.memory_limit_bytes:
+        return (
+            f"its memory limit of {device.memory_limit_bytes} bytes is too small for {what}, which takes "
+            f"{shape.memory_bytes} bytes"
+        )
+    if device.latency is not None and (takes := latency_seconds(device, shape)) > device.latency.seconds:
+        return f"its latency limit of {device.latency.seconds:g} s is too short for {what}, which takes {takes:.3g} s"
+    return ""
 
 
 def _sized(elastic: ElasticBackbone, header: Header, shape: BackboneShape) -> SizedShape:
@@ -209,6 +264,7 @@ def _sized(elastic: ElasticBackbone, header: Header, shape: BackboneShape) -> Si
         parameters=sum(math.prod(s) for s, _ in state.values()) + num_parameters(header),
         size_bytes=safetensors_size_bytes(state | header_state, {"format": "pt"}),
         zeta=zeta(shape, elastic.hidden_size, elastic.num_heads * elastic.head_dim, elastic.num_neurons),
+        operations=operations(elastic, shape),
     )
 
 
@@ -220,22 +276,20 @@ def fitting(
     ``header.room`` of a limit stays free for a header that the edge may find.
     """
     least = min(candidates, key=lambda c: c.size_bytes)
-    kept = tuple(d for d in stats.devices if least.size_bytes <= usable_bytes(job, d))
+    fitted = [d for d in stats.devices if any(not over(job, d, c) for c in candidates)]
     left_out = tuple(
-        LeftOut(
-            device_id=d.device_id,
-            cluster=cluster,
-            limit_bytes=d.storage_limit_bytes,
-            reason=(
-                f"its storage limit of {d.storage_limit_bytes} bytes ({usable_bytes(job, d):.0f} without the room for "
-                f"a header, header.room = {job.header.room:g}) is too small for the smallest candidate, width "
-                f"{least.shape.width:g} and depth {least.shape.depth}, of {least.size_bytes} bytes"
-            ),
-        )
+        LeftOut(device_id=d.device_id, cluster=cluster, limit_bytes=d.storage_limit_bytes, reason=over(job, d, least))
         for d in stats.devices
-        if d not in kept
+        if d not in fitted
     )
-    return stats.model_copy(update={"devices": kept}), left_out
+    return stats.model_copy(update={"devices": tuple(fitted)}), left_out
+
+
+def shapes_within(
+    job: Job, shapes: Sequence[SizedShape], devices: Sequence[DeviceAttributes]
+) -> frozenset[BackboneShape]:
+    """The shapes that keep all limits of all these devices."""
+    return frozenset(s.shape for s in shapes if not any(over(job, d, s) for d in devices))
 
 
 def with_room(
@@ -257,8 +311,9 @@ def with_room(
         least = min(shapes, key=lambda s: s.size_bytes)
         of = {c: max((d.storage_limit_bytes for d in s.devices), default=0) for c, s in stats.items()}
         limits = "; ".join(f"cluster {cluster!r}: storage limit of {most} bytes" for cluster, most in of.items())
+        other = next((f"{d.device_id}: {d.reason}; " for d in left_out if "storage limit" not in d.reason), "")
         raise ValueError(
-            f"nothing fits any device ({limits}; header.room = {job.header.room:g} of it stays free): the smallest "
+            f"{other}nothing fits any device ({limits}; header.room = {job.header.room:g} of it stays free): the smallest "
             f"candidate, width {least.shape.width:g} and depth {least.shape.depth}, has {least.size_bytes} bytes; "
             "raise fleet.devices.storage_limit, add smaller backbone.widths or backbone.depths, or take a smaller "
             "model.config"
@@ -272,7 +327,12 @@ def usable_bytes(job: Job, device: DeviceAttributes) -> float:
 
 
 def match(
-    job: Job, candidates: Sequence[Candidate], stats: ClusterStats, cluster: str, num_patches: int
+    job: Job,
+    candidates: Sequence[Candidate],
+    stats: ClusterStats,
+    cluster: str,
+    num_patches: int,
+    within: Set[BackboneShape] | None = None,
 ) -> ClusterChoice:
     """The Pareto Front Grid's choice for one cluster (Eqs. 10-13), beside what the other methods would choose.
 
@@ -284,7 +344,7 @@ def match(
     """
     limit = min(d.storage_limit_bytes for d in stats.devices)
     usable = limit * (1 - job.header.room)
-    fits = np.array([c.size_bytes <= usable for c in candidates])
+    fits = np.array([c.size_bytes <= usable and (within is None or c.shape in within) for c in candidates])
     if not fits.any():
         least = min(candidates, key=lambda c: c.size_bytes)
         raise ValueError(

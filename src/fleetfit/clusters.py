@@ -8,7 +8,7 @@ import numpy as np
 
 from fleetfit.config import DeviceGroup, EnergyConfig, Job
 from fleetfit.randomness import derive_seed
-from fleetfit.records import DeviceAttributes, EnergyModel
+from fleetfit.records import DeviceAttributes, EnergyModel, LatencyLimit
 
 Fleet = Mapping[str, tuple[DeviceAttributes, ...]]  # of every cluster
 MOST_CLUSTERS = 8  # that are made without being told a number
@@ -30,7 +30,14 @@ def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
             energy = energies[i % len(energies)]
             limit = group.storage_limit[i % len(group.storage_limit)]
             name = f"device{len(devices) + 1}"
-            attributes = DeviceAttributes(device_id=name, storage_limit_bytes=limit, energy=energy, num_samples=0)
+            attributes = DeviceAttributes(
+                device_id=name,
+                storage_limit_bytes=limit,
+                energy=energy,
+                num_samples=0,
+                memory_limit_bytes=group.memory_limit[i % len(group.memory_limit)] if group.memory_limit else None,
+                latency=_latency(group, i),
+            )
             devices.append((group.cluster, own_name, attributes))
     own_names = {attributes.device_id: own for _, own, attributes in devices}
     clusters: dict[str, tuple[DeviceAttributes, ...]]
@@ -55,6 +62,15 @@ def fleet_of(job: Job) -> dict[str, tuple[DeviceAttributes, ...]]:
         twice = next(name for name in ids if ids.count(name) > 1)
         raise ValueError(f"fleet.devices.name must not be {twice!r}, which another device gets by its number")
     return named
+
+
+def _latency(group: DeviceGroup, i: int) -> LatencyLimit | None:
+    if not group.latency_limit or not group.profile:
+        return None
+    profile = group.profile[i % len(group.profile)]
+    return LatencyLimit(
+        seconds=group.latency_limit[i % len(group.latency_limit)], seconds_per_operation=profile.seconds_per_operation
+    )
 
 
 def _energies(group: DeviceGroup, constants: EnergyConfig) -> tuple[EnergyModel, ...]:

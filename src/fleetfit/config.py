@@ -27,7 +27,7 @@ from fleetfit.presets import SMALL_CONFIGS, merged, preset_of
 from fleetfit.profiles import Profile, find_profile
 from fleetfit.recipes import job_path
 from fleetfit.records import MAX_SEED, OPERATIONS, FixedHeaderKind, Operation, Record
-from fleetfit.units import parse_bytes
+from fleetfit.units import parse_bytes, parse_seconds
 
 
 def as_tuple(value: object) -> object:
@@ -39,6 +39,7 @@ Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Steps = Annotated[int, Field(ge=1)]
 Watts = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(gt=0)]
 
 
 class Section(Record):
@@ -202,6 +203,12 @@ class DeviceGroup(Section):
     storage_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] = Field(
         description="C_n, bytes or '300 KB'"
     )
+    memory_limit: Annotated[tuple[Bytes, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = Field(
+        None, description="bytes or '64 MB': weights, and what one forward pass of one sample holds at a time"
+    )
+    latency_limit: Annotated[tuple[Seconds, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = Field(
+        None, description="seconds or '50 ms': of one sample, by the device's profile, which must be given"
+    )
     gpu_capacity: Annotated[tuple[Watts, ...], BeforeValidator(as_tuple), Field(min_length=1)] | None = Field(
         (100.0,), description="G_n, watts; the other constants are those of fleet.energy"
     )
@@ -237,6 +244,8 @@ class DeviceGroup(Section):
     def _some_power(self) -> "DeviceGroup":
         if self.gpu_capacity is None and self.profile is None:
             raise ValueError("gpu_capacity must be given where there is no profile")
+        if self.latency_limit is not None and self.profile is None:
+            raise ValueError("profile must be given with latency_limit: it says how long the device takes")
         return self
 
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fleetfit.profiles import Profile, find_profile
-from fleetfit.units import UNITS, parse_bytes
+from fleetfit.units import UNITS, parse_bytes, parse_seconds
 
 COLUMNS = {  # what a device has -> names that columns of it have, without signs and in lower case
     "name": ("name", "device", "devicename", "hostname", "host", "id", "deviceid"),
     "storage_limit": ("storage", "storagelimit", "freestorage", "disk", "flash", "room"),
+    "memory_limit": ("memory", "memorylimit", "ram"),
+    "latency_limit": ("latency", "latencylimit", "maxlatency"),
     "profile": ("profile", "hardware", "board", "model"),
     "gpu_capacity": ("watts", "power", "gpucapacity", "powerwatts", "tdp"),
     "cluster": ("cluster", "group", "edge"),
@@ -106,9 +108,12 @@ def _rows(path: str | Path, text: str) -> tuple[list[_Row], str]:
 
 def _plain(title: str) -> tuple[str, str]:
     """A title without signs and unit, and its unit: 'Storage (MB)' -> ('storage', 'MB')."""
-    found = re.fullmatch(r"(.*?)[\s_\[(.-]+(B|KB|MB|GB|KiB|MiB|GiB|W|watts?)[\])]?\s*", title.strip(), re.IGNORECASE)
-    name, unit = (found[1], found[2].upper()) if found else (title, "")
-    return re.sub(r"[^a-z0-9]", "", name.lower()), "" if unit.startswith("W") else unit
+    found = re.fullmatch(
+        r"(.*?)[\s_\[(.-]+(B|KB|MB|GB|KiB|MiB|GiB|W|watts?|ms|s)[\])]?\s*", title.strip(), re.IGNORECASE
+    )
+    name, unit = (found[1], found[2]) if found else (title, "")
+    unit = unit.lower() if unit.lower() in ("ms", "s") else "" if unit.lower().startswith("w") else unit.upper()
+    return re.sub(r"[^a-z0-9]", "", name.lower()), unit
 
 
 def _columns(path: str | Path, titles: Sequence[str], given: Mapping[str, str]) -> dict[str, _Column]:
@@ -161,6 +166,16 @@ def _devices(rows: Sequence[_Row], columns: Mapping[str, _Column], problems: lis
             device["storage_limit"] = _bytes(_value(row, columns["storage_limit"]), columns["storage_limit"], mixed)
         except ValueError as error:
             problems.append(f"{here}: {error}")
+        if "memory_limit" in columns and (value := _value(row, columns["memory_limit"])):
+            try:
+                device["memory_limit"] = _bytes(value, columns["memory_limit"], mixed=False)
+            except ValueError as error:
+                problems.append(f"{here}: {error}")
+        if "latency_limit" in columns and (value := _value(row, columns["latency_limit"])):
+            try:
+                device["latency_limit"] = _seconds(value, columns["latency_limit"])
+            except ValueError as error:
+                problems.append(f"{here}: {error}")
         for key in ("cluster", "data"):
             if key in columns and (value := _value(row, columns[key])):
                 device[key] = value
@@ -173,6 +188,8 @@ def _devices(rows: Sequence[_Row], columns: Mapping[str, _Column], problems: lis
             if isinstance(known := profiles[named], str):
                 problems.append(f"{here}: the profile {known}")
             device["profile"] = known
+        elif "latency_limit" in device:
+            problems.append(f"{here}: {columns['latency_limit'].title} needs a profile, which says how long it takes")
         elif "gpu_capacity" in columns and (watts := _value(row, columns["gpu_capacity"])):
             try:
                 device["gpu_capacity"] = float(re.sub(r"(?i)\s*(w|watts?)$", "", watts).replace(",", "."))
@@ -188,6 +205,20 @@ def _devices(rows: Sequence[_Row], columns: Mapping[str, _Column], problems: lis
 
 def _value(row: _Row, column: _Column) -> str:
     return row.values[column.place] if column.place < len(row.values) else ""
+
+
+def _seconds(value: str, column: _Column) -> float:
+    written = value.replace(",", ".")
+    if re.fullmatch(r"[\d.]+", written):
+        if not column.unit:
+            raise ValueError(
+                f"{column.title} = {value!r} has no unit: write '{value} ms', or name the column {column.title}_ms"
+            )
+        written += column.unit
+    try:
+        return float(str(parse_seconds(written)))
+    except ValueError:
+        raise ValueError(f"{column.title} must be a time, as '50 ms', got {value!r}") from None
 
 
 def _bytes(value: str, column: _Column, mixed: bool) -> int:

@@ -70,7 +70,8 @@ def run_cloud(
         progress("checkpoint", 1, 1, told)
     stats = ask_edges(edges, {cluster: StatsRequest() for cluster in edges.members}, ClusterStats)
     check_stats(stats)
-    kept, left_out = cloud.with_room(job, cloud.sized_shapes(job, public.train), stats)
+    sized = cloud.sized_shapes(job, public.train)
+    kept, left_out = cloud.with_room(job, sized, stats)
     for device in left_out:
         progress("left out", 0, 0, f"{device.device_id}: {device.reason}")
 
@@ -86,7 +87,14 @@ def run_cloud(
     )
     num_patches = _num_patches(job, reference)
     choices = {
-        cluster: cloud.match(job, candidates.candidates, devices, cluster, num_patches)
+        cluster: cloud.match(
+            job,
+            candidates.candidates,
+            devices,
+            cluster,
+            num_patches,
+            cloud.shapes_within(job, sized, devices.devices),
+        )
         for cluster, devices in kept.items()
     }
     assignments: dict[str, BackboneAssignment] = {}

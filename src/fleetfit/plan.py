@@ -61,13 +61,18 @@ class PlannedDevice(Record):
 
 
 class PlannedCluster(Record):
-    """A cluster, and every shape that fits all of its devices, smallest first; ``usable_bytes`` of the limit count."""
+    """A cluster, and every shape that keeps all limits of all its devices, smallest first.
+
+    ``usable_bytes`` of the storage limit count. ``seconds`` of one sample, on the slowest device, where a device has a
+    latency limit.
+    """
 
     id: str
     devices: int
     limit_bytes: int
     usable_bytes: int
     shapes: tuple[SizedShape, ...]
+    seconds: tuple[float, ...] = ()
 
 
 class PhaseEstimate(Record):
@@ -179,14 +184,21 @@ def _clusters(
         counted = [a for a in members if a.device_id not in reasons] or list(members)
         smallest = min(counted, key=lambda a: a.storage_limit_bytes)
         usable = cloud.usable_bytes(job, smallest)
-        fit = sorted((s for s in shapes if s.size_bytes <= usable), key=lambda s: s.size_bytes)
+        within = cloud.shapes_within(job, shapes, counted)
+        fit = sorted((s for s in shapes if s.shape in within), key=lambda s: s.size_bytes)
+        slowest = [max(cloud.latency_seconds(a, s) for a in counted) for s in fit] if _timed(counted) else []
         yield PlannedCluster(
             id=cluster,
             devices=len(members),
             limit_bytes=smallest.storage_limit_bytes,
             usable_bytes=int(usable),
             shapes=tuple(fit),
+            seconds=tuple(slowest),
         )
+
+
+def _timed(devices: Sequence[DeviceAttributes]) -> bool:
+    return any(a.latency is not None for a in devices)
 
 
 def _device(attributes: DeviceAttributes, cluster: str, data: FleetData | None, problem: str) -> PlannedDevice:
@@ -334,8 +346,8 @@ def _any_order(job: Job) -> DepthOrder:
 
 def _middle(job: Job, members: Sequence[DeviceAttributes], shapes: Sequence[SizedShape]) -> SizedShape:
     """Of the shapes that fit a cluster the one of middle size: which is chosen is known after the training."""
-    usable = min(cloud.usable_bytes(job, a) for a in members)
-    fit = sorted((s for s in shapes if s.size_bytes <= usable), key=lambda s: s.size_bytes)
+    within = cloud.shapes_within(job, shapes, members)
+    fit = sorted((s for s in shapes if s.shape in within), key=lambda s: s.size_bytes)
     return fit[len(fit) // 2]
 
 

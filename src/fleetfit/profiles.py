@@ -35,6 +35,18 @@ class Profile(EnergyModel):
     patch_power_watts: float = Field(ge=0, description="G_beta, power per patch")
     latency_seconds: float = Field(ge=0, description="L, time at (w, d) -> 0")
     latency_slope_seconds: float = Field(ge=0, description="dL, more time per unit of width x depth")
+    layer_operations: float | None = Field(
+        None,
+        gt=0,
+        description="of a layer of the model that T is of, for one sample; where T is derived",
+    )
+
+    @property
+    def seconds_per_operation(self) -> float | None:
+        """By which T of another model is told; None: T was measured, and is that of the measured model."""
+        if self.layer_operations is None:
+            return None
+        return self.latency_slope_seconds / SAMPLES_PER_EPOCH / self.layer_operations
 
     @property
     def energy(self) -> EnergyModel:
@@ -73,6 +85,7 @@ class PublishedDevice(Record):
             patch_power_watts=0.0,
             latency_seconds=float(f"{embedding * seconds:.4g}"),
             latency_slope_seconds=float(f"{layer * seconds:.4g}"),
+            layer_operations=layer,
         )
 
 
@@ -142,7 +155,7 @@ def find_profile(named: str) -> Profile:
 
 def profile_toml(profile: Profile, notes: Sequence[str] = ()) -> str:
     """A profile as a file that ``read_profile`` reads; notes become comments above it."""
-    fields: dict[str, Any] = profile.model_dump()
+    fields: dict[str, Any] = profile.model_dump(exclude_none=True)
     order = [*(key for key in fields if key not in EnergyModel.model_fields), *EnergyModel.model_fields]
     comments = "".join(f"# {line}".rstrip() + "\n" for line in notes)
     return comments + tomli_w.dumps({key: fields[key] for key in order})

@@ -4,7 +4,16 @@ import math
 import re
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from fleetfit.bounds import check_free
 
@@ -67,6 +76,13 @@ class EnergyModel(Record):
         return self
 
 
+class LatencyLimit(Record):
+    """How long one sample may take, and how long an operation does: None: as the profile was measured (T / 1,000)."""
+
+    seconds: float = Field(gt=0, le=MAX_WATTS_OR_SECONDS)
+    seconds_per_operation: float | None = Field(None, gt=0, le=MAX_WATTS_OR_SECONDS)
+
+
 class DeviceAttributes(Record):
     """What a device tells about itself: hardware and volume, nothing about its samples."""
 
@@ -74,6 +90,14 @@ class DeviceAttributes(Record):
     storage_limit_bytes: int = Field(gt=0, le=MAX_COUNT, description="C_n, largest model it can store")
     energy: EnergyModel
     num_samples: Count
+    memory_limit_bytes: int | None = Field(None, gt=0, le=MAX_COUNT, description="of one forward pass of one sample")
+    latency: LatencyLimit | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Limits that are not given take no room in a message."""
+        fields: dict[str, Any] = dump(self)
+        return {k: v for k, v in fields.items() if v is not None}
 
 
 class BackboneShape(Record):
@@ -90,6 +114,8 @@ class SizedShape(Record):
     parameters: Count
     size_bytes: Count
     zeta: Finite
+    operations: Finite = Field(0.0, description="floating-point operations of one sample, header not counted")
+    memory_bytes: Count = Field(0, description="weights, and all that one forward pass of one sample holds at a time")
 
 
 class Candidate(Record):

@@ -95,16 +95,28 @@ def _clusters(found: "Plan") -> "Table":
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("cluster", overflow="fold", min_width=8)
-    for name in ("devices", "limit", "usable", "shapes", "smallest", "largest"):
+    has_memory = any(s.memory_bytes for c in found.clusters for s in c.shapes)
+    has_seconds = any(c.seconds for c in found.clusters)
+    more = ["memory"] * has_memory + ["a sample"] * has_seconds  # of the largest
+    usable = [] if more else ["usable"]
+    for name in ("devices", "limit", *usable, "shapes", "smallest", "largest", *more):
         table.add_column(name, justify="right", no_wrap=True)
     for cluster in found.clusters:
         ends = [
             f"{s.shape.width:g}×{s.shape.depth} {format_bytes(s.size_bytes)}"
             for s in (cluster.shapes[:1] + cluster.shapes[-1:])
         ]
-        row = (format_bytes(cluster.limit_bytes), format_bytes(cluster.usable_bytes), str(len(cluster.shapes)))
-        table.add_row(Text(cluster.id), str(cluster.devices), *row, *(ends or ["nothing fits", ""]))
+        row = [format_bytes(cluster.limit_bytes)] + [format_bytes(cluster.usable_bytes)] * len(usable)
+        row.append(str(len(cluster.shapes)))
+        last = [format_bytes(cluster.shapes[-1].memory_bytes)] * has_memory if cluster.shapes else []
+        last += [format_seconds(cluster.seconds[-1]) if cluster.seconds else "–"] * has_seconds
+        table.add_row(Text(cluster.id), str(cluster.devices), *row, *(ends or ["nothing fits", ""]), *last)
     return table
+
+
+def format_seconds(seconds: float) -> str:
+    """A short time, as a job writes it."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _devices(found: "Plan") -> "Table":

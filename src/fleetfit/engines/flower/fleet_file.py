@@ -13,10 +13,10 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fleetfit.clusters import fleet_of
-from fleetfit.config import Bytes, DeviceGroup, Job, Section, Steps, Watts, load_job
+from fleetfit.config import Bytes, DeviceGroup, Job, Seconds, Section, Steps, Watts, load_job
 from fleetfit.config_errors import explain
 from fleetfit.inventory import read_inventory
-from fleetfit.profiles import Profile, find_profile
+from fleetfit.profiles import SAMPLES_PER_EPOCH, Profile, find_profile
 from fleetfit.records import DeviceAttributes
 
 FIRST_PORT = 9400
@@ -55,6 +55,8 @@ class DeviceEntry(Section):
 
     name: Name | None = Field(None, description="default: <edge>-<number>")
     storage_limit: Bytes | None = Field(None, description="bytes or '300 KB'")
+    memory_limit: Bytes | None = Field(None, description="bytes or '64 MB', of one forward pass of one sample")
+    latency_limit: Seconds | None = Field(None, description="seconds or '50 ms' of one sample, by the profile")
     gpu_capacity: Watts | None = Field(None, description="watts")
     profile: Profile | None = Field(None, description="in place of gpu_capacity: a ready profile's name or a file")
     data: str = Field("", description="a file or folder on the device, which it reads and never sends")
@@ -69,8 +71,11 @@ class DeviceEntry(Section):
         powers = [key for key in ("gpu_capacity", "profile") if getattr(self, key) is not None]
         if len(powers) == 2:
             raise ValueError("gpu_capacity must be left out with profile, which has the power of the device")
-        if powers and self.storage_limit is None:
-            raise ValueError(f"storage_limit must be given with {powers[0]}")
+        limits = [key for key in ("memory_limit", "latency_limit") if getattr(self, key) is not None]
+        if (powers or limits) and self.storage_limit is None:
+            raise ValueError(f"storage_limit must be given with {(powers + limits)[0]}")
+        if self.latency_limit is not None and self.profile is None:
+            raise ValueError("profile must be given with latency_limit: it says how long the device takes")
         return self
 
 
@@ -213,12 +218,27 @@ def _group(entry: DeviceEntry, cluster: str, known: DeviceAttributes | None) -> 
     if entry.storage_limit is None:
         assert known is not None
         power = Profile(name="job", hardware="as in the job", source="the job", **known.energy.model_dump())
+        memory = None if known.memory_limit_bytes is None else (known.memory_limit_bytes,)
+        if known.latency is not None:
+            # A layer's operations such that the profile tells the same time for an operation.
+            each = known.latency.seconds_per_operation
+            slope = known.energy.latency_slope_seconds
+            power = power.model_copy(
+                update={"layer_operations": slope / SAMPLES_PER_EPOCH / each if each and slope else None}
+            )
         return DeviceGroup(
-            name=entry.name, cluster=cluster, storage_limit=(known.storage_limit_bytes,), profile=(power,)
+            name=entry.name,
+            cluster=cluster,
+            storage_limit=(known.storage_limit_bytes,),
+            profile=(power,),
+            memory_limit=memory,
+            latency_limit=None if known.latency is None else (known.latency.seconds,),
         )
-    group = DeviceGroup(name=entry.name, cluster=cluster, storage_limit=(entry.storage_limit,))
+    memory = None if entry.memory_limit is None else (entry.memory_limit,)
+    group = DeviceGroup(name=entry.name, cluster=cluster, storage_limit=(entry.storage_limit,), memory_limit=memory)
     if entry.profile is not None:
-        return group.model_copy(update={"profile": (entry.profile,), "gpu_capacity": None})
+        latency = None if entry.latency_limit is None else (entry.latency_limit,)
+        return group.model_copy(update={"profile": (entry.profile,), "gpu_capacity": None, "latency_limit": latency})
     if entry.gpu_capacity is not None:
         return group.model_copy(update={"gpu_capacity": (entry.gpu_capacity,)})
     return group
