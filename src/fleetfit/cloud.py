@@ -313,10 +313,10 @@ def with_room(
         limits = "; ".join(f"cluster {cluster!r}: storage limit of {most} bytes" for cluster, most in of.items())
         other = next((f"{d.device_id}: {d.reason}; " for d in left_out if "storage limit" not in d.reason), "")
         raise ValueError(
-            f"{other}nothing fits any device ({limits}; header.room = {job.header.room:g} of it stays free): the smallest "
-            f"candidate, width {least.shape.width:g} and depth {least.shape.depth}, has {least.size_bytes} bytes; "
-            "raise fleet.devices.storage_limit, add smaller backbone.widths or backbone.depths, or take a smaller "
-            "model.config"
+            f"{other}nothing fits any device ({limits}; header.room = {job.header.room:g} of it stays free): the "
+            f"smallest candidate, width {least.shape.width:g} and depth {least.shape.depth}, has {least.size_bytes} "
+            "bytes; raise fleet.devices.storage_limit, add smaller backbone.widths or backbone.depths, or take a "
+            "smaller model.config"
         )
     return kept, tuple(left_out)
 
