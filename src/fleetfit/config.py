@@ -505,6 +505,9 @@ class RunConfig(Section):
         "auto", description="of the cloud's training; auto: bfloat16 on a GPU that has it, and else float32"
     )
     cache: str = Field("~/.cache/fleetfit", description="trained references and decoded images, by content hash")
+    track: Literal["", "tensorboard", "mlflow", "trackio"] = Field(
+        "", description="a program that follows runs is told losses and results; its files are in the run folder"
+    )
 
 
 class Job(Section):

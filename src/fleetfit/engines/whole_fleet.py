@@ -23,6 +23,7 @@ from fleetfit.outcome import raw_bytes, summarise, write_devices, write_front, w
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.privacy import tell_promise
 from fleetfit.records import DeviceAttributes
+from fleetfit.tracking import tracking
 
 Connect = Callable[[RunFolder, Fleet, FleetData], AbstractContextManager[Mapping[str, Link]]]
 
@@ -92,7 +93,7 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
     torch.set_num_threads(job.run.threads)
     torch_device_of(job.run.torch_device)  # what is not there is told before anything is done
     tell_promise(job, progress)
-    with RunFolder(out, job) as folder:
+    with RunFolder(out, job) as folder, tracking(job, out, progress) as progress:
         progress("data", 0, 1, job.data.source)
         samples = load_samples(job, progress)
         fleet = fleet_of(job)
@@ -113,6 +114,7 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
         write_models(job, folder, result, samples)
         write_devices(folder, summary)
         folder.write_json("summary.json", summary)
+        progress.finish(summary)
     return summary
 
 

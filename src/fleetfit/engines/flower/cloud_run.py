@@ -29,6 +29,7 @@ from fleetfit.models.header import header_from_state
 from fleetfit.outcome import device_card, summarise, write_devices, write_front
 from fleetfit.pipeline import FleetResult, run_cloud
 from fleetfit.records import DataSummary
+from fleetfit.tracking import tracking
 
 LOOK_SECONDS = 0.5
 
@@ -54,7 +55,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
     _check_job(job, kit)
     torch.set_num_threads(job.run.threads)
     torch_device_of(job.run.torch_device)  # what is not there is told before anything is done
-    with RunFolder(out, job) as folder:
+    with RunFolder(out, job) as folder, tracking(job, out, progress) as progress:
         progress("data", 0, 1, kit.data_source)
         shares = job.data.test_share, job.data.public_share
         check_code(kit.data_source, kit.data_source == job.data.source)
@@ -86,7 +87,9 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                 carrier.close()
         if isinstance(server, Hub):
             edges.book()  # what passed until its door was shut
-        return _results(job, kit, folder, result, public.summary)
+        summary = _results(job, kit, folder, result, public.summary)
+        progress.finish(summary)
+        return summary
 
 
 @contextmanager
