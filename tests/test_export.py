@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import fleetfit
@@ -20,6 +21,8 @@ from fleetfit import cli, export
 from fleetfit.artifacts import RunFolder
 from fleetfit.config import Job
 from fleetfit.data.partition import public_test, share_out
+from fleetfit.data.pixels import decode
+from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.sources import load_samples
 from fleetfit.export import Export, Int8, device_ids, export_devices
 from fleetfit.model_folder import ModelCard
@@ -28,6 +31,7 @@ from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.header import build_header
 from fleetfit.models.pruning import extract, prunable_layers
 from fleetfit.onnx_model import PACKAGES, OnnxModel
+from fleetfit.predict import predict
 from fleetfit.randomness import seeded_init
 from fleetfit.records import BackboneShape, Block, HeaderSpec
 
@@ -151,22 +155,41 @@ def test_the_file_is_hardly_larger_than_the_weights(run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pruned", "dinov2"])
-def test_the_readme_runs_where_there_is_no_torch(run: Path, kind: str) -> None:
+def test_the_readme_labels_a_picture_as_predict_does_where_there_is_no_torch(run: Path, kind: str) -> None:
     folder = run / "exports" / f"phones-{kind}"
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    pixels = 'numpy.zeros((1, 1, 8, 8), "float32")'
-    assert pixels in code[1]
-    with torch.no_grad():
-        best = make_model(kind)(SAMPLES.inputs[:9]).argmax(1).tolist()
-    np.save(folder.parent / "raw.npy", np.rint((SAMPLES.inputs[:9].numpy() * 0.5 + 0.5) * 16))
+    chance = np.random.default_rng(3)
     block = "import sys; sys.modules.update(torch=None, fleetfit=None)\n"
-    for text, expected in ((code[1], 1), (code[1].replace(pixels, 'numpy.load("../raw.npy")'), 9)):
-        done = subprocess.run([sys.executable, "-c", block + text], cwd=folder, capture_output=True, text=True)
+    for size, mode in (((8, 8), "L"), ((37, 61), "RGB"), ((80, 24), "L")):
+        bands = (3,) if mode == "RGB" else ()
+        picture = Image.fromarray(chance.integers(0, 256, (*size, *bands), dtype=np.uint8))
+        picture.save(folder / "picture.png")
+        done = subprocess.run([sys.executable, "-c", block + code[1]], cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        shown = done.stdout.strip()
-        assert shown.count("digit") == expected
-    assert shown == str([LABELS[i] for i in best])
+        (found,) = predict(folder, [folder / "picture.png"])
+        assert done.stdout.strip() == str([found.label])
+    (folder / "picture.png").unlink()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"size": (8, 8), "channels": 1, "maximum": 16.0, "mean": (0.5,), "std": (0.5,)},
+        {"size": (16, 24), "channels": 3, "maximum": 255.0, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)},
+        {"size": (16, 16), "channels": 3, "maximum": 255.0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": 20},
+        {"size": (16, 16), "channels": 3, "maximum": 255.0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resize": (20, 22)},
+        {"size": (8, 8), "channels": 1, "maximum": 255.0, "mean": (0.5,), "std": (0.5,), "resample": "bicubic"},
+    ],
+)
+@pytest.mark.parametrize("size", [(40, 30), (31, 64), (8, 8), (20, 20)])
+def test_the_readmes_lines_decode_as_fleetfit_does(form: dict[str, Any], size: tuple[int, int], tmp_path: Path) -> None:
+    made = Preprocessing(**form)
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8))
+    own: dict[str, Any] = {"picture": picture, "Image": Image, "numpy": np}
+    exec("\n".join(export._decoding(made)), own)
+    expected = decode(picture, made).pixels.astype(np.float64) / 255 * made.maximum
+    assert np.allclose(own["pixels"][0], expected)
 
 
 def test_an_export_that_computes_something_else_is_not_kept(

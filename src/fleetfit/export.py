@@ -23,7 +23,7 @@ from pydantic import Field
 from fleetfit.artifacts import DATA_FILE, claim_data
 from fleetfit.config import load_job
 from fleetfit.data.partition import public_test
-from fleetfit.data.preprocessing import TextPreprocessing
+from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tokenizer_files import TOKENIZER_FILE, tokenizer_files
@@ -359,18 +359,54 @@ def _readme(card: ModelCard, shape: Sequence[int], int8: Int8Check | None, numbe
     form = card.preprocessing
     if isinstance(form, TextPreprocessing):
         return _readme_of_texts(card, int8, number)
-    values = f'numpy.zeros((1, {", ".join(map(str, shape))}), "float32")'
+    if form is None:
+        values = f'numpy.zeros((1, {", ".join(map(str, shape))}), "float32")'
+        lines = [f"import json, numpy, onnxruntime  # pip install numpy onnxruntime\nvalues = {values}  # yours here"]
+    else:
+        lines = [
+            "import json, numpy, onnxruntime  # pip install numpy onnxruntime pillow",
+            "from PIL import Image, ImageOps",
+            "",
+            'picture = ImageOps.exif_transpose(Image.open("picture.png"))  # yours: 8 bits, not transparent',
+            *_decoding(form),
+            f"values = {form.numpy_code('pixels')}",
+        ]
+    code = "\n".join(lines)
     return f"""# {card.device_id}
 
 A model made by fleetfit {own_version()}{_weights(int8, number)}. Inputs: {card.inputs}.
 
 ```python
-import json, numpy, onnxruntime  # pip install numpy onnxruntime
-model, pixels = onnxruntime.InferenceSession("{ONNX_FILE}"), {values}  # yours here
-logits = model.run(None, {{"{INPUT}": {form.numpy_code("pixels") if form else "pixels"}}})[0]
+{code}
+model = onnxruntime.InferenceSession("{ONNX_FILE}")
+logits = model.run(None, {{"{INPUT}": values}})[0]
 print([json.loads(model.get_modelmeta().custom_metadata_map["labels"])[i] for i in logits.argmax(1)])
 ```
 """
+
+
+def _decoding(form: Preprocessing) -> list[str]:
+    """Lines of Python that make the form's pixels of an upright picture, as ``data.pixels.decode`` does."""
+    rows, columns = form.size
+    resampling = f"Image.Resampling.{form.resample.upper()}"
+    lines = [f'picture = picture.convert("{"L" if form.channels == 1 else "RGB"}")']
+    if isinstance(form.resize, int):
+        lines += [
+            "width, height = picture.size",
+            f"longer = int({form.resize} * max(width, height) / min(width, height))",
+            f"size = ({form.resize}, longer) if height >= width else (longer, {form.resize})",
+        ]
+    else:
+        lines.append(f"size = {tuple(reversed(form.resize or form.size))}")
+    lines.append(f"picture = picture.resize(size, {resampling}) if picture.size != size else picture")
+    if form.resize is not None and form.resize != form.size:
+        lines += [
+            f"left, top = (size[0] - {columns}) // 2, (size[1] - {rows}) // 2",
+            f"picture = picture.crop((left, top, left + {columns}, top + {rows}))",
+        ]
+    scale = "" if form.maximum == 255 else f" / 255 * {form.maximum!r}"
+    pixels = f"numpy.reshape(picture, ({rows}, {columns}, {form.channels})).transpose(2, 0, 1)[None]{scale}"
+    return [*lines, f"pixels = {pixels}"]
 
 
 def _readme_of_texts(card: ModelCard, int8: Int8Check | None, number: int) -> str:
