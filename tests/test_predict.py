@@ -444,6 +444,7 @@ def test_labels_of_a_foreign_model_reach_the_terminal_harmless(
     evil = "seven\x1b]0;owned\x07\x1b[2J"
     found = module.Prediction(input="a\x1b[1m.png", row=0, label=evil, probability=0.5, note="\x1b[31m")
     monkeypatch.setattr(module, "predict", lambda folder, inputs: [found])
+    monkeypatch.setattr(module, "unseen_classes", lambda folder: (evil,))
     (tmp_path / "model.json").touch()
     shown = CliRunner().invoke(app, ["predict", str(tmp_path), "a.png"])
     assert shown.exit_code == 0
@@ -451,3 +452,24 @@ def test_labels_of_a_foreign_model_reach_the_terminal_harmless(
     assert "seven" in shown.output
     exact = CliRunner().invoke(app, ["predict", str(tmp_path), "a.png", "--json"])
     assert json.loads(exact.output)[0]["label"] == evil
+
+
+def test_it_is_said_which_classes_a_device_has_not_trained_on(tmp_path: Path) -> None:
+    from tiny_job import tiny_fields
+    from typer.testing import CliRunner
+
+    import fleetfit
+    from fleetfit.cli import app
+
+    fields = tiny_fields(tmp_path / "cache", data={"split": "classes", "classes_per_device": 4})
+    fleetfit.run(fields, tmp_path / "run")
+    folder = tmp_path / "run" / "devices" / "small-1"
+    card = json.loads((folder / "model.json").read_text())
+    assert len(card["trained_on"]) == 4
+    np.save(tmp_path / "x.npy", np.zeros((8, 8), np.uint8))
+    shown = CliRunner().invoke(app, ["predict", str(folder), str(tmp_path / "x.npy")])
+    missing = ", ".join(label for label in card["labels"] if label not in card["trained_on"])
+    assert f"note: this device has not trained on: {missing}" in shown.stderr
+    del card["trained_on"]  # as earlier versions wrote it
+    (folder / "model.json").write_text(json.dumps(card))
+    assert "not trained on" not in CliRunner().invoke(app, ["predict", str(folder), str(tmp_path / "x.npy")]).stderr

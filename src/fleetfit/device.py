@@ -94,6 +94,7 @@ class DeviceMemory(Message):
     seed: int = 0
     class_shares: tuple[float, ...] = ()
     report: DeviceReport | None = None
+    trained_on: tuple[str, ...] = Field((), description="classes in its training data; empty with [privacy]")
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,10 @@ def _reported(
         raise ValueError(
             f"device {report.device_id}: its model has {report.size_bytes} bytes, its limit is {report.limit_bytes}"
         )
-    return memory.model_copy(update={"report": report}), FinishReply(step=step, report=report)
+    seen = set() if state.privacy else set(data.train.labels.tolist())
+    trained_on = tuple(name for i, name in enumerate(memory.labels) if i in seen)
+    memory = memory.model_copy(update={"report": report, "trained_on": trained_on})
+    return memory, FinishReply(step=step, report=report)
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ class ModelCard(Record):
     size_bytes: int
     limit_bytes: int
     accuracy: float | None = Field(description="on the device's private test split")
+    trained_on: tuple[str, ...] = Field((), description="classes in the device's training data; empty: not said")
 
 
 def write_model(folder: Path, model: Classifier, card: ModelCard) -> None:

@@ -93,6 +93,7 @@ def device_card(
         size_bytes=device.size_bytes,
         limit_bytes=device.limit_bytes,
         accuracy=device.accuracy,
+        trained_on=memory.trained_on,
     )
 
 

@@ -71,6 +71,16 @@ def _ready(samples: Any, form: Form) -> Shaped[np.ndarray, "sample ..."]:
     return form.apply(samples)
 
 
+def unseen_classes(folder: Path) -> tuple[str, ...] | None:
+    """Classes that were not in the device's training data; None where its folder does not say."""
+    if not (folder / "model.json").exists():
+        return None
+    card = read_card(folder)
+    if not card.trained_on:
+        return None
+    return tuple(label for label in card.labels if label not in card.trained_on)
+
+
 Logits = Callable[[Shaped[np.ndarray, "sample ..."]], Float32[np.ndarray, "sample class"]]
 
 

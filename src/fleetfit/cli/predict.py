@@ -10,6 +10,8 @@ import typer
 from fleetfit.cli.options import AsJson, Debug, expect_file, percent
 from fleetfit.terminal import reporting
 
+MOST_NAMED = 10
+
 
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="DEVICE_FOLDER", hidden=True)],
@@ -39,6 +41,7 @@ def predict(
             expect_file(card, f"{folder} is no device folder: {card} is missing")
         from fleetfit.messages import printable
         from fleetfit.predict import predict as label
+        from fleetfit.predict import unseen_classes
 
         predictions = label(folder, inputs)
         if as_json:
@@ -52,3 +55,7 @@ def predict(
         for found in predictions:
             if found.note:
                 typer.echo(f"note: {printable(found.input)}: {printable(found.note)}", err=True)
+        if unseen := unseen_classes(folder):
+            some = printable(", ".join(unseen[:MOST_NAMED]))
+            more = f" and {len(unseen) - MOST_NAMED} more" if len(unseen) > MOST_NAMED else ""
+            typer.echo(f"note: this device has not trained on: {some}{more}", err=True)
