@@ -9,6 +9,7 @@ from fleetfit.cli.options import AsJson, Debug, JobFile, Overrides, Quiet, stdou
 from fleetfit.terminal import Phases, format_bytes, format_duration, reporting
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from fleetfit.plan import Plan
@@ -59,11 +60,11 @@ def plan(
             raise typer.Exit(1)
 
 
-def print_plan(found: "Plan") -> None:
+def print_plan(found: "Plan", console: "Console | None" = None) -> None:
     """A plan for a person: what was read, who is there, what fits, how long; and last what is wrong."""
     from rich.text import Text
 
-    console = stdout()
+    console = console or stdout()
     console.print()
     if found.data:
         for line in found.data.lines:

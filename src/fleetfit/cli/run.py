@@ -1,6 +1,7 @@
 """``fleetfit run`` and ``fleetfit report``."""
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,8 @@ from fleetfit.terminal import Phases, format_bytes, reporting
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from fleetfit.config import Job
 
 
 def run(
@@ -45,7 +48,7 @@ def run(
         typer.Option("--cloud", metavar="KIT", help="Flower: the cloud's kit."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print every key of the resolved job, explained; run nothing.")
+        bool, typer.Option("--dry-run", help="Print every key, explained, and what a run would do; run nothing.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -127,6 +130,8 @@ def run(
             from fleetfit.job_text import explained_toml
 
             typer.echo(resolved.model_dump_json(indent=2) if as_json else explained_toml(resolved), nl=as_json)
+            if not as_json and not quiet:
+                _show_plan(resolved)
             return
         folder = out if out is not None else Path("runs", job.stem)
         with Phases(signals, _opening(folder), enabled=not quiet) as phases:
@@ -162,6 +167,17 @@ def run(
             _print_summary(summary, folder, None if problem else page, models_here=cloud is None)
         if problem is not None:
             raise problem
+
+
+def _show_plan(job: "Job") -> None:
+    """What a run would do, beside the keys: on stderr, so that stdout is the job."""
+    from rich.console import Console
+
+    from fleetfit.cli.plan import print_plan
+    from fleetfit.plan import make_plan
+
+    sys.stdout.flush()
+    print_plan(make_plan(job, estimate=False), Console(stderr=True, highlight=False, markup=False, emoji=False))
 
 
 def _opening(folder: Path) -> str:

@@ -118,3 +118,46 @@ def test_an_edge_that_the_job_does_not_know_needs_devices(load: Any) -> None:
     fleet, job = load({"edges": [{"name": "small", "devices": [{"name": "kitchen"}]}]})
     with pytest.raises(ValueError, match=r"edges\.0\.devices\.0\.storage_limit must be given: .* 'kitchen'"):
         devices_of(fleet, job)
+
+
+# -- an inventory -----------------------------------------------------------------------------------------------------
+
+INVENTORY = (
+    "Hostname;Storage (KB);RAM (MB);Latency (ms);Profile;Edge;Data\n"
+    "till-1;300;64;50;raspberry-pi-4;small;/srv/till\n"
+    "till-2;500;;;;small;/srv/till\n"
+    "gate;2000;;;;large;/srv/gate\n"
+)
+
+
+def test_an_inventory_names_the_devices_of_all_edges(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "devices.csv").write_text(INVENTORY)
+    fleet, job = load({"inventory": "devices.csv", "edges": [{"name": "small"}, {"name": "large"}]})
+    here, devices = devices_of(fleet, job)
+    limits = {c: [(a.device_id, a.storage_limit_bytes) for a in m] for c, m in devices.items()}
+    assert limits == {"small": [("till-1", 300_000), ("till-2", 500_000)], "large": [("gate", 2_000_000)]}
+    assert [d.data for edge in fleet.edges for d in edge.devices] == ["/srv/till", "/srv/till", "/srv/gate"]
+    first = devices["small"][0]
+    assert first.memory_limit_bytes == 64_000_000
+    assert first.latency is not None
+    assert first.latency.seconds == pytest.approx(0.05)
+    assert fleet_of(here) == devices  # so the job of the kits says the same, names included
+
+
+@pytest.mark.parametrize(
+    ("edges", "told"),
+    [
+        ([{"name": "small"}], "the cluster of 'gate' must be the name of an edge of"),
+        (
+            [{"name": "small", "devices": [{"storage_limit": 5}]}, {"name": "large"}],
+            "edges.devices must be left out of 'small'",
+        ),
+    ],
+)
+def test_an_inventory_that_does_not_go_with_the_edges(
+    load: Any, tmp_path: Path, edges: list[dict[str, Any]], told: str
+) -> None:
+    (tmp_path / "devices.csv").write_text(INVENTORY)
+    with pytest.raises(ValueError, match="devices") as error:
+        load({"inventory": "devices.csv", "edges": edges})
+    assert told in str(error.value)
