@@ -99,8 +99,12 @@ class SimulatedNodes:
     def __enter__(self) -> "SimulatedNodes":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None and self._temporary is not None:
+                self.progress("Ray", 0, 0, "waiting for Ray's processes to end")
+        finally:
+            self.close()
 
     def push_messages(self, messages: Iterable[FlowerMessage]) -> Iterable[str]:
         """Send messages, as Flower's ``Grid`` does.
