@@ -50,6 +50,17 @@ def test_mlflow_keeps_its_files_in_the_run_folder(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "run" / "tracking").is_dir()
 
 
+def test_a_run_that_fails_does_not_stay_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    fields = tiny_fields(tmp_path / "cache", data={"edge_share": 0.0005})
+    fields["run"]["track"] = "mlflow"
+    with pytest.raises(ValueError, match="edge_share"):
+        fleetfit.run(fields, tmp_path / "run")
+    (found,) = mlflow.search_runs(experiment_names=["fleetfit"], output_format="list")
+    assert found.info.status == "FAILED"
+
+
 class Fake:
     def __init__(self, job: Job, out: Path) -> None:
         self.values: dict[str, float] = {}
@@ -58,7 +69,7 @@ class Fake:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.values |= values
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.closed = True
 
 

@@ -27,8 +27,8 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Keep some numbers of one step."""
 
-    def close(self) -> None:
-        """The run is over."""
+    def close(self, failed: bool) -> None:
+        """The run is over, or has failed or been stopped."""
 
 
 class _TensorBoard:
@@ -42,7 +42,7 @@ class _TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.writer.close()
 
 
@@ -61,8 +61,8 @@ class _MLflow:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.mlflow.log_metrics({_plain(name): value for name, value in values.items()}, step=step)
 
-    def close(self) -> None:
-        self.mlflow.end_run()
+    def close(self, failed: bool) -> None:
+        self.mlflow.end_run("FAILED" if failed else "FINISHED")
 
 
 class _Trackio:
@@ -76,7 +76,7 @@ class _Trackio:
     def log(self, values: Mapping[str, float], step: int) -> None:
         self.trackio.log(dict(values), step=step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         self.trackio.finish()
 
 
@@ -144,9 +144,9 @@ class Tracked:
     def _log(self, values: Mapping[str, float], step: int) -> None:
         self._try(lambda: self.tracker.log(values, step) if self.tracker else None)
 
-    def close(self) -> None:
-        """The run is over, or has failed."""
-        self._try(lambda: self.tracker.close() if self.tracker else None)
+    def close(self, failed: bool) -> None:
+        """The run is over, or has failed or been stopped."""
+        self._try(lambda: self.tracker.close(failed) if self.tracker else None)
 
     def _try(self, work: Callable[[], Any]) -> None:
         try:
@@ -181,7 +181,9 @@ def tracking(job: Job, out: Path, progress: Progress) -> Iterator[Tracked]:
         except Exception as error:
             progress("tracking", 0, 0, f"run.track = {job.run.track!r}: {_words(error)}; the run goes on without")
     tracked = Tracked(job.run.track, tracker, progress)
+    failed = True
     try:
         yield tracked
+        failed = False
     finally:
-        tracked.close()
+        tracked.close(failed)
