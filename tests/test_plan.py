@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 import fleetfit
 from fleetfit.cli import app
 from fleetfit.config import make_job
-from fleetfit.plan import Plan, _Enough, _Watch, make_plan
+from fleetfit.estimates import Enough, Watch
+from fleetfit.plan import Plan, make_plan
 
 
 def job_of(tmp_path: Path, **changed: Any) -> Any:
@@ -96,14 +97,14 @@ def test_every_phase_is_estimated(tmp_path: Path) -> None:
 
 def test_a_watch_ends_what_takes_long_and_counts_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
-    monkeypatch.setattr("fleetfit.plan.time.perf_counter", lambda: now[0])
-    watch = _Watch()
+    monkeypatch.setattr("fleetfit.estimates.time.perf_counter", lambda: now[0])
+    watch = Watch()
     now[0] += 5.0  # what comes before the first step
     for step in range(1, 100):
         now[0] += 3.0 if step == 1 else 0.25
         try:
             watch(step, 1000, "")
-        except _Enough:
+        except Enough:
             break
     assert step == 5  # at least four, then as soon as the time is over
     assert watch.seconds() == pytest.approx(8.0 + 0.25 * 1000)
