@@ -6,7 +6,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from pydantic import Field
+from torch import Tensor
 
 from fleetfit.config import Job
 from fleetfit.data.augmentation import Augmentation
@@ -429,5 +431,12 @@ def cut_and_specialise(
         shape=shape,
         labels=public.train.label_names,
         header=model.header.spec,
+        class_shares=class_shares(public.train.labels, num_classes),
         tensors=tensors_of(model),
     )
+
+
+def class_shares(labels: Int[Tensor, " sample"], num_classes: int) -> tuple[float, ...]:
+    """Shares of the classes, none of them 0: each class counts one sample more than there are."""
+    counts = torch.bincount(labels, minlength=num_classes).double() + 1.0
+    return tuple((counts / counts.sum()).tolist())

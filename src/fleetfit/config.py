@@ -164,8 +164,19 @@ class DataConfig(Section):
     edge_share: Share = Field(0.08, description="edges' shared sets together; the rest is the devices' private data")
     validation_share: float = Field(0.2, gt=0, lt=1, description="cut from each training side, to make all choices on")
     device_test_share: Share = Field(0.3, description="a device's private test split, for reporting only")
-    split: Literal["iid", "classes", "dirichlet", "natural"] = Field(
-        "classes", description="among devices; natural: the samples of one user to one device"
+    split: Literal["iid", "classes", "dirichlet", "natural", "groups"] = Field(
+        "classes",
+        description="among devices; natural: the samples of one user to one device; groups: hidden groups of devices, "
+        "each with classes of its own",
+    )
+    groups: int = Field(4, ge=1, description='hidden groups of each cluster, with split = "groups" or a shift')
+    shift: Literal["none", "labels", "inputs"] = Field(
+        "none",
+        description="what hidden groups have otherwise than the first. labels: pairs of classes mean each other; "
+        "inputs: images are turned, inverted or otherwise coloured, texts are misspelt",
+    )
+    unlabelled_share: Share = Field(
+        0.0, description="of each device's training samples, whose labels are taken away: for refine.unlabelled"
     )
     classes_per_device: int = Field(5, ge=1, description='with split = "classes"')
     alpha: float = Field(0.5, gt=0, description='with split = "dirichlet"')
@@ -406,28 +417,38 @@ class HeaderConfig(Section):
 class RefineConfig(Section):
     """Phase 2-2, between each edge and its devices."""
 
-    rounds: Steps = Field(2, le=10_000, description="T")
-    epochs: Steps = Field(10, le=100_000, description="local epochs a round")
+    rounds: Steps = Field(10, le=10_000, description="T, the most rounds of training and averaging")
+    settle: bool = Field(
+        True, description="end the rounds when the pooled validation loss has settled; else all are done"
+    )
+    epochs: Steps = Field(10, le=100_000, description="local epochs of the first round, and of fine-tuning alone")
+    later_epochs: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
+        3, description="local epochs of each later round; left out in a preset: as the first"
+    )
     batch_size: Steps = Field(16, le=10**6)
-    learning_rate: float = Field(3e-3, gt=0, le=1e3)
+    learning_rate: float = Field(5e-3, gt=0, le=1e3)
     exchange: Literal["weights", "importance"] = Field("weights", description="what is aggregated by similarity")
-    similarity: Literal["calibrated", "wasserstein", "js", "average", "alone"] = "calibrated"
+    similarity: Literal["updates", "labels", "calibrated", "wasserstein", "js", "average", "alone", "oracle"] = Field(
+        "updates",
+        description="whom a device's average is made of. updates: groups found from the header changes; labels: cosine "
+        "of class counts, which devices then send; the next three: the paper's, of features; oracle: the hidden groups "
+        "of a simulated fleet",
+    )
     temperature: float = Field(0.5, gt=0, le=1e6, description="tau of the calibrated similarity")
     sketch: Literal["samples", "sliced"] = Field("samples", description="what a device shows of its features")
     sketch_samples: Annotated[int, Field(ge=2, le=100_000)] = 24
     fine_tune: bool = Field(False, description="one more local round after the last aggregation")
-    anchor: float = Field(0.1, ge=0, le=1e6, description="mu, pull to the shipped header; 0 = free")
+    anchor: float = Field(0.0, ge=0, le=1e6, description="mu, pull to the shipped header; 0 = free")
     class_prior: bool = Field(True, description="empirical-Bayes class prior in the last bias")
-    prior_power: float = Field(
-        1.0, gt=0, le=1, description="power of a device's class counts in it; below 1 for few samples of many classes"
+    prior_estimate: Literal["support", "dirichlet"] = Field(
+        "support",
+        description="of a device's class shares: a number of the classes that it has, and those alike; or all classes, "
+        "as the public data has them. What either needs is chosen by pooled validation",
     )
-    prior_shares: Literal["edge", "uniform"] = Field(
-        "edge", description="the cluster's class shares in it: those of the edge's shared set, or all alike"
-    )
-    prior_scoring: Literal["training", "leave_one_out"] = Field(
-        "training",
-        description="what it counts while ways to ship are compared: the training split; or all samples but the one "
-        "that is scored, as what ships counts all",
+    unlabelled: bool = Field(
+        False,
+        description="use a device's inputs without labels too: its class prior is re-estimated on them, where the "
+        "pooled validation says that this helps",
     )
     balanced_training: bool = Field(
         True, description="with class_prior: train with the prior in the logits, so that weights need not learn it"
@@ -441,7 +462,16 @@ class RefineConfig(Section):
     @property
     def shows_sketch(self) -> bool:
         """Whether the edge compares devices by their sketches."""
-        return self.similarity not in ("alone", "average")
+        return self.similarity in ("calibrated", "wasserstein", "js")
+
+    def epochs_of(self, number: int) -> int:
+        """Local epochs of the n-th round."""
+        return self.epochs if number == 1 or self.later_epochs is None else self.later_epochs
+
+    @property
+    def scores_importance(self) -> bool:
+        """Whether devices send importance sets: something is dropped by them, or they are all that is sent."""
+        return self.prune_share > 0 or self.exchange == "importance"
 
 
 class PrivacyConfig(Section):

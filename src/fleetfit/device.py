@@ -15,6 +15,7 @@ from typing import ClassVar, TypeVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from fleetfit.bounds import MAX_LOSS, FewLines, check_values
 from fleetfit.config import RefineConfig
@@ -38,7 +39,7 @@ from fleetfit.messages import (
     put,
     take,
 )
-from fleetfit.method.aggregation import class_prior, tempered_counts
+from fleetfit.method.class_prior import class_prior, label_shift, support_prior
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
@@ -49,6 +50,7 @@ from fleetfit.models.pruning import apply_masks, extract, prunable_layers
 from fleetfit.privacy import DevicePrivacy, personal_without_noise
 from fleetfit.randomness import named_generator
 from fleetfit.records import (
+    NO_SCORES,
     ONE_CLASS_NOTE,
     BackboneShape,
     DeviceAttributes,
@@ -56,6 +58,7 @@ from fleetfit.records import (
     HeaderSpec,
     JsonDict,
     ValidationScores,
+    Way,
 )
 from fleetfit.refinement import (
     SKETCH_PROJECTIONS,
@@ -64,23 +67,25 @@ from fleetfit.refinement import (
     importance_shapes,
     nothing_to_drop,
     train_header,
-    ways_to_ship,
     with_dropped_as_shipped,
     worse_than_sent,
 )
+from fleetfit.shipping import ways_to_ship
 from fleetfit.training import predict, score
 
 M = TypeVar("M", bound=Message)
 log = logging.getLogger(__name__)
 log.addFilter(FewLines())
 TRAINING_PRIOR_STRENGTH = 3.0
+BETWEEN = {"quarter": 0.25, "half": 0.5}  # how far from the coarse to the refined header
 
 
 class DeviceMemory(Message):
     """What a device keeps between messages, savable as it is.
 
     Tensors: ``backbone.*``, ``features.<split>.*`` (computed once), ``coarse.*`` (the header as sent), ``header.*``
-    (now), ``kept.<layer>`` (neurons not dropped), ``shipped.*`` (the header at the end).
+    (after its last training), ``refined.*`` (what the edge made for it, last), ``local.*`` (never met another's),
+    ``kept.<layer>`` (neurons not dropped), ``shipped.*`` (the header at the end).
     """
 
     kind: ClassVar[str] = "device_memory"
@@ -225,7 +230,12 @@ def _receive(
         tensors |= put(f"features.{name}", {"output": features.output, "penultimate": features.penultimate})
         if features.mask is not None:
             tensors[f"features.{name}.mask"] = features.mask
-    tensors |= put("coarse", coarse) | put("header", coarse)
+    if state.data.unlabelled is not None and message.refine.unlabelled and len(state.data.unlabelled):
+        features = (run or _run)(backbone, state.data.unlabelled)
+        tensors |= put("features.unlabelled", {"output": features.output, "penultimate": features.penultimate})
+        if features.mask is not None:
+            tensors["features.unlabelled.mask"] = features.mask
+    tensors |= put("coarse", coarse) | put("header", coarse) | put("refined", coarse)
     masks = {n: torch.ones(layer.num_neurons, dtype=torch.bool) for n, layer in prunable_layers(header).items()}
     memory = memory.model_copy(update={"tensors": tensors | put("kept", masks)})
     scores = _validation(memory, header, state.data)
@@ -245,37 +255,60 @@ def _unchanged(state: DeviceState, message: DeviceMessage) -> tuple[DeviceMemory
             tensors |= put("header", coarse)
         return memory, RoundReply(step=message.step, tensors=tensors, scores=nothing)
     if isinstance(message, Propose):
-        return memory, ProposeReply(step=message.step, scores=dict.fromkeys(ways_to_ship(memory.refine), nothing))
+        losses = torch.zeros(len(ways_to_ship(memory.refine, len(memory.labels), private=True)))
+        return memory, ProposeReply(step=message.step, num_samples=0, tensors={"losses": losses})
     return _reported(state, _header(memory, coarse), None, message.step, ())
 
 
 def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, RoundReply]:
-    """Take the personal tensors, train the header on private data, score its neurons."""
+    """Take the personal tensors and score them, train the header on private data, score its neurons."""
     memory = _take_personal(state.memory, message.tensors, message.round - 1)
-    header = _header(memory, take(memory.tensors, "header"))
+    header = _header(memory, take(memory.tensors, "refined"))
+    prior = _training_prior(memory, state.data)
+    came = _validation(memory, header, state.data, prior)
+    average = NO_SCORES
+    if whole := take(message.tensors, "average"):
+        average = _validation(memory, _header(memory, whole), state.data, prior)
     during = _train_round(header, memory, state, message.round, together=True)
     features, labels = _features(memory, "train"), state.data.train.labels
-    tensors = put("importance", importance_set(header, features, labels, memory.refine, during))
+    tensors: dict[str, Tensor] = {}
+    if memory.refine.scores_importance:
+        tensors = put("importance", importance_set(header, features, labels, memory.refine, during))
     own = _detached(header)
     if memory.refine.exchange == "weights":
         kept, coarse = take(memory.tensors, "kept"), take(memory.tensors, "coarse")
         tensors |= put("header", with_dropped_as_shipped(header, own, kept, coarse))
-    memory = memory.model_copy(update={"tensors": memory.tensors | put("header", own)})
-    return memory, RoundReply(step=message.step, tensors=tensors, scores=_validation(memory, header, state.data))
+    memory = memory.model_copy(update={"tensors": memory.tensors | put("header", own) | put("refined", own)})
+    scores = _validation(memory, header, state.data)
+    return memory, RoundReply(step=message.step, tensors=tensors, scores=scores, came=came, average=average)
 
 
 def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, ProposeReply]:
-    """Take the last personal tensors; score every way to ship on the validation split."""
+    """Take the last personal tensors; score every way to ship on the validation split.
+
+    Logits are computed once a header; a way's prior counts all of the device's samples but the one that is scored, as
+    what ships counts all.
+    """
     memory = _settled(state, message.tensors)
-    headers = {
-        "coarse": _header(memory, take(memory.tensors, "coarse")),
-        "refined": _header(memory, take(memory.tensors, "header")),
-    }
-    ways: dict[str, ValidationScores] = {}
-    for way, (name, strength) in ways_to_ship(memory.refine).items():
-        prior = None if strength is None else _scored_prior(memory, state.data, strength)
-        ways[way] = _validation(memory, headers[name], state.data, prior)
-    return memory, ProposeReply(step=message.step, scores=ways)
+    ways = ways_to_ship(memory.refine, len(memory.labels), state.privacy is not None)
+    labels = state.data.validation.labels
+    losses = torch.zeros(len(ways))
+    if len(labels):
+        logits_of: dict[str, Tensor] = {}
+        priors: dict[tuple[float | None, float | None], Tensor] = {}
+        for i, way in enumerate(ways):
+            if way.header not in logits_of:
+                logits_of[way.header] = _logits(memory, _header_of(memory, way), state.data.validation, "validation")
+            logits = logits_of[way.header] / way.temperature
+            if way.prior_strength is not None:
+                key = way.prior_strength, way.prior_classes
+                if key not in priors:
+                    priors[key] = _left_out_priors(memory, state.data, way)
+                logits = logits + _shifted(memory, state, way, priors[key])[labels]
+            loss = float(cross_entropy(logits, labels))
+            # What others' weights do to a header here is no reason to be refused.
+            losses[i] = len(labels) * (min(loss, MAX_LOSS) if not math.isnan(loss) else MAX_LOSS)
+    return memory, ProposeReply(step=message.step, num_samples=len(labels), tensors={"losses": losses})
 
 
 def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishReply]:
@@ -284,27 +317,28 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
     What is clearly worse than the coarse model on the device's own validation samples is not shipped, whatever the
     cluster decided: others may lie, or have quite other data.
     """
-    memory, data = state.memory, state.data
+    memory, data, way = state.memory, state.data, message.way
     if memory.step < message.step - 1:  # it missed the proposal
         memory = _settled(state, message.tensors)
+    if not take(memory.tensors, "local"):
+        memory = _with_local(memory, state)
     coarse = _header(memory, take(memory.tensors, "coarse"))
-    if message.header == "refined":
-        header = _header(memory, take(memory.tensors, "header"))
+    header = _header_of(memory, way)
+    if way.header in ("refined", "own"):
         header = extract(header, take(memory.tensors, "kept"))
-    else:
-        header = _header(memory, take(memory.tensors, "coarse"))
-    if message.prior_strength is not None:
-        counts = _counts(data.train, len(memory.labels)) + _counts(data.validation, len(memory.labels))
-        with torch.no_grad():
-            header.last_linear.bias.add_(_prior(memory, counts, message.prior_strength))
+    with torch.no_grad():
+        last = header.last_linear
+        last.weight.div_(way.temperature)
+        last.bias.div_(way.temperature)
+        if way.prior_strength is not None:
+            prior = _prior(memory, _all_counts(memory, data), way)[None]
+            last.bias.add_(_shifted(memory, state, way, prior)[0])
     notes: tuple[str, ...] = ()
     features, labels = _features(memory, "validation"), data.validation.labels
     if told := worse_than_sent(coarse, header, features, labels):
         log.warning("device %s ships the model as it was sent: %s", state.attributes.device_id, told)
         header, notes = coarse, (f"shipped as it was sent: {told}",)
-    local = _header(memory, take(memory.tensors, "coarse"))
-    for number in range(1, memory.refine.rounds + memory.refine.fine_tune + 1):
-        _train_round(local, memory, state, number, together=False)
+    local = _header(memory, take(memory.tensors, "local"))
     return _reported(replace(state, memory=memory), header, local, message.step, notes)
 
 
@@ -403,20 +437,34 @@ def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor], times: i
     if not tensors:
         return memory
     tensors = personal_without_noise(tensors, take(memory.tensors, "coarse"))
-    header = _header(memory, take(tensors, "header") or take(memory.tensors, "header"))
-    kept = drop_least_important(header, take(tensors, "importance"), take(memory.tensors, "kept"), memory.refine, times)
-    apply_masks(header, kept)
-    return memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header)) | put("kept", kept)})
+    header = _header(memory, take(tensors, "header") or take(memory.tensors, "refined"))
+    kept = take(memory.tensors, "kept")
+    if importance := take(tensors, "importance"):
+        kept = drop_least_important(header, importance, kept, memory.refine, times)
+        apply_masks(header, kept)
+    return memory.model_copy(update={"tensors": memory.tensors | put("refined", _detached(header)) | put("kept", kept)})
 
 
 def _settled(state: DeviceState, tensors: Mapping[str, Tensor]) -> DeviceMemory:
-    """The memory after the last personal tensors, and the last fine-tuning if there is one: what could be shipped."""
+    """The memory after the last personal tensors, the last fine-tuning if there is one, and training alone."""
     memory = _take_personal(state.memory, tensors, state.memory.refine.rounds)
     if memory.refine.fine_tune:
-        header = _header(memory, take(memory.tensors, "header"))
+        header = _header(memory, take(memory.tensors, "refined"))
         _train_round(header, memory, state, memory.refine.rounds + 1, together=True)
-        memory = memory.model_copy(update={"tensors": memory.tensors | put("header", _detached(header))})
-    return memory
+        memory = memory.model_copy(update={"tensors": memory.tensors | put("refined", _detached(header))})
+    return _with_local(memory, state)
+
+
+def _with_local(memory: DeviceMemory, state: DeviceState) -> DeviceMemory:
+    """The memory with a header that was fine-tuned here alone: as in the first round, or as in all where all are done.
+
+    Neither prior, anchor nor others' weights: plain fine-tuning, on the batches of the rounds.
+    """
+    refine = memory.refine
+    header = _header(memory, take(memory.tensors, "coarse"))
+    for number in range(1, 2 if refine.settle else refine.rounds + refine.fine_tune + 1):
+        _train_round(header, memory, state, number, together=False)
+    return memory.model_copy(update={"tensors": memory.tensors | put("local", _detached(header))})
 
 
 def _train_round(
@@ -425,9 +473,7 @@ def _train_round(
     """One round on private data; alone (not together) it is plain fine-tuning on the same batches."""
     refine = memory.refine
     device_id = state.attributes.device_id
-    offset = None
-    if together and refine.class_prior and refine.balanced_training:
-        offset = _prior(memory, _counts(state.data.train, len(memory.labels)), TRAINING_PRIOR_STRENGTH)
+    balanced = together and refine.balanced_training
     return train_header(
         header,
         _features(memory, "train"),
@@ -435,35 +481,76 @@ def _train_round(
         refine,
         named_generator(memory.seed, "device", device_id, "round", number),
         f"device {device_id}, round {number} (refine.learning_rate)",
+        epochs=refine.epochs_of(number),
         anchor=take(memory.tensors, "coarse") if together else None,
         kept=take(memory.tensors, "kept") if together else None,
-        offset=offset,
+        offset=_training_prior(memory, state.data) if balanced else None,
     )
 
 
-def _prior(memory: DeviceMemory, counts: Tensor, strength: float) -> Tensor:
-    counts = tempered_counts(counts, memory.refine.prior_power)
-    return class_prior(counts, moved(torch.tensor(memory.class_shares), counts.device), strength)
+def _header_of(memory: DeviceMemory, way: Way) -> Header:
+    """The header of a way to ship, without its temperature and prior."""
+    if way.header in BETWEEN:
+        coarse, refined = take(memory.tensors, "coarse"), take(memory.tensors, "refined")
+        share = BETWEEN[way.header]
+        between = {n: t.lerp(refined[n], share) if t.is_floating_point() else t for n, t in coarse.items()}
+        return _header(memory, between)
+    return _header(memory, take(memory.tensors, "header" if way.header == "own" else way.header))
 
 
-def _scored_prior(memory: DeviceMemory, data: Split, strength: float) -> Tensor:
-    """The prior under which a way to ship is scored on the validation split; one for each sample if it is left out."""
-    training = _counts(data.train, len(memory.labels))
-    if memory.refine.prior_scoring == "training":
-        return _prior(memory, training, strength)
-    labels = data.validation.labels
-    counts = training + _counts(data.validation, len(memory.labels))
-    priors = counts.new_zeros(len(counts), len(counts))
-    for label in set(labels.tolist()):
-        left_out = counts.clone()
-        left_out[label] -= 1
-        priors[label] = _prior(memory, left_out, strength)
-    return priors[labels]
+def _shares(memory: DeviceMemory, like: Tensor) -> Tensor:
+    return moved(torch.tensor(memory.class_shares, dtype=like.dtype), like.device)
+
+
+def _all_counts(memory: DeviceMemory, data: Split) -> Tensor:
+    return _counts(data.train, len(memory.labels)) + _counts(data.validation, len(memory.labels))
+
+
+def _prior(memory: DeviceMemory, counts: Tensor, way: Way) -> Tensor:
+    """log p - log q of a way, for one or many rows of counts."""
+    assert way.prior_strength is not None, "only ways with a prior have one"
+    if way.prior_classes is None:
+        return class_prior(counts, _shares(memory, counts), way.prior_strength)
+    return support_prior(counts, _shares(memory, counts), way.prior_strength, way.prior_classes)
+
+
+def _training_prior(memory: DeviceMemory, data: Split) -> Tensor | None:
+    """What is added to logits in training and while rounds are scored, before anything was chosen."""
+    if not memory.refine.class_prior:
+        return None
+    counts = _counts(data.train, len(memory.labels))
+    return class_prior(counts, _shares(memory, counts), TRAINING_PRIOR_STRENGTH)
+
+
+def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:
+    """Row c: the prior from all samples of the device but one of class c. [class class]"""
+    counts = _all_counts(memory, data)
+    left_out = (counts - torch.eye(len(counts), device=counts.device)).clamp(min=0)
+    return _prior(memory, left_out, way)
+
+
+def _shifted(memory: DeviceMemory, state: DeviceState, way: Way, priors: Tensor) -> Tensor:
+    """The priors, re-estimated on the device's inputs without labels where the way says so and there are any."""
+    features = take(memory.tensors, "features.unlabelled")
+    if way.shift_strength is None or not features:
+        return priors
+    inputs = Features(**features)
+    header = _header_of(memory, way)
+    with torch.no_grad():
+        logits = header(inputs) / way.temperature
+    shares = _shares(memory, logits)
+    # What one left-out label changes in what inputs say is small beside what it changes in the counts.
+    moved_by = label_shift(logits, priors.mean(0), shares, way.shift_strength) - priors.mean(0)
+    return priors + moved_by
 
 
 def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:
     """What the edge compares devices by: some [CLS] features, or quantiles of all of them on shared directions."""
     refine = memory.refine
+    if refine.similarity == "labels":
+        return {"sketch.counts": _counts(state.data.train, len(memory.labels)).cpu()}
+    if not refine.shows_sketch:
+        return {}
     features = _features(memory, "train").output[:, 0].cpu()  # like the edge, which compares them
     order = torch.randperm(len(features), generator=named_generator(memory.seed, "sketch", state.attributes.device_id))
     features = features[order]
@@ -487,8 +574,7 @@ def _sums(
 ) -> ValidationScores:
     if len(samples) == 0:
         return ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
-    features = _features(memory, split)
-    logits = predict(lambda rows: header(features.rows(rows)), len(samples), torch_device=samples.labels.device)
+    logits = _logits(memory, header, samples, split)
     logits = logits if prior is None else logits + prior
     result = score(logits, samples.labels)
     # What others' weights do to a header here is no reason to be refused.
@@ -498,6 +584,11 @@ def _sums(
         loss_sum=loss * len(samples),
         num_correct=round(result.accuracy * len(samples)),
     )
+
+
+def _logits(memory: DeviceMemory, header: Header, samples: Samples, split: str) -> Tensor:
+    features = _features(memory, split)
+    return predict(lambda rows: header(features.rows(rows)), len(samples), torch_device=samples.labels.device)
 
 
 def _test_accuracy(memory: DeviceMemory, header: Header, data: Split) -> float | None:

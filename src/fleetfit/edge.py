@@ -1,16 +1,13 @@
-"""The edge: searches the header on its shared set, weighs how alike devices are, aggregates, guards what is shipped."""
+"""The edge before its rounds: the header that it searches on its shared set, and what its devices are sent."""
 
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
-from fleetfit.config import Job, RefineConfig
+from fleetfit.config import Job
 from fleetfit.data.augmentation import Augmentation, is_images, views_of
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
@@ -22,31 +19,16 @@ from fleetfit.messages import (
     BackboneAssignment,
     ClusterStats,
     CoarseModel,
-    CoarseReply,
     Message,
-    ProposeReply,
-    RoundReply,
     put,
     take,
-)
-from fleetfit.method.aggregation import aggregate, alone_weights, average_weights, unit_sum
-from fleetfit.method.privacy import clearly_lowest, noise_of_sum
-from fleetfit.method.robust import FACTOR, shortened, vote
-from fleetfit.method.similarity import (
-    calibrated_weights,
-    distance_matrix,
-    js_divergence,
-    self_distances,
-    similarity_weights,
-    sliced_wasserstein,
-    wasserstein,
 )
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.elastic import Backbone, backbone_from_state
 from fleetfit.models.features import Features, concatenated
 from fleetfit.models.header import build_header, header_from_state
 from fleetfit.randomness import derive_seed, named_generator
-from fleetfit.records import Fault, HeaderSpec, HeaderTrial, JsonDict, ValidationScores
+from fleetfit.records import Fault, HeaderSpec, HeaderTrial, JsonDict
 from fleetfit.refinement import nothing_to_drop
 
 ProgressOf = Callable[[int, int, str], None]
@@ -60,35 +42,6 @@ class HeaderResult(Message):
     header: HeaderSpec
     trials: tuple[HeaderTrial, ...]
     history: tuple[JsonDict, ...] = ()
-
-
-class EdgeState(Message):
-    """What the edge knows between rounds.
-
-    Tensors: ``<device>/importance.*`` and ``<device>/header.*``, personal; ``<device>/sketch.*``, as it came.
-    """
-
-    kind: ClassVar[str] = "edge_state"
-    round: int = 0
-    devices: tuple[str, ...] = Field(
-        (), description="those that have the coarse model: rows and columns of what follows"
-    )
-    distance: tuple[tuple[float, ...], ...] = ()
-    weights: tuple[tuple[float, ...], ...] = ()
-    scores: ValidationScores = Field(description="the cluster's pooled validation scores when this state was made")
-    faults: tuple[Fault, ...] = Field((), description="of this round")
-
-
-class Decision(Message):
-    """How the cluster ships, and the pooled validation loss (nats a sample) of every way it could."""
-
-    kind: ClassVar[str] = "decision"
-    header: Literal["coarse", "refined"]
-    prior_strength: float | None = None
-    loss_by_way: dict[str, float] = Field(default_factory=dict)
-    devices: tuple[str, ...] = Field((), description="those that had a voice in it")
-    joined: tuple[str, ...] = Field((), description="those that got the coarse model in this step")
-    faults: tuple[Fault, ...] = ()
 
 
 class LiveFeatures:
@@ -207,12 +160,10 @@ def too_small(job: Job, assignment: BackboneAssignment, stats: ClusterStats) -> 
     }
 
 
-def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, data: Split, step: int) -> CoarseModel:
+def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, step: int) -> CoarseModel:
     """What every device of the cluster is sent."""
-    labels = torch.cat([data.train.labels, data.validation.labels])
-    counts = torch.bincount(labels, minlength=len(assignment.labels)).double() + 1.0
-    if job.refine.prior_shares == "uniform":
-        counts = torch.ones_like(counts)
+    num_classes = len(assignment.labels)
+    shares = assignment.class_shares or (1 / num_classes,) * num_classes
     return CoarseModel(
         step=step,
         family=assignment.family,
@@ -222,7 +173,7 @@ def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, 
         header=found.header,
         refine=job.refine,
         seed=job.seed,
-        class_shares=tuple((counts / counts.sum()).tolist()),
+        class_shares=shares,
         tensors=found.tensors,
     )
 
@@ -233,208 +184,3 @@ def pruning_note(job: Job, assignment: BackboneAssignment, found: HeaderResult) 
         shape = Backbone(assignment.family, assignment.config).feature_shape
         header = build_header(found.header, shape, len(assignment.labels))
     return nothing_to_drop(header, job.refine)
-
-
-def pooled(scores: Sequence[ValidationScores]) -> ValidationScores:
-    """Several devices' scores as one."""
-    return ValidationScores(
-        num_samples=sum(s.num_samples for s in scores),
-        loss_sum=sum(s.loss_sum for s in scores),
-        num_correct=sum(s.num_correct for s in scores),
-    )
-
-
-def weigh_devices(
-    refine: RefineConfig, sketches: Sequence[Mapping[str, Tensor]]
-) -> tuple[Float[Tensor, "device peer"], Float[Tensor, "device peer"]]:
-    """How alike devices are: (distances, weights of Eq. 21), both [device, peer].
-
-    With one device, or for alone and average, nothing is measured and the distances are 0.
-    """
-    number = len(sketches)
-    if refine.similarity == "alone" or number == 1:
-        return torch.zeros(number, number), alone_weights(number)
-    if refine.similarity == "average":
-        return torch.zeros(number, number), average_weights(number)
-    whole = [sketch["all"] for sketch in sketches]
-    if refine.similarity == "js":
-        distance = distance_matrix(whole, lambda a, b: js_divergence(a, b, JS_BINS))
-        return distance, similarity_weights(distance)
-    measure = sliced_wasserstein if refine.sketch == "sliced" else wasserstein
-    distance = distance_matrix(whole, measure)
-    if refine.similarity == "wasserstein":
-        return distance, similarity_weights(distance)
-    if refine.sketch == "sliced":
-        within = torch.tensor([measure(s["first"], s["second"]) for s in sketches], dtype=torch.float64)
-    else:
-        # A device with one sample cannot show its own noise; it takes the cluster's mean below.
-        within = self_distances([torch.cat([w, w]) if len(w) < 2 else w for w in whole], measure)
-    known = within[within > 0]
-    if len(known) == 0:
-        return distance, average_weights(number)
-    within = torch.where(within > 0, within, known.mean())
-    return distance, calibrated_weights(distance, within, refine.temperature)
-
-
-def first_state(refine: RefineConfig, replies: Mapping[str, CoarseReply]) -> EdgeState:
-    """What the edge knows after the devices have shown their sketches."""
-    return with_joined(refine, EdgeState(scores=pooled([r.scores for r in replies.values()])), replies, tuple(replies))
-
-
-def with_joined(
-    refine: RefineConfig, state: EdgeState, replies: Mapping[str, CoarseReply], order: Sequence[str]
-) -> EdgeState:
-    """The state with the devices that have got the coarse model just now; all are weighed again, in this order."""
-    if not replies:
-        return state
-    tensors = dict(state.tensors)
-    for device, reply in replies.items():
-        tensors |= put(f"{device}/sketch", take(reply.tensors, "sketch"))
-    devices = tuple(d for d in order if d in state.devices or d in replies)
-    distance, weights = weigh_devices(refine, [take(tensors, f"{d}/sketch") for d in devices])
-    return state.model_copy(
-        update={
-            "devices": devices,
-            "distance": tuple(tuple(row) for row in distance.tolist()),
-            "weights": tuple(tuple(row) for row in weights.tolist()),
-            "tensors": tensors,
-        }
-    )
-
-
-def weights_among(state: EdgeState, devices: Collection[str]) -> Float[Tensor, "device peer"]:
-    """Weights of these devices for each other, [device, peer]; where others are left out, rows sum to 1 again.
-
-    Who has never been weighed listens to itself.
-    """
-    weights = torch.tensor(state.weights, dtype=torch.float64)
-    if tuple(devices) == state.devices:
-        return weights
-    among = alone_weights(len(devices))
-    for row, device in enumerate(devices):
-        if device in state.devices:
-            own = weights[state.devices.index(device)]
-            known = {d: own[i] for i, d in enumerate(state.devices) if d in devices}
-            among[row] = torch.stack([known.get(d, torch.zeros_like(own[0])) for d in devices]) / sum(known.values())
-    return among
-
-
-def distance_among(state: EdgeState, devices: Collection[str]) -> tuple[tuple[float, ...], ...]:
-    """Distances of these devices, [device, peer]; 0 from and to who has never been weighed."""
-    place = {device: i for i, device in enumerate(state.devices)}
-    return tuple(
-        tuple(state.distance[place[a]][place[b]] if a in place and b in place else 0.0 for b in devices)
-        for a in devices
-    )
-
-
-def next_state(
-    state: EdgeState, replies: Mapping[str, RoundReply], sent: Mapping[str, Tensor] | None = None
-) -> EdgeState:
-    """Aggregate a round's replies for each device (Eq. 21): importance sets scaled to unit sum, weights as they are.
-
-    Only who replied is listened to. For who did not, what the edge knew before stays.
-
-    Args:
-        state: Before the round.
-        replies: Of the round.
-        sent: The coarse header, with ``members.robust``: changes to it are shortened to a multiple of the median one,
-            and who sent a longer one is named among the faults.
-    """
-    weights = weights_among(state, replies)
-    importance = aggregate(weights, [unit_sum(take(r.tensors, "importance")) for r in replies.values()])
-    headers: list[dict[str, Tensor]] = [{} for _ in replies]
-    sets = [take(r.tensors, "header") for r in replies.values()]
-    faults: tuple[Fault, ...] = ()
-    if all(sets):
-        if sent is not None:
-            sets, faults = _within_reason(sent, dict(zip(replies, sets, strict=True)), state.round + 1)
-        headers = aggregate(weights, sets)
-    tensors = dict(state.tensors)
-    for device, of_importance, of_header in zip(replies, importance, headers, strict=True):
-        tensors |= put(f"{device}/importance", of_importance) | put(f"{device}/header", of_header)
-    noise = noise_of_sum(weights, [r.noise for r in replies.values()])
-    if bool(noise.any()):
-        tensors |= {f"{device}/noise.header": of_device for device, of_device in zip(replies, noise, strict=True)}
-    return state.model_copy(
-        update={
-            "round": state.round + 1,
-            "tensors": tensors,
-            "scores": pooled([r.scores for r in replies.values()]),
-            "faults": faults,
-        }
-    )
-
-
-def _within_reason(
-    sent: Mapping[str, Tensor], sets: Mapping[str, Mapping[str, Tensor]], number: int
-) -> tuple[list[dict[str, Tensor]], tuple[Fault, ...]]:
-    """Header weights whose changes are not too long, and whose were."""
-    changes = [{name: t.double() - sent[name].double() for name, t in one.items()} for one in sets.values()]
-    changes, norms, most = shortened(changes)
-    kept, faults = [], []
-    for (device, one), change, norm in zip(sets.items(), changes, norms, strict=True):
-        if norm <= most:
-            kept.append(dict(one))
-            continue
-        kept.append({name: (sent[name].double() + change[name]).to(t.dtype) for name, t in one.items()})
-        reason = f"its header changed by {norm:.3g}, shortened to {most:.3g}: {FACTOR:g} times the cluster's median"
-        faults.append(Fault(device_id=device, step=f"round {number}", reason=reason, times=1, recovered=True))
-    return kept, tuple(faults)
-
-
-def personal(state: EdgeState, device: str) -> dict[str, Tensor]:
-    """The tensors addressed to one device; none if it has not finished a round yet."""
-    start, sketch = f"{device}/", f"{device}/sketch."
-    return {
-        name[len(start) :]: t
-        for name, t in state.tensors.items()
-        if name.startswith(start) and not name.startswith(sketch)
-    }
-
-
-def decide(refine: RefineConfig, replies: Mapping[str, ProposeReply], num_classes: int | None = None) -> Decision:
-    """Choose how the whole cluster ships, by validation loss pooled over its devices.
-
-    Given ``num_classes``, no single device decides it (``method.robust.vote``): a mean loss counts for at most twice
-    that of a guess among so many.
-
-    Choosing per device on a few samples is noise and loses. With the guard, refined headers ship only where they are no
-    worse than those sent; without it, always. Where no device has validation samples nothing speaks for a change, and
-    where scores are noised (``[privacy]``) only what stands out of the noise does. A way whose loss is not finite ships
-    nowhere: where no refined header has one that is, those sent ship, without the guard too.
-
-    Raises:
-        ValueError: no way has a finite loss.
-    """
-    ways = list(next(iter(replies.values())).scores)
-    total = {way: pooled([r.scores[way] for r in replies.values()]) for way in ways}
-    if total[ways[0]].num_samples == 0:
-        return Decision(header="coarse" if refine.guard else "refined")
-    loss = {way: s.loss_sum / s.num_samples for way, s in total.items()}
-    if num_classes is not None:
-        loss = dict(zip(ways, _votes(ways, replies, num_classes), strict=True))
-    loss = {way: nats for way, nats in loss.items() if math.isfinite(nats)}
-    if not loss:
-        raise ValueError(f"no way to ship has a finite validation loss ({', '.join(ways)})")
-    refined = [way for way in loss if way.startswith("refined")]
-    allowed = list(loss) if refine.guard else refined or list(loss)
-    # The refined way wins ties: it carries the same accuracy in fewer parameters.
-    best = min(allowed, key=lambda way: (loss[way], way.startswith("coarse")))
-    if noise := sum(r.noise**2 for r in replies.values()) ** 0.5 / total[ways[0]].num_samples:
-        best = clearly_lowest({way: loss[way] for way in allowed}, noise)
-    header, _, strength = best.partition("/")
-    return Decision(
-        header="coarse" if header == "coarse" else "refined",
-        prior_strength=float(strength) if strength else None,
-        loss_by_way=loss,
-    )
-
-
-def _votes(ways: Sequence[str], replies: Mapping[str, ProposeReply], num_classes: int) -> list[float]:
-    """The cluster's loss of each way; where losses are noised they are differences, and may be below 0."""
-    numbers = torch.tensor([float(r.scores[ways[0]].num_samples) for r in replies.values()])
-    losses = [[r.scores[way].loss_sum / max(r.scores[way].num_samples, 1) for way in ways] for r in replies.values()]
-    ceiling = 2 * math.log(max(num_classes, 2))
-    result: list[float] = vote(torch.tensor(losses, dtype=torch.float64), numbers, ceiling).tolist()
-    return result

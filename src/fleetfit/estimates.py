@@ -154,7 +154,7 @@ def measured(
     at("devices")
     distilled = job.model_copy(update={"header": job.header.model_copy(update={"search": "distilled"})})
     found = edge.find_header(distilled, sent[cluster], data.edges[cluster], limit, lambda *_: None)
-    coarse = edge.coarse_model(job, sent[cluster], found, data.edges[cluster], step=1)
+    coarse = edge.coarse_model(job, sent[cluster], found, step=1)
     seconds = _of_devices(job, kept, cluster, coarse, data.devices)
     yield PhaseEstimate(phase="refine", seconds=seconds, note=f"{sum(map(len, kept.values()))} devices, one by one")
     progress("estimate", 7, 7, "")

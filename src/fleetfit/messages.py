@@ -9,7 +9,7 @@ not from how a processor rounds: a figure that differs in its last digit on anot
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import safetensors.torch
 import torch
@@ -19,7 +19,9 @@ from torch import Tensor
 from fleetfit.bounds import FROM_DEVICE, OWN_FILE, Bounds, Header, read_header, tensors_of
 from fleetfit.config import RefineConfig
 from fleetfit.records import (
+    MAX_COUNT,
     MAX_SEED,
+    NO_SCORES,
     Above0,
     AbsentDevice,
     BackboneShape,
@@ -34,6 +36,7 @@ from fleetfit.records import (
     JsonDict,
     Record,
     ValidationScores,
+    Way,
 )
 
 FORMAT_VERSION = 1
@@ -44,7 +47,6 @@ MAX_KIND = 100  # characters
 MAX_PROBLEMS = 1000
 MAX_STEP = 10**6
 MAX_NOISE = 1e12
-MAX_PRIOR_STRENGTH = 1e6
 
 
 class Message(Record):
@@ -119,6 +121,7 @@ class BackboneAssignment(Request):
     shape: BackboneShape | None = Field(None, description="what was cut from the reference, for the model's card")
     labels: tuple[str, ...]
     header: HeaderSpec
+    class_shares: tuple[Above0, ...] = Field((), description="of the public data that it was trained on")
 
 
 # -- edge <-> device --------------------------------------------------------------------------------------------------
@@ -161,8 +164,9 @@ class AttributesRequest(DeviceMessage):
 class CoarseReply(DeviceReply):
     """Device to edge: a sketch of its features for Eq. 19, and how the coarse model does on its validation split.
 
-    Tensors: ``sketch.all``, [sample feature] or [quantile projection]; the latter also of two halves of the sample,
-    ``sketch.first`` and ``sketch.second``. Never inputs, never labels.
+    Tensors, where the similarity needs them: ``sketch.all``, [sample feature] or [quantile projection]; the latter also
+    of two halves of the sample, ``sketch.first`` and ``sketch.second``. Or ``sketch.counts``, [class], where a job has
+    labels sent. Never inputs.
     """
 
     kind: ClassVar[str] = "coarse_reply"
@@ -181,19 +185,24 @@ class CoarseModel(DeviceMessage):
     header: HeaderSpec
     refine: RefineConfig
     seed: int = Field(ge=0, le=MAX_SEED)
-    class_shares: tuple[Above0, ...] = Field(description="q, class shares of the edge's shared set, or all alike")
+    class_shares: tuple[Above0, ...] = Field(description="q, class shares of what the model was trained on")
 
 
 class RoundReply(DeviceReply):
     """Device to edge: ``importance.*`` and, where weights are exchanged, ``header.*`` after local training."""
 
     kind: ClassVar[str] = "round_reply"
-    scores: ValidationScores
+    scores: ValidationScores = Field(description="of its own header, right after training")
+    came: ValidationScores = Field(NO_SCORES, description="of the header that it was sent, with its class prior")
+    average: ValidationScores = Field(NO_SCORES, description="of the whole cluster's average, if that was sent too")
     noise: float = Field(0.0, ge=0, le=MAX_NOISE, description="standard deviation of the noise in header.*")
 
 
 class RefineRound(DeviceMessage):
-    """Edge to device: do one round. Tensors, once there are any: the personal ``importance.*`` and ``header.*``."""
+    """Edge to device: do one round. Tensors, once there are any: the personal ``importance.*`` and ``header.*``.
+
+    Where groups were just found, ``average.*`` too: the whole cluster's average header, scored beside the group's.
+    """
 
     kind: ClassVar[str] = "refine_round"
     reply: ClassVar[type[Message]] = RoundReply
@@ -201,11 +210,11 @@ class RefineRound(DeviceMessage):
 
 
 class ProposeReply(DeviceReply):
-    """Device to edge: validation scores by way to ship, "<header>" or "<header>/<k of the class prior>"."""
+    """Device to edge: ``losses``, [way] float32: summed validation loss (nats) of each ``shipping.ways_to_ship``."""
 
     kind: ClassVar[str] = "propose_reply"
-    scores: dict[str, ValidationScores]
-    noise: float = Field(0.0, ge=0, le=MAX_NOISE, description="standard deviation of the noise in each loss_sum")
+    num_samples: int = Field(ge=0, le=MAX_COUNT)
+    noise: float = Field(0.0, ge=0, le=MAX_NOISE, description="standard deviation of the noise in each loss")
 
 
 class Propose(DeviceMessage):
@@ -230,10 +239,7 @@ class Finish(DeviceMessage):
 
     kind: ClassVar[str] = "finish"
     reply: ClassVar[type[Message]] = FinishReply
-    header: Literal["coarse", "refined"]
-    prior_strength: float | None = Field(
-        None, gt=0, le=MAX_PRIOR_STRENGTH, description="k of the class prior; None: no prior"
-    )
+    way: Way = Field(description="what this device ships, unless it is clearly worse there")
 
 
 MESSAGES: dict[str, type[Message]] = {

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fleetfit import cloud, edge
+from fleetfit import cloud, edge, rounds, shipping
 from fleetfit.cloud import Candidates, ClusterChoice, Elastic
 from fleetfit.config import Job
 from fleetfit.data.partition import Split
-from fleetfit.edge import Decision, EdgeState, HeaderResult
+from fleetfit.data.shifts import hidden_groups
+from fleetfit.edge import HeaderResult
 from fleetfit.files import content_hash, differences
 from fleetfit.messages import (
     AttributesReply,
@@ -36,9 +37,11 @@ from fleetfit.messages import (
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.pretrained import fingerprint, other_split
 from fleetfit.quorum import Cluster, ask_edges
-from fleetfit.records import AbsentDevice, BackboneShape, DeviceAttributes, Fault, LeftOut
+from fleetfit.records import AbsentDevice, BackboneShape, DeviceAttributes, Fault, JsonDict, LeftOut, counted
 from fleetfit.reference import ProgressOf, Reference, train_reference
 from fleetfit.replies import check_cluster_report, check_stats, expected_of
+from fleetfit.rounds import EdgeState
+from fleetfit.shipping import Decision
 
 
 @dataclass(frozen=True)
@@ -220,43 +223,52 @@ def refine_cluster(
     progress("refine", 0, total, f"{name}: coarse model")
     if told := edge.pruning_note(job, assignment, found):
         progress("pruning", 1, 1, f"{name}: {told}")
-    coarse = edge.coarse_model(job, assignment, found, data, step=1)
+    coarse = edge.coarse_model(job, assignment, found, step=1)
     known = {a.device_id: a for a in stats.devices}
     expected = expected_of(coarse, known, job.privacy, job.links.send_models)
     too_small = edge.too_small(job, assignment, stats)
     cluster = Cluster(name, devices, job.links, expected, coarse, frozenset(too_small))
-    sent = take(coarse.tensors, "header") if job.members.robust else None
+    sent, num_classes = take(coarse.tensors, "header"), len(assignment.labels)
+    hidden = hidden_groups(job.data, name, devices.members, job.seed) if job.refine.similarity == "oracle" else None
 
     def send_coarse() -> EdgeState:
         came = cluster.ask("coarse model", CoarseReply, lambda _: coarse, devices.members)
-        return edge.first_state(job.refine, came.replies).model_copy(update={"faults": came.faults})
+        return rounds.first_state(job.refine, came.replies, hidden).model_copy(update={"faults": came.faults})
 
     state = steps.step(f"refine/{name}/0", EdgeState, send_coarse)
-    history = [state]
+    history, tracker = [_without_tensors(state)], rounds.RoundTracker()
     for number in range(1, job.refine.rounds + 1):
         progress("refine", number, total, f"{name}: round {number} of {job.refine.rounds}")
 
         def one_round(number: int = number, state: EdgeState = state) -> EdgeState:
             def question(device: str) -> RefineRound:
-                return RefineRound(step=1 + number, round=number, tensors=edge.personal(state, device))
+                return RefineRound(step=1 + number, round=number, tensors=rounds.personal(state, device))
 
             came = cluster.ask(f"round {number}", RoundReply, question, state.devices)
-            state = edge.with_joined(job.refine, state, came.joined, devices.members)
-            state = edge.next_state(state, came.replies, sent)
+            state = rounds.with_joined(job.refine, state, came.joined, devices.members, hidden)
+            robust = job.members.robust
+            state = rounds.next_state(job.refine, state, came.replies, sent, robust=robust, num_classes=num_classes)
             return state.model_copy(update={"faults": (*came.faults, *state.faults)})
 
-        state = steps.step(f"refine/{name}/{number}", EdgeState, one_round)
-        history.append(state)
+        before, state = state, steps.step(f"refine/{name}/{number}", EdgeState, one_round)
+        history.append(_without_tensors(state))
+        tracker.see(before, state)
+        if job.refine.settle and tracker.settled:
+            progress("refine", number, total, f"{name}: settled after {counted(number, 'rounds')}")
+            break
+    best = tracker.best if job.refine.settle and tracker.settled and tracker.best is not None else state
 
     last = 2 + job.refine.rounds
     progress("refine", last - 1, total, f"{name}: what to ship")
 
     def propose() -> Decision:
         def question(device: str) -> Propose:
-            return Propose(step=last, tensors=edge.personal(state, device))
+            return Propose(step=last, tensors=rounds.personal(best, device))
 
         came = cluster.ask("proposal", ProposeReply, question, state.devices)
-        decision = edge.decide(job.refine, came.replies, len(assignment.labels) if job.members.robust else None)
+        decision = shipping.decide(
+            job.refine, came.replies, state.groups, num_classes, robust=job.members.robust, private=job.privacy.on
+        )
         return decision.model_copy(
             update={"devices": tuple(came.replies), "joined": tuple(came.joined), "faults": came.faults}
         )
@@ -265,14 +277,13 @@ def refine_cluster(
 
     def finish() -> ClusterReport:
         def question(device: str) -> Finish:
-            missed = {} if device in decision.devices else edge.personal(state, device)
-            header, strength = decision.header, decision.prior_strength
-            return Finish(step=last + 1, header=header, prior_strength=strength, tensors=missed)
+            missed = {} if device in decision.devices else rounds.personal(best, device)
+            return Finish(step=last + 1, way=decision.way_of(device), tensors=missed)
 
         came = cluster.ask("finish", FinishReply, question, (*state.devices, *decision.joined))
         of_rounds = [f for state in history for f in state.faults]
         faults = (*stats.faults, *too_small.values(), *of_rounds, *decision.faults, *came.faults)
-        return _report(cluster, found, history, decision, came.replies, faults)
+        return _report(cluster, found, history, state, decision, came.replies, faults)
 
     report = steps.step(f"finish/{name}", ClusterReport, finish)
     progress("refine", total, total, f"{name}: done")
@@ -283,6 +294,7 @@ def _report(
     cluster: Cluster,
     found: HeaderResult,
     history: Sequence[EdgeState],
+    state: EdgeState,
     decision: Decision,
     replies: Mapping[str, FinishReply],
     faults: Sequence[Fault],
@@ -297,15 +309,27 @@ def _report(
         cluster=cluster.name,
         header=found.header,
         trials=found.trials,
-        similarity=edge.weights_among(history[-1], replies).tolist(),
-        distance=edge.distance_among(history[-1], replies),
-        rounds=tuple({"round": s.round, **s.scores.model_dump()} for s in history),
-        decision=decision.model_dump(include={"header", "prior_strength", "loss_by_way"}),
+        similarity=rounds.weights_among(state, replies).tolist(),
+        distance=rounds.distance_among(state, replies),
+        rounds=tuple({"round": s.round, **s.scores.model_dump(), "came": _came(s)} for s in history),
+        decision=decision.model_dump(mode="json", include={"way", "loss_by_way", "groups"})
+        | {"grouping": state.grouping, "silhouettes": {str(k): v for k, v in state.silhouettes.items()}},
         devices=tuple(r.report for r in replies.values()),
         absent=tuple(AbsentDevice(device_id=d, since=since[d]) for d in absent),
         faults=tuple(faults),
         tensors=models,
     )
+
+
+def _without_tensors(state: EdgeState) -> EdgeState:
+    """What the report needs of a round that is over."""
+    return state.model_copy(update={"tensors": {}})
+
+
+def _came(state: EdgeState) -> JsonDict:
+    """Pooled scores of what devices were sent before this round."""
+    scores: JsonDict = rounds.pooled(list(state.came.values())).model_dump()
+    return scores
 
 
 def absent_since(device: str, steps: Sequence[str], faults: Sequence[Fault]) -> str:

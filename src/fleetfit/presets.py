@@ -23,6 +23,10 @@ PAPER: dict[str, dict[str, Any]] = {
         "views": 1,
     },
     "refine": {
+        "rounds": 2,
+        "settle": False,
+        "later_epochs": None,
+        "learning_rate": 3e-3,
         "exchange": "importance",
         "similarity": "wasserstein",
         "sketch": "samples",

@@ -34,10 +34,10 @@ from fleetfit.messages import (
 )
 from fleetfit.method.aggregation import unit_sum
 from fleetfit.method.privacy import SIMPLEX_SENSITIVITY, clipped, epsilon_of, flat, secret_noise, shaped, shrunk
-from fleetfit.records import ValidationScores
+from fleetfit.records import NO_SCORES
+from fleetfit.shipping import ways_to_ship
 
 logger = logging.getLogger(__name__)
-NOTHING_SAID = ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
 NOTE = "privacy: accuracies and numbers of samples stay on the device"
 
 
@@ -45,7 +45,7 @@ def releases(refine: RefineConfig) -> tuple[str, ...]:
     """The noised parts of what one device sends over a whole run; everything else says nothing of its data."""
     in_a_round = ["header"] * (refine.exchange == "weights") + ["importance"] * (refine.prune_share > 0)
     return (
-        *["sketch"] * refine.shows_sketch,
+        *["sketch"] * (refine.shows_sketch or refine.similarity == "labels"),
         *in_a_round * refine.rounds,
         *["losses"] * (refine.guard or refine.class_prior),  # else there is one way to ship
     )
@@ -144,13 +144,14 @@ class DevicePrivacy:
             attributes = reply.attributes.model_copy(update={"num_samples": 0})
             return reply.model_copy(update={"attributes": attributes})
         if isinstance(reply, CoarseReply):
-            return reply.model_copy(update={"tensors": self._sketch(message, reply), "scores": NOTHING_SAID})
+            return reply.model_copy(update={"tensors": self._sketch(message, reply), "scores": NO_SCORES})
         if isinstance(reply, RoundReply):
             tensors = put("importance", self._importance(message, take(reply.tensors, "importance")))
             if header := take(reply.tensors, "header"):
                 tensors |= put("header", self._header(message, header, coarse))
             noise = self.config.noise_of(self.config.clip_header) if header else 0.0
-            return reply.model_copy(update={"tensors": tensors, "scores": NOTHING_SAID, "noise": noise})
+            said = dict.fromkeys(("scores", "came", "average"), NO_SCORES)
+            return reply.model_copy(update={"tensors": tensors, **said, "noise": noise})
         if isinstance(reply, ProposeReply):
             return self._losses(message, reply)
         if isinstance(reply, FinishReply):
@@ -166,10 +167,8 @@ class DevicePrivacy:
         return shaped(vector + noise * secret_noise(self.key, label, len(vector)), like)
 
     def _sketch(self, message: DeviceMessage, reply: CoarseReply) -> dict[str, Tensor]:
-        if not self.refine.shows_sketch:
-            # Of a sketch of samples, the number of rows is that of the samples where there are few.
-            rows = 1 if self.refine.sketch == "samples" else None
-            return {name: torch.zeros_like(tensor[:rows]) for name, tensor in reply.tensors.items()}
+        if not reply.tensors:
+            return {}
         vector = flat(reply.tensors)
         norm = self.config.clip_sketch * len(vector) ** 0.5
         return self._released(clipped(vector, norm), self.config.noise_of(norm), message, "sketch", reply.tensors)
@@ -177,7 +176,7 @@ class DevicePrivacy:
     def _importance(self, message: DeviceMessage, importance: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scaled to unit sum, as the edge does it anyway: no clipping is needed then. Negative ones become 0."""
         nothing = {name: torch.zeros_like(tensor) for name, tensor in importance.items()}
-        if self.refine.prune_share == 0:
+        if self.refine.prune_share == 0 or not importance:
             return nothing
         if not all(bool((t.isfinite() & (t >= 0)).all()) for t in importance.values()):
             importance = nothing  # a training went wrong
@@ -194,21 +193,18 @@ class DevicePrivacy:
 
     def _losses(self, message: DeviceMessage, reply: ProposeReply) -> ProposeReply:
         """Of the ways that may ship, the mean validation loss less that of the first one; each device counts alike."""
-        allowed = [way for way in reply.scores if self.refine.guard or way.startswith("refined")]
+        losses = reply.tensors["losses"]
+        ways = ways_to_ship(self.refine, 0, private=True)
+        allowed = [i for i, way in enumerate(ways) if self.refine.guard or way.header == "refined"]
+        said = torch.zeros_like(losses)
         if len(allowed) < 2:
-            return reply.model_copy(update={"scores": dict.fromkeys(reply.scores, NOTHING_SAID)})
-        mean = {
-            way: torch.tensor(s.loss_sum / max(s.num_samples, 1), dtype=torch.float64)
-            for way, s in reply.scores.items()
-        }
-        above = {way: mean[way] - mean[allowed[0]] for way in allowed[1:]}
+            return reply.model_copy(update={"tensors": {"losses": said}, "num_samples": 0})
+        mean = losses.double() / max(reply.num_samples, 1)
+        above = {"losses": mean[allowed[1:]] - mean[allowed[0]]}
         noise = self.config.noise_of(self.config.clip_loss)
         noised = self._released(clipped(flat(above), self.config.clip_loss), noise, message, "losses", above)
-        scores = {
-            way: ValidationScores(num_samples=1, loss_sum=float(noised.get(way, 0.0)), num_correct=0)
-            for way in reply.scores
-        }
-        return reply.model_copy(update={"scores": scores, "noise": noise})
+        said[torch.tensor(allowed[1:])] = noised["losses"].to(said.dtype)
+        return reply.model_copy(update={"tensors": {"losses": said}, "num_samples": 1, "noise": noise})
 
 
 def personal_without_noise(tensors: Mapping[str, Tensor], coarse: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

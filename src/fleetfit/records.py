@@ -20,6 +20,7 @@ from fleetfit.bounds import check_free
 Operation = Literal["conv1", "conv3", "conv5", "identity", "downsample", "avg_pool", "max_pool"]
 FixedHeaderKind = Literal["linear", "mlp", "cnn_ignore", "cnn_add", "cnn_project", "vit_block", "mlp_mixer", "resmlp"]
 HeaderKind = Literal["blocks"] | FixedHeaderKind
+HeaderKept = Literal["coarse", "quarter", "half", "refined", "own", "local"]
 MOST_CLASSES = 12  # named in a line
 MAX_SEED = 2**63 - 1
 MAX_LAYERS = 512  # of a Transformer
@@ -166,6 +167,42 @@ class ValidationScores(Record):
     num_samples: Count
     loss_sum: Real
     num_correct: Count
+
+
+NO_SCORES = ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
+
+
+class Way(Record):
+    """A way to ship: which header a device takes, how sharp its logits are made, and with which class prior.
+
+    Headers: ``coarse`` is the one that was sent; ``refined`` what the edge made of the devices' for this one (Eq. 21);
+    ``quarter`` and ``half`` are so far on the way from the former to the latter; ``own`` is the device's after its last
+    training from there; ``local`` has never met another's.
+    """
+
+    header: HeaderKept
+    temperature: float = Field(1.0, ge=0.01, le=100, description="logits are divided by it, before the prior")
+    prior_strength: float | None = Field(None, gt=0, le=1e6, description="k of the class prior; None: no prior")
+    prior_classes: float | None = Field(
+        None, gt=0, le=2**31, description="K, how many of the classes a device is taken to have; None: all of them"
+    )
+    shift_strength: float | None = Field(
+        None, gt=0, le=1e6, description="of the prior, where it is re-estimated on inputs without labels"
+    )
+
+    @property
+    def name(self) -> str:
+        """In one word, for a table."""
+        parts: list[str] = [self.header]
+        if self.temperature != 1:
+            parts.append(f"T={self.temperature:g}")
+        if self.prior_strength is not None:
+            parts.append(f"k={self.prior_strength:g}")
+        if self.prior_classes is not None:
+            parts.append(f"K={self.prior_classes:g}")
+        if self.shift_strength is not None:
+            parts.append(f"u={self.shift_strength:g}")
+        return "/".join(parts)
 
 
 class DeviceReport(Record):

@@ -19,7 +19,6 @@ from fleetfit.training import fit, steps_per_epoch
 
 WEIGHT_DECAY = 0.01
 LEAST_LOSS = 0.05  # of a guess's: what is worse by less may ship
-PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen on a device would be out of its reach
 SKETCH_PROJECTIONS = 32
 
 
@@ -31,6 +30,7 @@ def train_header(
     generator: torch.Generator,
     name: str,
     *,
+    epochs: int | None = None,
     anchor: Mapping[str, Tensor] | None = None,
     kept: Mapping[str, Bool[Tensor, " neuron"]] | None = None,
     offset: Float[Tensor, " class"] | None = None,
@@ -46,6 +46,7 @@ def train_header(
         refine: Epochs, rates, what importance is.
         generator: Decides the order of the samples.
         name: For error messages.
+        epochs: Default: ``refine.epochs``.
         anchor: The shipped header's tensors; weights are pulled to them with ``refine.anchor`` (Beyond).
         kept: Layer -> neurons that are there; the others stay at zero.
         offset: Added to the logits while training (Beyond: the class prior, so that weights need not learn it).
@@ -55,7 +56,7 @@ def train_header(
     """
     parameters = dict(sorted(header.named_parameters()))
     sums = {n: torch.zeros_like(p) for n, p in parameters.items()}
-    steps = refine.epochs * steps_per_epoch(len(labels), refine.batch_size)
+    steps = (epochs or refine.epochs) * steps_per_epoch(len(labels), refine.batch_size)
     masked = {n: m for n, m in (kept or {}).items() if not bool(m.all())}
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -127,20 +128,12 @@ def importance_set(
 
 
 def importance_shapes(header: Header, refine: RefineConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of an importance set."""
+    """Names and shapes of an importance set; none where nothing is done with one."""
+    if not refine.scores_importance:
+        return {}
     if refine.importance == "parameter":
         return {name: tuple(p.shape) for name, p in header.named_parameters()}
     return {name: (layer.num_neurons,) for name, layer in prunable_layers(header).items()}
-
-
-def ways_to_ship(refine: RefineConfig) -> dict[str, tuple[str, float | None]]:
-    """The ways that a cluster chooses from, by name: which header, and the strength of its class prior, if any."""
-    strengths = (None, *PRIOR_STRENGTHS) if refine.class_prior else (None,)
-    return {
-        header if strength is None else f"{header}/{strength:g}": (header, strength)
-        for header in ("coarse", "refined")
-        for strength in strengths
-    }
 
 
 def drop_least_important(

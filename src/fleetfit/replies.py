@@ -27,6 +27,7 @@ from fleetfit.messages import (
     Finish,
     FinishReply,
     Message,
+    Propose,
     ProposeReply,
     RefineRound,
     RoundReply,
@@ -35,8 +36,9 @@ from fleetfit.messages import (
 )
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import Header, header_from_state
-from fleetfit.records import MAX_COUNT, MAX_WATTS_OR_SECONDS, DeviceAttributes, DeviceReport, ValidationScores
-from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes, ways_to_ship
+from fleetfit.records import MAX_COUNT, MAX_WATTS_OR_SECONDS, DeviceAttributes, DeviceReport, ValidationScores, Way
+from fleetfit.refinement import SKETCH_PROJECTIONS, importance_shapes
+from fleetfit.shipping import ways_to_ship
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")  # fit for a file's name
 MAX_NOTES = 20
@@ -52,6 +54,7 @@ class Expected:
     refine: RefineConfig = field(default_factory=RefineConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     channels: int = 0
+    num_classes: int = 0
     header: Mapping[str, Like] = field(default_factory=dict)
     importance: Mapping[str, Like] = field(default_factory=dict)
     rebuild: Callable[[Mapping[str, Tensor]], Header] | None = None
@@ -72,6 +75,7 @@ def expected_of(
         attributes=attributes,
         refine=coarse.refine,
         channels=shape.channels,
+        num_classes=len(coarse.labels),
         header={name: (tuple(t.shape), t.dtype) for name, t in tensors.items()},
         privacy=privacy or PrivacyConfig(),
         importance={n: (s, torch.float32) for n, s in importance_shapes(header, coarse.refine).items()},
@@ -83,11 +87,16 @@ def reply_bounds(request: DeviceMessage, expected: Expected) -> Bounds:
     """How much a reply to this request may hold: its tensors as they must be, and the fields beside them."""
     header, importance = (_num_bytes(likes) for likes in (expected.header, expected.importance))
     if isinstance(request, CoarseModel):
-        most = expected.refine.sketch_samples * max(expected.channels, 3 * SKETCH_PROJECTIONS) * 4
+        most = (
+            max(expected.refine.sketch_samples * max(expected.channels, 3 * SKETCH_PROJECTIONS), expected.num_classes)
+            * 4
+        )
     elif isinstance(request, RefineRound):
         most = header + importance
     elif isinstance(request, Finish):
         most = header + 8 * sum(math.prod(shape) for shape, _ in expected.importance.values())
+    elif isinstance(request, Propose):
+        most = 4 * len(_ways(expected))
     else:
         most = 0
     return FROM_DEVICE.within(8 + FROM_DEVICE.header_bytes + most, "the most that a reply to this may have")
@@ -120,15 +129,15 @@ def check_reply(device: str, request: DeviceMessage, reply: Message, expected: E
         for name, tensor in take(reply.tensors, "importance").items():
             if bool((tensor < 0).any()):
                 raise ValueError(f"importance of {name!r} must be >= 0, got {float(tensor.min()):g}")
-        _check_scores(reply.scores, expected, known)
+        for scores in (reply.scores, reply.came, reply.average):
+            _check_scores(scores, expected, known)
         _check_noise(reply.noise, expected.privacy.noise_of(expected.privacy.clip_header) if header else 0.0)
     elif isinstance(reply, ProposeReply):
-        _check_tensors(reply, {})
+        _check_tensors(reply, {"losses": ((len(_ways(expected)),), torch.float32)})
         _check_noise(reply.noise, expected.privacy.noise_of(expected.privacy.clip_loss))
-        if list(reply.scores) != list(ways_to_ship(expected.refine)):
-            raise ValueError(f"it must score {', '.join(ways_to_ship(expected.refine))}, got {', '.join(reply.scores)}")
-        for scores in reply.scores.values():
-            _check_scores(scores, expected, known)
+        losses = reply.tensors["losses"]
+        least, most = (float(losses.min()), float(losses.max()))
+        _check_losses(reply.num_samples, least, most, expected, known)
     elif isinstance(reply, FinishReply):
         _check_model(reply, expected)
         check_report(reply.report, device)
@@ -213,6 +222,10 @@ def check_cluster_report(cluster: str, report: ClusterReport, stats: ClusterStat
 def _sketch(reply: CoarseReply, expected: Expected) -> dict[str, Like]:
     """The sketch as it must be; one of samples may have fewer rows, where the device has fewer."""
     most = expected.refine.sketch_samples
+    if expected.refine.similarity == "labels":
+        return {"sketch.counts": ((expected.num_classes,), torch.float32)}
+    if not expected.refine.shows_sketch:
+        return {}
     if expected.refine.sketch == "sliced":
         like = ((most, SKETCH_PROJECTIONS), torch.float32)
         return dict.fromkeys(("sketch.all", "sketch.first", "sketch.second"), like)
@@ -268,11 +281,22 @@ def _check_noise(noise: float, agreed: float) -> None:
 
 
 def _check_scores(scores: ValidationScores, expected: Expected, known: DeviceAttributes | None) -> None:
-    most = max(known.num_samples, 1) if known else MAX_COUNT  # who is private says 0, and counts as 1
-    _check_range("num_samples", scores.num_samples, 0, most)
     _check_range("num_correct", scores.num_correct, 0, scores.num_samples)
-    bound = MAX_LOSS * max(scores.num_samples, 1)
-    _check_range("loss_sum", scores.loss_sum, -bound if expected.privacy.on else 0.0, bound)  # noise may be below 0
+    _check_losses(scores.num_samples, scores.loss_sum, scores.loss_sum, expected, known)
+
+
+def _check_losses(
+    num_samples: int, least: float, most: float, expected: Expected, known: DeviceAttributes | None
+) -> None:
+    there = max(known.num_samples, 1) if known else MAX_COUNT  # who is private says 0, and counts as 1
+    _check_range("num_samples", num_samples, 0, there)
+    bound = MAX_LOSS * max(num_samples, 1)
+    for loss in (least, most):  # noise may be below 0
+        _check_range("loss_sum", loss, -bound if expected.privacy.on else 0.0, bound * (1 + 1e-6))
+
+
+def _ways(expected: Expected) -> tuple[Way, ...]:
+    return ways_to_ship(expected.refine, expected.num_classes, expected.privacy.on)
 
 
 def _check_range(name: str, value: float, least: float, most: float) -> None:

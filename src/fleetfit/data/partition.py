@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fleetfit.config import DataConfig
 from fleetfit.data.samples import Samples
+from fleetfit.data.shifts import classes_of_groups, hidden_groups, shifted
 from fleetfit.randomness import derive_seed, named_generator
 from fleetfit.records import DataSummary
 
@@ -26,31 +27,34 @@ class Split:
     """Training, validation and test samples of one owner. All choices are made on validation; test is only reported.
 
     Training holds at least one sample; of very few samples none is left for the others. ``summary`` tells what was read
-    for an owner with files of its own.
+    for an owner with files of its own. ``unlabelled`` are inputs whose labels nobody knows.
     """
 
     train: Samples
     validation: Samples
     test: Samples
     summary: DataSummary | None = None
+    unlabelled: Samples | None = None
 
     def to(self, torch_device: torch.device) -> "Split":
         """The same for a model on this hardware."""
         train, validation, test = (part.to(torch_device) for part in (self.train, self.validation, self.test))
-        return Split(train, validation, test, self.summary)
+        more = None if self.unlabelled is None else self.unlabelled.to(torch_device)
+        return Split(train, validation, test, self.summary, more)
 
 
 @dataclass(frozen=True)
 class FleetData:
     """Every owner's samples: ``public`` is the cloud's, ``edges`` by cluster, ``devices`` by device.
 
-    ``notes`` tell a person what nobody has.
+    ``notes`` tell a person what nobody has; ``groups`` are the hidden ones of devices, where there are any.
     """
 
     public: Split
     edges: Mapping[str, Split]
     devices: Mapping[str, Split]
     notes: tuple[str, ...] = ()
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 def _partitioner(config: DataConfig, num_devices: int, num_classes: int, seed: int) -> Any:
@@ -218,13 +222,62 @@ def share_out(
     }
     names = [device for devices in devices_by_cluster.values() for device in devices]
     users = None if samples.users is None else samples.users[private]
-    parts = partition_rows(samples.labels[private], config, len(names), samples.num_classes, seed, users)
-    devices = {
-        name: split_rows(samples, private[part], config, config.device_test_share, seed, "device", name)
-        for name, part in zip(names, parts, strict=True)
-    }
+    groups = {d: g for c, own in devices_by_cluster.items() for d, g in hidden_groups(config, c, own, seed).items()}
+    if config.split == "groups":
+        group_of_class = classes_of_groups(config, samples.num_classes, seed)
+        parts = rows_of_groups(group_of_class[samples.labels[private]], [groups[name] for name in names], seed)
+    else:
+        parts = partition_rows(samples.labels[private], config, len(names), samples.num_classes, seed, users)
+    devices = {}
+    for name, part in zip(names, parts, strict=True):
+        own = split_rows(samples, private[part], config, config.device_test_share, seed, "device", name)
+        own = without_labels(own, config.unlabelled_share, named_generator(seed, "unlabelled", name))
+        devices[name] = _in_group(own, config, groups.get(name, 0), seed)
     notes = (*_not_shared_out(samples, private, parts), *_rare(samples, public_split, devices))
-    return FleetData(public_split, edges, devices, notes)
+    if groups:
+        log.info("data: hidden groups of devices: %s", ", ".join(f"{d} {g}" for d, g in groups.items()))
+    return FleetData(public_split, edges, devices, notes, groups)
+
+
+def rows_of_groups(
+    group_of_row: Int[Tensor, " sample"], group_of_device: Sequence[int], seed: int
+) -> list[Int[Tensor, " row"]]:
+    """Row numbers for each device: the rows of its group, dealt out evenly inside it.
+
+    Raises:
+        ValueError: a device that would have no sample.
+    """
+    order = torch.randperm(len(group_of_row), generator=named_generator(seed, "partition", "order"))
+    rows: list[Tensor] = [torch.empty(0, dtype=torch.long)] * len(group_of_device)
+    for group in sorted(set(group_of_device)):
+        members = [i for i, g in enumerate(group_of_device) if g == group]
+        own = order[group_of_row[order] == group]
+        if len(own) < len(members):
+            raise ValueError(
+                f'data.split = "groups": {len(own)} private samples for the {len(members)} devices of group {group}; '
+                "lower data.groups, or the number of devices"
+            )
+        for member, part in zip(members, own.tensor_split(len(members)), strict=True):
+            rows[member] = part
+    return rows
+
+
+def without_labels(own: Split, share: float, generator: torch.Generator) -> Split:
+    """A share of an owner's training samples without their labels; one keeps its own."""
+    if not share:
+        return own
+    rows, without = cut_rows(torch.arange(len(own.train)), [share], generator)
+    hidden = own.train.rows(without)
+    return replace(own, train=own.train.rows(rows), unlabelled=replace(hidden, labels=torch.zeros_like(hidden.labels)))
+
+
+def _in_group(own: Split, config: DataConfig, group: int, seed: int) -> Split:
+    """An owner's data as its group has it."""
+    if group == 0 or config.shift == "none":
+        return own
+    train, validation, test = (shifted(part, config, group, seed) for part in (own.train, own.validation, own.test))
+    more = None if own.unlabelled is None else shifted(own.unlabelled, config, group, seed)
+    return Split(train, validation, test, own.summary, more)
 
 
 def _rare(samples: Samples, public: Split, devices: Mapping[str, Split]) -> tuple[str, ...]:

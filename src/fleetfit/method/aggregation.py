@@ -1,6 +1,5 @@
-"""Combine devices' importance or weight sets by similarity (Eq. 21), with its comparisons; the class prior (Beyond)."""
+"""Combine devices' importance or weight sets by similarity (Eq. 21), with its comparisons."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -89,67 +88,3 @@ def alone_weights(num_devices: int) -> Float[Tensor, "device peer"]:
 def distance_from_uniform(weights: Float[Tensor, "device peer"]) -> float:
     """Largest absolute difference of a weight from 1 / number of peers; 0 = not personal at all."""
     return float((weights - 1 / weights.shape[1]).abs().max())
-
-
-def class_prior(
-    counts: Float[Tensor, " class"], class_shares: Float[Tensor, " class"], strength: float, floor: float = 0.01
-) -> Float[Tensor, " class"]:
-    """What to add to the last bias of a header for a device's own class frequencies, empirical Bayes (Beyond).
-
-    log((n_c + k q_c) / (n + k)) - log q_c, n = sum of n_c; nats. A device without samples gets 0 everywhere. A class
-    that the device has not seen gets log(k / (n + k)), whatever q_c: it is ``strength`` that keeps it reachable.
-
-    Args:
-        counts: n_c, the device's training samples of each class.
-        class_shares: q_c, the cluster's shares of the classes; any positive scale.
-        strength: k, how many samples the cluster's shares are worth; as k grows the prior goes to 0.
-        floor: Smallest q_c, in units of 1 / number of classes (shares are normalised again after it). It keeps the
-            prior finite for a class that the cluster has not seen.
-
-    Raises:
-        ValueError: a count or share that is negative, NaN or infinite, shares that are all 0, strength or floor that
-            are infinite or not above 0, or a prior that is not finite because they are too far apart.
-    """
-    for name, values in (("counts", counts), ("class_shares", class_shares)):
-        if not bool(((values >= 0) & values.isfinite()).all()):
-            raise ValueError(f"{name} must be finite and >= 0, got {values.tolist()}")
-    if not 0 < strength < math.inf:
-        raise ValueError(f"strength must be finite and > 0, got {strength}")
-    if not 0 < floor < math.inf:
-        raise ValueError(f"floor must be finite and > 0, got {floor}")
-    if not float(class_shares.sum()) > 0:
-        raise ValueError(f"class_shares must not all be 0, got {class_shares.tolist()}")
-    shares = (class_shares / class_shares.sum()).clamp(min=floor / len(class_shares))
-    shares = shares / shares.sum()
-    prior = torch.log((counts + strength * shares) / (counts.sum() + strength)) - torch.log(shares)
-    if not bool(prior.isfinite().all()):
-        raise ValueError(
-            f"counts {counts.tolist()}, class_shares {class_shares.tolist()}, strength {strength} and floor {floor} "
-            "are too far apart for a finite prior"
-        )
-    return prior
-
-
-def tempered_counts(counts: Float[Tensor, " class"], power: float) -> Float[Tensor, " class"]:
-    """Counts of each class raised to a power, their sum kept (Beyond).
-
-    Of few samples, how often a class was seen says less than that it was seen: below 1, differences count less.
-
-    Args:
-        counts: n_c.
-        power: 1 leaves them as they are.
-
-    Raises:
-        ValueError: a count that is negative, NaN or infinite, or a power that is not finite.
-    """
-    if not bool(((counts >= 0) & counts.isfinite()).all()):
-        raise ValueError(f"counts must be finite and >= 0, got {counts.tolist()}")
-    if not math.isfinite(power):
-        raise ValueError(f"power must be finite, got {power}")
-    if not bool((counts > 0).any()):
-        return counts
-    # Relative to the count that becomes the largest, so that nothing overflows and the sum is at least 1.
-    there = counts[counts > 0]
-    relative = counts / (there.max() if power >= 0 else there.min())
-    tempered = torch.where(counts > 0, relative**power, torch.zeros_like(counts))
-    return tempered * (counts.sum() / tempered.sum())

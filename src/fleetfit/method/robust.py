@@ -67,3 +67,29 @@ def vote(
         ordered = above.sort(dim=0).values
         above = above.clamp(min=ordered[cut], max=ordered[-1 - cut])
     return weights @ (above + float(weights @ first[:, 0]))
+
+
+def paired(
+    differences: Float[Tensor, " device"], numbers: Float[Tensor, " device"], ceiling: float = math.inf
+) -> tuple[float, float]:
+    """The cluster's mean of a difference of losses that each device has measured, and its standard error.
+
+    Bounded as ``vote`` is. With fewer than two voices the error is infinite: nothing is clear.
+
+    Args:
+        differences: Nats a sample, of two ways on the same samples.
+        numbers: Validation samples behind each; 0: no voice.
+        ceiling: The most that a difference may be, either way.
+    """
+    heard = (numbers > 0) & differences.isfinite()
+    own, numbers = differences[heard].double().clamp(-ceiling, ceiling), numbers[heard].double()
+    if len(own) < 2:
+        return (float(own[0]) if len(own) else math.nan), math.inf
+    weights = numbers.clamp(max=HEAVIEST * float(numbers.median()))
+    weights = weights / weights.sum()
+    if cut := int(LIARS * len(own) + 1e-9):
+        ordered = own.sort().values
+        own = own.clamp(min=float(ordered[cut]), max=float(ordered[-1 - cut]))
+    mean = float(weights @ own)
+    few = len(own) / (len(own) - 1)
+    return mean, math.sqrt(few * float(weights.square() @ (own - mean).square()))

@@ -1,0 +1,143 @@
+"""What a device's class counts say of its classes to come: a prior for the last bias of its header (Beyond).
+
+A header gives logits as if classes came with the shares q of what it was trained on. Where a device's shares p differ,
+log p - log q is what Bayes' rule adds to them. Only p is estimated, and no weight is trained.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def class_prior(
+    counts: Float[Tensor, "*device class"], class_shares: Float[Tensor, " class"], strength: float, floor: float = 0.01
+) -> Float[Tensor, "*device class"]:
+    """What to add to the last bias of a header for a device's own class frequencies, empirical Bayes.
+
+    log((n_c + k q_c) / (n + k)) - log q_c, n = sum of n_c; nats. A device without samples gets 0 everywhere. A class
+    that the device has not seen gets log(k / (n + k)), whatever q_c: it is ``strength`` that keeps it reachable.
+
+    Args:
+        counts: n_c, the device's training samples of each class.
+        class_shares: q_c, shares of the classes in what the header was trained on; any positive scale.
+        strength: k, how many samples those shares are worth; as k grows the prior goes to 0.
+        floor: Smallest q_c, in units of 1 / number of classes (shares are normalised again after it). It keeps the
+            prior finite for a class that nobody has seen.
+
+    Raises:
+        ValueError: a count or share that is negative, NaN or infinite, shares that are all 0, strength or floor that
+            are infinite or not above 0, or a prior that is not finite because they are too far apart.
+    """
+    _check(counts, class_shares, strength=strength, floor=floor)
+    shares = _floored(class_shares, floor)
+    posterior = (counts + strength * shares) / (counts.sum(-1, keepdim=True) + strength)
+    return _finite(posterior.log() - shares.log(), counts, class_shares, strength, floor)
+
+
+def support_prior(
+    counts: Float[Tensor, "*device class"],
+    class_shares: Float[Tensor, " class"],
+    strength: float,
+    num_present: float,
+    floor: float = 0.01,
+) -> Float[Tensor, "*device class"]:
+    """The same for a device that has only ``num_present`` of the classes, any of them as likely as another.
+
+    With a = k / K: a class that was seen gets the share (n_c + a) / (n + K a), and the K - seen others that the device
+    has share out (K - seen) a / (n + K a) among all that were not seen. With K = the number of classes and even q it is
+    ``class_prior``.
+
+    Args:
+        counts: n_c, the device's samples of each class.
+        class_shares: q_c, shares of the classes in what the header was trained on; any positive scale.
+        strength: k, how many samples the knowledge is worth that a device's classes are alike.
+        num_present: K, how many of the classes a device has; at least those that were seen.
+        floor: Smallest share of the cluster's, and of the device's classes, in units of 1 / number of classes: a class
+            that should not come still can.
+
+    Raises:
+        ValueError: as ``class_prior``, or a number of classes that is infinite or not above 0.
+    """
+    _check(counts, class_shares, strength=strength, floor=floor, num_present=num_present)
+    num_classes = counts.shape[-1]
+    seen = counts > 0
+    num_seen = seen.sum(-1, keepdim=True).to(counts.dtype)
+    present = num_seen.clamp(min=num_present).clamp(max=num_classes)
+    each = strength / num_present  # a
+    total = counts.sum(-1, keepdim=True) + present * each
+    unseen = (present - num_seen) * each / total / (num_classes - num_seen).clamp(min=1)
+    posterior = torch.where(seen, (counts + each) / total, unseen).clamp(min=floor / num_classes)
+    posterior = posterior / posterior.sum(-1, keepdim=True)
+    prior = posterior.log() - _floored(class_shares, floor).log()
+    return _finite(prior, counts, class_shares, strength, floor)
+
+
+def label_shift(
+    logits: Float[Tensor, "sample class"],
+    prior: Float[Tensor, " class"],
+    class_shares: Float[Tensor, " class"],
+    strength: float,
+    num_steps: int = 30,
+    floor: float = 0.01,
+) -> Float[Tensor, " class"]:
+    """A prior re-estimated on inputs without labels, by expectation and maximisation.
+
+    Saerens et al. 2002, with a Dirichlet around what was known before: p_c = (k p0_c + sum of the samples' p(c | x)) /
+    (k + n), where p(c | x) is the softmax of logits + log p - log q.
+
+    Args:
+        logits: Of the samples, without a prior, from a calibrated header.
+        prior: log p0 - log q, what was known before.
+        class_shares: q_c.
+        strength: k, how many samples it is worth.
+        num_steps: Of the algorithm; each raises the posterior.
+        floor: As above.
+
+    Returns:
+        log p - log q; without samples, the prior as it was.
+
+    Raises:
+        ValueError: logits or a prior that are not finite, or as ``class_prior``.
+    """
+    for name, values in (("logits", logits), ("prior", prior)):
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{name} must be finite")
+    _check(class_shares, class_shares, strength=strength, floor=floor)
+    if not len(logits):
+        return prior
+    log_shares = _floored(class_shares, floor).log()
+    before = (prior + log_shares).softmax(-1)
+    now = before
+    for _ in range(num_steps):
+        of_each = (logits + now.log() - log_shares).softmax(-1)
+        now = (strength * before + of_each.sum(0)) / (strength + len(logits))
+        now = now.clamp(min=floor / len(now))
+        now = now / now.sum()
+    return now.log() - log_shares
+
+
+def _check(counts: Tensor, class_shares: Tensor, **positive: float) -> None:
+    for name, values in (("counts", counts), ("class_shares", class_shares)):
+        if not bool(((values >= 0) & values.isfinite()).all()):
+            raise ValueError(f"{name} must be finite and >= 0, got {values.tolist()}")
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be finite and > 0, got {value}")
+    if not float(class_shares.sum()) > 0:
+        raise ValueError(f"class_shares must not all be 0, got {class_shares.tolist()}")
+
+
+def _floored(class_shares: Tensor, floor: float) -> Tensor:
+    shares = (class_shares / class_shares.sum()).clamp(min=floor / len(class_shares))
+    return shares / shares.sum()
+
+
+def _finite(prior: Tensor, counts: Tensor, class_shares: Tensor, strength: float, floor: float) -> Tensor:
+    if not bool(prior.isfinite().all()):
+        raise ValueError(
+            f"counts {counts.tolist()}, class_shares {class_shares.tolist()}, strength {strength} and floor {floor} "
+            "are too far apart for a finite prior"
+        )
+    return prior
