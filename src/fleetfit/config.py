@@ -428,6 +428,7 @@ class RefineConfig(Section):
     batch_size: Steps = Field(16, le=10**6)
     learning_rate: float = Field(5e-3, gt=0, le=1e3)
     exchange: Literal["weights", "importance"] = Field("weights", description="what is aggregated by similarity")
+    bits: Literal[8, 32] = Field(8, description="of each value of a header change, on its way to the edge")
     similarity: Literal["updates", "labels", "calibrated", "wasserstein", "js", "average", "alone", "oracle"] = Field(
         "updates",
         description="whom a device's average is made of. updates: groups found from the header changes; labels: cosine "

@@ -34,6 +34,12 @@ def _parts(annotation: Any) -> list[type]:
     return [annotation] if isinstance(annotation, type) else []
 
 
+RETIRED = {  # keys of earlier versions -> what took their place
+    "refine.prior_power": "the class prior's numbers are chosen by pooled validation (refine.prior_estimate)",
+    "refine.prior_shares": "the class prior starts from the public data's shares (refine.prior_estimate)",
+    "refine.prior_scoring": "ways to ship are always scored leaving one sample out (refine.prior_estimate)",
+}
+
 RULES = {
     "greater_than": "must be > {gt:g}",
     "greater_than_equal": "must be >= {ge:g}",
@@ -72,7 +78,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             known = _known_keys(model) if model else []
             near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(known)}"
-            rule = f"is an unknown key; {hint}"
+            rule = f"is no key any more; {RETIRED[key]}" if key in RETIRED else f"is an unknown key; {hint}"
         elif kind == "missing":
             rule = "must be given"
         else:

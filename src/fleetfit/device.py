@@ -36,6 +36,7 @@ from fleetfit.messages import (
     ProposeReply,
     RefineRound,
     RoundReply,
+    packed,
     put,
     take,
 )
@@ -155,6 +156,8 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
     memory, reply = _on(memory, CPU).model_copy(update={"step": message.step}), _on(reply, CPU)
     if state.privacy:
         reply = state.privacy.protected(message, reply, take(memory.tensors, "coarse"))
+    if isinstance(reply, RoundReply) and memory.refine.bits == 8 and memory.refine.exchange == "weights":
+        reply = packed(reply, take(memory.tensors, "coarse"))
     return replace(own, memory=memory), reply
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fleetfit.bounds import FROM_DEVICE, OWN_FILE, Bounds, Header, read_header, tensors_of
 from fleetfit.config import RefineConfig
+from fleetfit.method.quantisation import quantised, restored
 from fleetfit.records import (
     MAX_COUNT,
     MAX_SEED,
@@ -189,13 +190,36 @@ class CoarseModel(DeviceMessage):
 
 
 class RoundReply(DeviceReply):
-    """Device to edge: ``importance.*`` and, where weights are exchanged, ``header.*`` after local training."""
+    """Device to edge, after local training: ``importance.*``, and where weights are exchanged the header.
+
+    That as ``header.*``, or in a byte a value: ``change.*`` to the one that was sent first, and ``level.*``, what a
+    unit of it is worth (``method.quantisation``).
+    """
 
     kind: ClassVar[str] = "round_reply"
     scores: ValidationScores = Field(description="of its own header, right after training")
     came: ValidationScores = Field(NO_SCORES, description="of the header that it was sent, with its class prior")
     average: ValidationScores = Field(NO_SCORES, description="of the whole cluster's average, if that was sent too")
     noise: float = Field(0.0, ge=0, le=MAX_NOISE, description="standard deviation of the noise in header.*")
+
+
+def packed(reply: RoundReply, sent: Mapping[str, Tensor]) -> RoundReply:
+    """The reply with its header as a change to the one that was sent first, in a byte a value."""
+    header = take(reply.tensors, "header")
+    pairs = {name: quantised(t.float() - sent[name].float()) for name, t in header.items()}
+    others = {name: t for name, t in reply.tensors.items() if not name.startswith("header.")}
+    changes = {name: change for name, (change, _) in pairs.items()}
+    levels = {name: level for name, (_, level) in pairs.items()}
+    return reply.model_copy(update={"tensors": others | put("change", changes) | put("level", levels)})
+
+
+def header_of(reply: RoundReply, sent: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The header in a round's reply, whichever way it came; none where none did."""
+    levels = take(reply.tensors, "level")
+    if not levels:
+        return take(reply.tensors, "header")
+    changes = take(reply.tensors, "change")
+    return {name: (sent[name].float() + restored(c, levels[name])).to(sent[name].dtype) for name, c in changes.items()}
 
 
 class RefineRound(DeviceMessage):

@@ -48,6 +48,9 @@ PRETRAINED: dict[str, dict[str, Any]] = {
     "header": {"backbone_learning_rate": 2e-5},
 }
 
+# Every round is a noised release more, and what tells that they have settled stays on the devices.
+PRIVATE: dict[str, dict[str, Any]] = {"refine": {"rounds": 2, "similarity": "average"}}
+
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 6,
@@ -84,6 +87,9 @@ SMALL_CONFIGS: dict[str, dict[str, Any]] = {
 def preset_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """What a job's fields leave to the presets of its method and of its start; the method's choices win."""
     preset = PAPER if fields.get("method") == "paper" else {}
+    privacy = fields.get("privacy")
+    if not preset and isinstance(privacy, dict) and privacy.get("noise_multiplier"):
+        preset = PRIVATE
     model = fields.get("model")
     return merged(PRETRAINED, preset) if isinstance(model, dict) and model.get("pretrained") else dict(preset)
 

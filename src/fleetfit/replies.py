@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fleetfit.bounds import FROM_DEVICE, MAX_LOSS, Bounds, check_values
+from fleetfit.bounds import FROM_DEVICE, MAX_LOSS, MAX_VALUE, Bounds, check_values
 from fleetfit.config import PrivacyConfig, RefineConfig
 from fleetfit.messages import (
     AttributesReply,
@@ -34,6 +34,7 @@ from fleetfit.messages import (
     put,
     take,
 )
+from fleetfit.method.quantisation import LEVELS
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import Header, header_from_state
 from fleetfit.records import MAX_COUNT, MAX_WATTS_OR_SECONDS, DeviceAttributes, DeviceReport, ValidationScores, Way
@@ -124,8 +125,11 @@ def check_reply(device: str, request: DeviceMessage, reply: Message, expected: E
         _check_tensors(reply, _sketch(reply, expected))
         _check_scores(reply.scores, expected, known)
     elif isinstance(reply, RoundReply):
-        header = expected.header if expected.refine.exchange == "weights" else {}
-        _check_tensors(reply, _put("importance", expected.importance) | _put("header", header))
+        header = _sent_header(expected)
+        _check_tensors(reply, _put("importance", expected.importance) | header)
+        for name, level in take(reply.tensors, "level").items():
+            if bool((level < 0).any()) or float(level.max()) * LEVELS > MAX_VALUE:
+                raise ValueError(f"tensor 'level.{name}' must be within 0 and {MAX_VALUE / LEVELS:g}")
         for name, tensor in take(reply.tensors, "importance").items():
             if bool((tensor < 0).any()):
                 raise ValueError(f"importance of {name!r} must be >= 0, got {float(tensor.min()):g}")
@@ -293,6 +297,17 @@ def _check_losses(
     bound = MAX_LOSS * max(num_samples, 1)
     for loss in (least, most):  # noise may be below 0
         _check_range("loss_sum", loss, -bound if expected.privacy.on else 0.0, bound * (1 + 1e-6))
+
+
+def _sent_header(expected: Expected) -> dict[str, Like]:
+    """The tensors in which a header comes after a round."""
+    if expected.refine.exchange != "weights":
+        return {}
+    if expected.refine.bits == 32:
+        return _put("header", expected.header)
+    changes = {name: (shape, torch.int8) for name, (shape, _) in expected.header.items()}
+    levels = {n: ((s[0] if len(s) > 1 else 1,), torch.float32) for n, (s, _) in expected.header.items()}
+    return _put("change", changes) | _put("level", levels)
 
 
 def _ways(expected: Expected) -> tuple[Way, ...]:

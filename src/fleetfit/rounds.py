@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fleetfit.config import RefineConfig
-from fleetfit.messages import CoarseReply, Message, RoundReply, put, take
+from fleetfit.messages import CoarseReply, Message, RoundReply, header_of, put, take
 from fleetfit.method.aggregation import aggregate, alone_weights, average_weights, unit_sum
 from fleetfit.method.groups import cosine_of_changes, group_weights, groups_of
 from fleetfit.method.privacy import flat, noise_of_sum
@@ -291,7 +291,7 @@ def next_state(
             one is named among the faults.
         num_classes: Bounds what one device's losses say of the groups.
     """
-    sets = [take(r.tensors, "header") for r in replies.values()]
+    sets = [header_of(r, sent) for r in replies.values()]
     faults: tuple[Fault, ...] = ()
     exchanged = all(sets)
     if exchanged and robust:

@@ -80,9 +80,9 @@ def choose(
     """Choose how a group ships, by validation loss pooled over its devices.
 
     Of the headers that are not clearly worse than the best way (by ``ERRORS`` standard errors of the paired
-    difference), the first in the order ``PREFERRED`` is taken, and of its ways the one with the lowest loss. But never one with a
-    higher pooled loss than the header as it was sent, or than fine-tuning alone. Without the guard, refined headers
-    ship always. Where no device has validation samples nothing speaks for a change, and where losses are noised
+    difference), the first in the order ``PREFERRED`` is taken, and of its ways the one with the lowest loss. But never
+    one with a higher pooled loss than the header as it was sent, or than fine-tuning alone. Without the guard, refined
+    headers ship always. Where no device has validation samples nothing speaks for a change, and where losses are noised
     (``[privacy]``) only what stands out of the noise does. A way whose loss is not finite ships nowhere.
 
     Args:

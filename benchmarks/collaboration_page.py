@@ -1,0 +1,74 @@
+"""The page of benchmarks/collaboration.py."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from digits_tables import gain, spread, table
+
+RIVALS = ("as sent", "local", "FedAvg", "FedAvg + fine-tuning", "Ditto")
+COLUMNS = (*RIVALS, "defaults before", "oracle groups", "fleetfit")
+Cells = Sequence[Mapping[str, Any]]
+
+
+def means(cells: Cells, method: str, worst: bool = False) -> list[float]:
+    """Of each seed: the mean over devices, or over the worst tenth of them."""
+    values = []
+    for cell in cells:
+        own = sorted(cell["accuracy"].get(method, [np.nan]))
+        values.append(float(np.mean(own[: max(1, len(own) // 10)] if worst else own)))
+    return values
+
+
+def best_rival(cells: Cells, worst: bool = False) -> str:
+    """The opponent with the highest mean accuracy here, by the test samples: what we have to beat."""
+    return max(RIVALS, key=lambda m: float(np.mean(means(cells, m, worst))))
+
+
+def markdown(cells: Cells, machine: str) -> str:
+    """The page: accuracy by method, the gain over the best opponent, groups, cost."""
+    lines = [
+        "# How much devices help each other",
+        "",
+        "`python benchmarks/collaboration.py` (its head says how). Mean over twenty devices, ± standard error over "
+        f"seeds; differences are paired by seed. {machine}",
+        "The best opponent of a row is the one with the highest mean on the test samples, so it is favoured. Oracle "
+        "groups: FedAvg inside the true groups, with and without fine-tuning, the better by validation. Defaults before: "
+        "what fleetfit did until it looked at header changes, with today's prior.",
+        "",
+    ]
+    for name in dict.fromkeys(c["data"] for c in cells):
+        own = [c for c in cells if c["data"] == name]
+        seeds = sorted({c["seed"] for c in own})
+        lines += [f"## {name}", "", f"Seeds {', '.join(map(str, seeds))}. Accuracy in %.", ""]
+        rows, gains = [], []
+        for setting in dict.fromkeys(c["setting"] for c in own):
+            there = [c for c in own if c["setting"] == setting]
+            has = [m for m in COLUMNS if m in there[0]["accuracy"]]
+            rows.append([setting, *(spread(means(there, m)) if m in has else "" for m in COLUMNS)])
+            rival, low = best_rival(there), best_rival(there, worst=True)
+            gains.append(
+                [
+                    setting,
+                    rival,
+                    gain(means(there, "fleetfit"), means(there, rival)),
+                    gain(means(there, "fleetfit", True), means(there, low, True)),
+                    gain(means(there, "fleetfit"), means(there, "as sent")),
+                    gain(means(there, "fleetfit"), means(there, "oracle groups")) if "oracle groups" in has else "",
+                    f"{sum(c['groups_right'] for c in there)} of {len(there)}",
+                    f"{np.mean([c['rounds'] for c in there]):.1f}",
+                    f"{np.mean([c['cpu_ratio'] for c in there]):.1f}",
+                    f"{np.mean([c['bytes_ratio'] for c in there]):.1f}",
+                ]
+            )
+        lines += table(["", *COLUMNS], rows)
+        lines += [
+            "",
+            "Points of fleetfit over the others; then groups found exactly (or none where there are none), rounds, and "
+            "processor time and bytes up as multiples of the defaults before:",
+            "",
+        ]
+        head = ["", "best opponent", "over it", "worst tenth", "over as sent", "over the oracle"]
+        lines += table([*head, "groups right", "rounds", "time", "bytes"], gains)
+        lines.append("")
+    return "\n".join(lines)
