@@ -63,7 +63,8 @@ TODAY = {  # the defaults before groups
     "later_epochs": None,
     "learning_rate": 3e-3,
     "similarity": "calibrated",
-    "anchor": 0.1, "bits": 32,
+    "anchor": 0.1,
+    "bits": 32,
 }
 
 

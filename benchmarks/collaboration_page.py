@@ -33,8 +33,8 @@ def markdown(cells: Cells, machine: str) -> str:
         "`python benchmarks/collaboration.py` (its head says how). Mean over twenty devices, ± standard error over "
         f"seeds; differences are paired by seed. {machine}",
         "The best opponent of a row is the one with the highest mean on the test samples, so it is favoured. Oracle "
-        "groups: FedAvg inside the true groups, with and without fine-tuning, the better by validation. Defaults before: "
-        "what fleetfit did until it looked at header changes, with today's prior.",
+        "groups: FedAvg inside the true groups, with and without fine-tuning, the better by validation. Defaults "
+        "before: what fleetfit did until it looked at header changes, with today's prior.",
         "",
     ]
     for name in dict.fromkeys(c["data"] for c in cells):

@@ -15,10 +15,10 @@ import torch
 from fleetfit import artifacts
 from fleetfit.artifacts import Ledger, MemoryFolder, RunFolder, StepFolder
 from fleetfit.config import Job, make_job
-from fleetfit.edge import EdgeState
 from fleetfit.files import read_json
 from fleetfit.messages import ClusterReport, ClusterStats, StatsRequest, encode
 from fleetfit.records import DataSummary, HeaderSpec, ValidationScores
+from fleetfit.rounds import EdgeState
 
 torch.set_num_threads(1)
 

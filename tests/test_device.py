@@ -31,17 +31,20 @@ from fleetfit.messages import (
     StatsRequest,
     decode,
     encode,
+    header_of,
     put,
     take,
 )
-from fleetfit.method.aggregation import class_prior, unit_sum
+from fleetfit.method.aggregation import unit_sum
+from fleetfit.method.class_prior import class_prior, support_prior
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import Header, build_header, header_from_state
 from fleetfit.models.pruning import prunable_layers
 from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import Block, DeviceAttributes, DeviceReport, EnergyModel, HeaderSpec
+from fleetfit.records import Block, DeviceAttributes, DeviceReport, EnergyModel, HeaderSpec, Way
 from fleetfit.refinement import worse_than_sent
+from fleetfit.shipping import ways_to_ship
 
 torch.set_num_threads(1)
 
@@ -68,6 +71,17 @@ SPEC = HeaderSpec(  # neurons: 4 of a conv3, 4 of a conv1, 6 hidden units
     hidden=6,
 )
 NUM_NEURONS = 14
+FINISH = Finish(step=1, way=Way(header="refined"))
+EARLIER: dict[str, Any] = {  # all rounds alike, on all that a device can show, each value as it is
+    "rounds": 2,
+    "settle": False,
+    "later_epochs": None,
+    "learning_rate": 3e-3,
+    "anchor": 0.1,
+    "similarity": "calibrated",
+    "bits": 32,
+    "prior_estimate": "dirichlet",
+}
 ONE_BATCH: dict[str, Any] = {
     "rounds": 1,
     "epochs": 1,
@@ -75,6 +89,7 @@ ONE_BATCH: dict[str, Any] = {
     "learning_rate": 1e-12,
     "class_prior": False,
     "anchor": 0.0,
+    "prune_share": 0.01,
 }
 
 
@@ -111,7 +126,7 @@ def make_coarse(spec: HeaderSpec = SPEC, header: Header | None = None, **refine:
         config=backbone.config,
         labels=LABELS,
         header=header.spec,
-        refine=RefineConfig(**refine),
+        refine=RefineConfig(**(EARLIER | refine)),
         seed=5,
         class_shares=CLASS_SHARES,
         tensors=put("backbone", dict(backbone.model.state_dict())) | put("header", dict(header.state_dict())),
@@ -141,7 +156,7 @@ def whole_life(coarse: CoarseModel, state: DeviceState | None = None, **finish: 
         tensors = personal(steps[-1][1])
     last = 2 + coarse.refine.rounds
     steps.append(handle(steps[-1][0], Propose(step=last, tensors=tensors)))
-    steps.append(handle(steps[-1][0], Finish(step=last + 1, **({"header": "refined"} | finish))))
+    steps.append(handle(steps[-1][0], Finish(step=last + 1, way=Way(**({"header": "refined"} | finish)))))
     return steps
 
 
@@ -195,7 +210,7 @@ def test_answering_changes_neither_the_state_nor_the_message() -> None:
         (steps[0][0], RefineRound(step=2, round=1)),
         (steps[1][0], RefineRound(step=3, round=2, tensors=personal(steps[1][1]))),
         (steps[2][0], Propose(step=4, tensors=personal(steps[2][1]))),
-        (steps[3][0], Finish(step=5, header="refined", prior_strength=3.0)),
+        (steps[3][0], Finish(step=5, way=Way(header="refined", prior_strength=3.0))),
     ]
     for state, message in asked:
         memory, sent = frozen(state.memory), frozen(message)
@@ -264,17 +279,17 @@ def test_a_device_that_missed_the_proposal_ships_the_same(options: dict[str, Any
     coarse = make_coarse(rounds=1, epochs=1, prune_share=0.5, **options)
     steps = whole_life(coarse)
     before, reply = steps[1]
-    state, finished = handle(before, Finish(step=4, header="refined", tensors=personal(reply)))
+    state, finished = handle(before, Finish(step=4, way=Way(header="refined"), tensors=personal(reply)))
     assert_equal(finished, steps[-1][1])
     assert_same_tensors(take(state.memory.tensors, "shipped"), take(steps[-1][0].memory.tensors, "shipped"))
     # Its proposal was made, and lost on the way: the tensors are not taken twice.
-    state, finished = handle(steps[2][0], Finish(step=4, header="refined", tensors=personal(reply)))
+    state, finished = handle(steps[2][0], Finish(step=4, way=Way(header="refined"), tensors=personal(reply)))
     assert_equal(finished, steps[-1][1])
 
 
 def test_a_device_that_has_only_the_coarse_model_ships_it() -> None:
     state, _ = started(make_coarse(rounds=3, epochs=1))
-    state, reply = handle(state, Finish(step=6, header="refined"))
+    state, reply = handle(state, Finish(step=6, way=Way(header="refined")))
     assert isinstance(reply, FinishReply)
     assert_same_tensors(take(state.memory.tensors, "shipped"), take(state.memory.tensors, "coarse"))
 
@@ -299,7 +314,9 @@ def test_a_message_that_is_not_for_devices_is_refused(message: Message) -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [RefineRound(step=1, round=1), Propose(step=1), Finish(step=1, header="refined")], ids=lambda m: m.kind
+    "message",
+    [RefineRound(step=1, round=1), Propose(step=1), Finish(step=1, way=Way(header="refined"))],
+    ids=lambda m: m.kind,
 )
 def test_nothing_but_attributes_before_the_coarse_model(message: Message) -> None:
     state, reply = handle(make_state(), AttributesRequest(step=0))
@@ -337,7 +354,7 @@ def test_features_are_the_backbones_and_are_computed_once(monkeypatch: pytest.Mo
     state, reply = handle(state, RefineRound(step=2, round=1))
     assert isinstance(reply, RoundReply)
     state, _ = handle(state, Propose(step=3, tensors=personal(reply)))
-    handle(state, Finish(step=4, header="refined"))
+    handle(state, Finish(step=4, way=Way(header="refined")))
 
 
 def test_a_sketch_of_samples_is_some_class_tokens_in_random_order() -> None:
@@ -622,15 +639,6 @@ def test_the_class_prior_changes_the_last_bias_and_nothing_else(header: str) -> 
     assert_same_tensors(without, with_it)
 
 
-def test_the_class_prior_may_believe_less_in_how_often_a_class_was_seen() -> None:
-    data, coarse = make_data(classes=(0, 0, 0, 2)), make_coarse(rounds=1, epochs=1, prior_power=0.5)
-    without = shipped_model(finished(None, "coarse", data, coarse).memory).header.last_linear.bias
-    with_it = shipped_model(finished(3.0, "coarse", data, coarse).memory).header.last_linear.bias
-    counts = torch.bincount(torch.cat([data.train.labels, data.validation.labels]), minlength=4).float()
-    root = counts.sqrt() / counts.sqrt().sum() * counts.sum()
-    torch.testing.assert_close(with_it - without, class_prior(root, torch.tensor(CLASS_SHARES), 3.0), rtol=0, atol=1e-5)
-
-
 def test_an_unseen_class_stays_reachable() -> None:
     shape = Backbone("vit", CONFIG).feature_shape
     with seeded_init(1, "sharp"):
@@ -648,47 +656,84 @@ def test_an_unseen_class_stays_reachable() -> None:
     assert now[0] > before[0]
 
 
-def test_a_proposal_scores_every_way_to_ship() -> None:
-    plain = whole_life(make_coarse(rounds=1, epochs=1, class_prior=False))[-2][1]
-    assert isinstance(plain, ProposeReply)
-    assert set(plain.scores) == {"coarse", "refined"}
-    steps = whole_life(make_coarse(rounds=1, epochs=1))
+@pytest.mark.parametrize("estimate", ["dirichlet", "support"])
+def test_a_proposal_scores_every_way_to_ship_without_the_sample_that_is_scored(estimate: str) -> None:
+    steps = whole_life(make_coarse(rounds=1, epochs=1, prior_estimate=estimate))
     state, reply = steps[-2]
-    assert {way.partition("/")[0] for way in reply.scores} == {"coarse", "refined"}
-    assert {"coarse", "refined"} < set(reply.scores)
-    counts = torch.bincount(state.data.train.labels, minlength=4).float()
-    labels = state.data.validation.labels
-    for way, scores in reply.scores.items():
-        name, _, strength = way.partition("/")
-        with torch.no_grad():
-            header = header_in(state.memory, "coarse" if name == "coarse" else "header")
-            logits = header(features_in(state.memory, "validation"))
-        if strength:
-            logits = logits + class_prior(counts, torch.tensor(CLASS_SHARES), float(strength))
-        assert scores.num_samples == len(labels)
-        assert scores.num_correct == int((logits.argmax(1) == labels).sum())
-        assert scores.loss_sum == pytest.approx(float(cross_entropy(logits, labels, reduction="sum")), rel=1e-4)
-
-
-def test_a_prior_may_be_scored_without_the_sample_that_is_scored() -> None:
-    steps = whole_life(make_coarse(rounds=1, epochs=1, prior_scoring="leave_one_out", prior_power=0.5))
-    state, reply = steps[-2]
+    assert isinstance(reply, ProposeReply)
+    ways = ways_to_ship(state.memory.refine, len(LABELS))
+    assert {w.header for w in ways} == {"coarse", "quarter", "half", "refined", "own", "local"}
     own = torch.cat([state.data.train.labels, state.data.validation.labels]).tolist()
     labels, shares = state.data.validation.labels, torch.tensor(CLASS_SHARES)
-    for way, scores in reply.scores.items():
-        name, _, strength = way.partition("/")
+    assert reply.num_samples == len(labels)
+    tensors = state.memory.tensors
+    for way, told in zip(ways, reply.tensors["losses"].tolist(), strict=True):
+        share = {"coarse": 0.0, "quarter": 0.25, "half": 0.5, "refined": 1.0}.get(way.header)
+        if share is None:
+            header = header_in(state.memory, {"own": "header", "local": "local"}[way.header])
+        else:
+            header = header_in(state.memory, "coarse")
+            refined = take(tensors, "refined")
+            mixed = {n: (1 - share) * t + share * refined[n] for n, t in take(tensors, "coarse").items()}
+            header.load_state_dict(mixed)
         with torch.no_grad():
-            header = header_in(state.memory, "coarse" if name == "coarse" else "header")
-            logits = header(features_in(state.memory, "validation"))
+            logits = header(features_in(state.memory, "validation")) / way.temperature
         loss = 0.0
         for row, label in zip(logits, labels.tolist(), strict=True):
             others = list(own)
             others.remove(label)
-            roots = torch.tensor([others.count(c) ** 0.5 for c in range(4)])
-            roots *= len(others) / roots.sum()
-            told = row + class_prior(roots, shares, float(strength)) if strength else row
-            loss -= float(told.log_softmax(0)[label])
-        assert scores.loss_sum == pytest.approx(loss, rel=1e-4), way
+            counts = torch.tensor([float(others.count(c)) for c in range(4)])
+            if way.prior_classes is not None:
+                row = row + support_prior(counts, shares, way.prior_strength or 0.0, way.prior_classes)
+            elif way.prior_strength is not None:
+                row = row + class_prior(counts, shares, way.prior_strength)
+            loss -= float(row.log_softmax(0)[label])
+        assert told == pytest.approx(loss, rel=1e-4), way
+
+
+def test_what_ships_has_its_temperature_before_its_prior() -> None:
+    data, coarse = make_data(), make_coarse(rounds=1, epochs=1)
+    warm = whole_life(coarse, make_state(data), temperature=2.0, prior_strength=3.0)[-1][0]
+    plain = whole_life(coarse, make_state(data))[-1][0]
+    inputs = data.test.inputs[:]
+    counts = torch.bincount(torch.cat([data.train.labels, data.validation.labels]), minlength=4).float()
+    prior = class_prior(counts, torch.tensor(CLASS_SHARES), 3.0)
+    with torch.no_grad():
+        told, logits = (shipped_model(s.memory).eval()(inputs) for s in (warm, plain))
+    torch.testing.assert_close(told, logits / 2 + prior, rtol=0, atol=1e-5)
+
+
+def test_the_header_goes_up_in_a_byte_a_value() -> None:
+    (state, exact), (_, short) = (whole_life(make_coarse(rounds=1, epochs=2, bits=b))[1] for b in (32, 8))
+    sent = take(state.memory.tensors, "coarse")
+    assert {t.dtype for n, t in short.tensors.items() if n.startswith("change.")} == {torch.int8}
+    for name, tensor in header_of(short, sent).items():
+        most = float((exact.tensors[f"header.{name}"] - sent[name]).abs().max())
+        torch.testing.assert_close(tensor, exact.tensors[f"header.{name}"], rtol=0, atol=most / 200 + 1e-7)
+
+
+def test_a_header_that_comes_is_scored_before_it_is_trained() -> None:
+    coarse = make_coarse(rounds=2, epochs=1)
+    state, first = whole_life(coarse)[1]
+    tensors = {n: t for n, t in first.tensors.items() if n.startswith(("header.", "importance."))}
+    whole = {f"average.{n.removeprefix('header.')}": t for n, t in tensors.items() if n.startswith("header.")}
+    _, second = handle(state, RefineRound(step=3, round=2, tensors=tensors | whole))
+    assert second.came == second.average
+    assert second.came.num_samples == 8
+    assert second.came.loss_sum != second.scores.loss_sum
+    assert first.average.num_samples == 0
+
+
+def test_inputs_without_labels_move_the_prior_to_what_they_are_of() -> None:
+    coarse = make_coarse(rounds=1, epochs=30, learning_rate=1e-2, unlabelled=True)
+    data = replace(make_data(train=40), unlabelled=make_samples(200, "unlabelled", (1,)))
+    way = {"header": "refined", "prior_strength": 30.0}
+    without = shipped_model(whole_life(coarse, make_state(data), **way)[-1][0].memory).header.last_linear.bias
+    steps = whole_life(coarse, make_state(data), **way, shift_strength=10.0)
+    moved = shipped_model(steps[-1][0].memory).header.last_linear.bias - without
+    assert int(moved.argmax()) == 1
+    assert any(w.shift_strength for w in ways_to_ship(coarse.refine, len(LABELS)))
+    assert len(steps[-2][1].tensors["losses"]) == len(ways_to_ship(coarse.refine, len(LABELS)))
 
 
 # -- odd devices ------------------------------------------------------------------------------------------------------
@@ -728,8 +773,8 @@ def test_odd_devices_get_their_model_and_a_note(
         assert all(a is not None and 0 <= a <= 1 for a in accuracies)
     assert shipped_model(steps[-1][0].memory)(torch.zeros(2, 1, 8, 8)).shape == (2, 4)
     if sizes[1] == 0:
-        scores = steps[-2][1].scores["coarse"]
-        assert (scores.num_samples, scores.loss_sum, scores.num_correct) == (0, 0.0, 0)
+        assert steps[-2][1].num_samples == 0
+        assert not bool(steps[-2][1].tensors["losses"].any())
 
 
 def test_a_header_without_neurons_is_refined_too() -> None:
@@ -770,7 +815,7 @@ def test_what_ships_is_checked_against_the_limit_once_more() -> None:
     size = report_of(whole_life(coarse)).size_bytes
     shrunk = replace(state, attributes=state.attributes.model_copy(update={"storage_limit_bytes": size - 1}))
     with pytest.raises(ValueError, match=rf"phones-1.* {size} bytes.* {size - 1}"):
-        handle(shrunk, Finish(step=4, header="refined"))
+        handle(shrunk, Finish(step=4, way=Way(header="refined")))
 
 
 @pytest.mark.parametrize(
@@ -786,7 +831,7 @@ def test_a_header_without_neurons_to_drop_is_told(spec: HeaderSpec, share: float
     state, _ = started(make_coarse(spec, prune_share=share, rounds=1, epochs=1))
     state, reply = handle(state, RefineRound(step=2, round=1))
     state, _ = handle(state, Propose(step=3, tensors=personal(reply)))  # type: ignore[arg-type]
-    _, done = handle(state, Finish(step=4, header="refined"))
+    _, done = handle(state, Finish(step=4, way=Way(header="refined")))
     assert isinstance(done, FinishReply)
     notes = done.report.notes
     assert any(note.startswith(told) for note in notes) if told else not any("prune" in note for note in notes)
@@ -803,7 +848,7 @@ def test_a_device_ships_what_it_was_sent_where_the_clusters_choice_is_clearly_wo
     spoilt["classifier.last.bias"] = torch.tensor([0.0, 50.0, 0.0, 0.0])
     tensors = dict(state.memory.tensors) | put("header", spoilt)
     state = replace(state, memory=state.memory.model_copy(update={"tensors": tensors, "step": 4}))
-    state, reply = handle(state, Finish(step=5, header="refined", prior_strength=None))
+    state, reply = handle(state, Finish(step=5, way=Way(header="refined")))
     assert isinstance(reply, FinishReply)
     assert reply.report.accuracy == reply.report.accuracy_coarse
     (note,) = [n for n in reply.report.notes if n.startswith("shipped as it was sent: ")]

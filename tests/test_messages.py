@@ -58,6 +58,7 @@ from fleetfit.records import (
     HeaderSpec,
     HeaderTrial,
     ValidationScores,
+    Way,
 )
 
 torch.set_num_threads(1)
@@ -106,8 +107,8 @@ EXAMPLES: dict[str, Message] = {
         RefineRound(step=2, round=1),
         RoundReply(step=2, scores=SCORES),
         Propose(step=3),
-        ProposeReply(step=3, scores={"coarse": SCORES, "refined/0.5": SCORES}),
-        Finish(step=4, header="refined", prior_strength=0.1),
+        ProposeReply(step=3, num_samples=4),
+        Finish(step=4, way=Way(header="refined", prior_strength=0.1)),
         FinishReply(step=4, report=REPORT),
         Declined(reason="no room", needs_model=True),
     )

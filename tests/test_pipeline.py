@@ -285,12 +285,12 @@ class Lying(Devices):
         replies = super().ask(messages)
         reply = replies.get(DEVICES[0])
         if isinstance(reply, RoundReply):
-            header = {n: torch.full_like(t, 1e6) for n, t in reply.tensors.items() if n.startswith("header.")}
+            header = {n: torch.full_like(t, 1e4) for n, t in reply.tensors.items() if n.startswith("level.")}
             replies[DEVICES[0]] = reply.model_copy(update={"tensors": reply.tensors | header})
         if isinstance(reply, ProposeReply):
-            losses = {way: 1e8 if way.startswith("coarse") else 0.0 for way in reply.scores}
-            ways = {w: ValidationScores(num_samples=100, loss_sum=nats, num_correct=0) for w, nats in losses.items()}
-            replies[DEVICES[0]] = reply.model_copy(update={"scores": ways})
+            losses = torch.zeros_like(reply.tensors["losses"])
+            losses[0] = 1e8
+            replies[DEVICES[0]] = reply.model_copy(update={"num_samples": 100, "tensors": {"losses": losses}})
         return replies
 
 

@@ -17,13 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fleetfit import edge, members
+from fleetfit import members, rounds
 from fleetfit import privacy as module
 from fleetfit.config import Job, PrivacyConfig, RefineConfig, make_job
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.edge import EdgeState
 from fleetfit.engines import local
 from fleetfit.files import read_json
 from fleetfit.messages import (
@@ -48,11 +47,13 @@ from fleetfit.method.aggregation import unit_sum
 from fleetfit.method.privacy import clipped, epsilon_of, flat, secret_noise
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import build_header
-from fleetfit.privacy import NOTE, NOTHING_SAID, DevicePrivacy, personal_without_noise, promise, releases
+from fleetfit.privacy import NOTE, DevicePrivacy, personal_without_noise, promise, releases
 from fleetfit.privacy_ledger import LifetimeLedger, PrivacyLedger
 from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import DeviceAttributes, EnergyModel, HeaderSpec, ValidationScores
+from fleetfit.records import NO_SCORES, DeviceAttributes, EnergyModel, HeaderSpec, Way
 from fleetfit.report import build_report
+from fleetfit.rounds import EdgeState
+from fleetfit.shipping import decide, ways_to_ship
 
 torch.set_num_threads(1)
 
@@ -70,7 +71,14 @@ LABELS = ("a", "b", "c", "d")
 KEY = bytes(range(32))
 CLIPS: dict[str, Any] = {"clip_header": 0.01, "clip_sketch": 0.1, "clip_loss": 0.02}  # so that all is clipped
 ROUNDS = 2
-REFINE: dict[str, Any] = {"rounds": ROUNDS, "epochs": 1, "sketch": "sliced", "prune_share": 0.3}
+REFINE: dict[str, Any] = {
+    "rounds": ROUNDS,
+    "epochs": 1,
+    "sketch": "sliced",
+    "prune_share": 0.3,
+    "similarity": "calibrated",
+    "bits": 32,
+}
 WAYS: dict[str, dict[str, Any]] = {
     "all": {},
     "without pruning": {"prune_share": 0.0},
@@ -144,7 +152,7 @@ def script(**refine: Any) -> list[DeviceMessage]:
         personal["noise.header"] = torch.tensor(0.01, dtype=torch.float64)
     rounds = [RefineRound(step=1 + n, round=n, tensors=personal if n > 1 else {}) for n in range(1, ROUNDS + 1)]
     last = 2 + ROUNDS
-    ends = [Propose(step=last, tensors=personal), Finish(step=last + 1, header="refined", prior_strength=None)]
+    ends = [Propose(step=last, tensors=personal), Finish(step=last + 1, way=Way(header="refined"))]
     return [AttributesRequest(step=0), coarse, *rounds, *ends]
 
 
@@ -202,19 +210,17 @@ def test_no_private_number_is_as_it_was(refine: dict[str, Any]) -> None:
     assert plain[0].attributes.num_samples == 28
     assert private[0].attributes.num_samples == 0
     for reply in private[1:-2]:
-        assert reply.scores == NOTHING_SAID
+        assert reply.scores == NO_SCORES
     for before, after in zip(plain[1:-2], private[1:-2], strict=True):
         assert list(after.tensors) == list(before.tensors)
         for name, tensor in after.tensors.items():
             assert (tensor.shape, tensor.dtype) == (before.tensors[name].shape, before.tensors[name].dtype)
             same = (tensor == before.tensors[name]) & (tensor != 0)  # clamped importance may be 0 in both
             assert not bool(same.any()), name
-    numbers = {s.loss_sum for s in plain[-2].scores.values()} | {
-        float(s.num_correct) for s in plain[-2].scores.values()
-    }
-    said = [s.loss_sum for s in private[-2].scores.values() if s.loss_sum != 0]
+    numbers = {*plain[-2].tensors["losses"].tolist()} | {float(s.num_correct) for s in ()}
+    said = [loss for loss in private[-2].tensors["losses"].tolist() if loss != 0]
     assert not set(said) & numbers
-    assert {(s.num_samples, s.num_correct) for s in private[-2].scores.values()} <= {(1, 0), (0, 0)}
+    assert private[-2].num_samples in (0, 1)
     report = private[-1].report
     assert plain[-1].report.accuracy is not None
     assert (report.accuracy, report.accuracy_coarse, report.accuracy_local) == (None, None, None)
@@ -299,27 +305,30 @@ def test_losses_are_noised_differences_to_the_first_way() -> None:
     for message in messages[:-2]:
         state, _ = handle(state, message)
 
-    def scores_of(private: DevicePrivacy | None) -> dict[str, ValidationScores]:
+    def losses_of(private: DevicePrivacy | None) -> Tensor:
         _, reply = handle(replace(state, privacy=private), messages[-2])
         assert isinstance(reply, ProposeReply)
-        return reply.scores
+        return reply.tensors["losses"].double() / reply.num_samples
 
-    was = {way: s.loss_sum / s.num_samples for way, s in scores_of(None).items()}
-    difference = torch.tensor([was[way] - was["coarse"] for way in was], dtype=torch.float64)[1:]
+    names = [way.name for way in ways_to_ship(state.memory.refine, len(LABELS))]
+    few = [names.index(way.name) for way in ways_to_ship(state.memory.refine, len(LABELS), private=True)]
+    was = losses_of(None)[few]
+    difference = (was - was[0])[1:]
     draws = []
     for number in range(30):
-        scores = scores_of(make_private(1e-3, key=bytes([number]) * 32))
-        assert scores["coarse"] == ValidationScores(num_samples=1, loss_sum=0, num_correct=0)
-        draws.append([scores[way].loss_sum for way in was if way != "coarse"])
+        losses = losses_of(make_private(1e-3, key=bytes([number]) * 32))
+        assert float(losses[0]) == 0
+        draws.append(losses[1:].tolist())
     noise = torch.tensor(draws, dtype=torch.float64) - clipped(difference, limit)
     assert float(noise.std()) == pytest.approx(1e-3 * 2 * limit, rel=0.15)
     assert float(noise.mean(dim=0).abs().max()) < 4 * 1e-3 * 2 * limit / math.sqrt(30)
 
 
 def test_without_a_guard_only_refined_ways_are_compared() -> None:
-    scores = life(script(guard=False), make_state(private=make_private(guard=False)))[-2].scores
-    said = {way for way, s in scores.items() if s.loss_sum != 0}
-    assert said == {way for way in scores if way.startswith("refined/")}
+    losses = life(script(guard=False), make_state(private=make_private(guard=False)))[-2].tensors["losses"]
+    ways = ways_to_ship(RefineConfig(**{**REFINE, "guard": False}), len(LABELS), private=True)
+    said = {way for way, loss in zip(ways, losses.tolist(), strict=True) if loss != 0}
+    assert said == {way for way in ways if way.header == "refined" and way.prior_strength}
 
 
 # -- whose noise it is ------------------------------------------------------------------------------------------------
@@ -395,17 +404,22 @@ def test_the_ledger_admits_one_message_a_step_also_after_a_restart(tmp_path: Pat
 
 def test_the_edge_says_how_much_noise_is_in_a_personal_header() -> None:
     weights = ((0.5, 0.5), (0.25, 0.75))
-    state = EdgeState(devices=("a", "b"), weights=weights, distance=((0, 0), (0, 0)), scores=NOTHING_SAID)
+    state = EdgeState(devices=("a", "b"), weights=weights, distance=((0, 0), (0, 0)), scores=NO_SCORES)
+    refine, sent = RefineConfig(similarity="calibrated"), {"w": torch.zeros(3)}
+
+    def next_state(answers: dict[str, RoundReply]) -> EdgeState:
+        return rounds.next_state(refine, state, answers, sent, robust=False, num_classes=2)
+
     tensors = {"importance.x": torch.ones(2), "header.w": torch.ones(3)}
     replies = {
-        name: RoundReply(step=2, tensors=tensors, scores=NOTHING_SAID, noise=noise)
+        name: RoundReply(step=2, tensors=tensors, scores=NO_SCORES, noise=noise)
         for name, noise in (("a", 3.0), ("b", 4.0))
     }
-    after = edge.next_state(state, replies)
-    assert float(edge.personal(after, "a")["noise.header"]) == pytest.approx(2.5)
-    assert float(edge.personal(after, "b")["noise.header"]) == pytest.approx(math.hypot(0.75, 3))
+    after = next_state(replies)
+    assert float(rounds.personal(after, "a")["noise.header"]) == pytest.approx(2.5)
+    assert float(rounds.personal(after, "b")["noise.header"]) == pytest.approx(math.hypot(0.75, 3))
     quiet = {name: reply.model_copy(update={"noise": 0.0}) for name, reply in replies.items()}
-    assert "noise.header" not in edge.personal(edge.next_state(state, quiet), "a")
+    assert "noise.header" not in rounds.personal(next_state(quiet), "a")
 
 
 def test_a_personal_header_is_freed_from_noise() -> None:
@@ -433,11 +447,16 @@ def test_a_personal_header_is_freed_from_noise() -> None:
     ],
 )
 def test_an_edge_ships_what_stands_out_of_the_noise(guard: bool, noise: float, expected: tuple[str, Any]) -> None:
-    losses = {"coarse": 0.0, "refined": -0.2, "refined/10": -0.9}
-    scores = {way: ValidationScores(num_samples=1, loss_sum=loss, num_correct=0) for way, loss in losses.items()}
-    replies = {name: ProposeReply(step=4, scores=scores, noise=noise) for name in ("a", "b", "c", "d")}
-    decision = edge.decide(RefineConfig(guard=guard), replies)
-    assert (decision.header, decision.prior_strength) == expected
+    config = RefineConfig(guard=guard)
+    ways = ways_to_ship(config, 4, private=True)
+    said = {"coarse": 0.0, "refined": -0.2, "refined/k=10": -0.9}
+    losses = torch.tensor([said.get(way.name, 0.0) for way in ways])
+    replies = {
+        name: ProposeReply(step=4, num_samples=1, tensors={"losses": losses}, noise=noise)
+        for name in ("a", "b", "c", "d")
+    }
+    way = decide(config, replies, {}, 4, robust=False, private=True).way
+    assert (way.header, way.prior_strength) == expected
 
 
 # -- the job ----------------------------------------------------------------------------------------------------------
@@ -569,7 +588,7 @@ def test_a_run_that_was_stopped_asks_again_and_gets_the_same_replies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caught = Caught(monkeypatch)
-    real = edge.next_state
+    real = rounds.next_state
 
     class Stopped(BaseException):
         pass

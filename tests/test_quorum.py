@@ -26,7 +26,9 @@ from fleetfit.replies import Expected
 
 SCORES = ValidationScores(num_samples=1, loss_sum=0.5, num_correct=1)
 SKETCH_CHANNELS = 4
-EXPECTED = Expected(refine=RefineConfig(similarity="alone", class_prior=False), channels=SKETCH_CHANNELS)
+EXPECTED = Expected(
+    refine=RefineConfig(similarity="wasserstein", class_prior=False, learning_rate=1.0), channels=SKETCH_CHANNELS
+)
 COARSE = CoarseModel(
     step=1,
     family="vit",
@@ -47,7 +49,7 @@ def sketched() -> CoarseReply:
 
 
 def proposed(step: int = 4) -> ProposeReply:
-    return ProposeReply(step=step, scores={"coarse": SCORES, "refined": SCORES})
+    return ProposeReply(step=step, num_samples=1, tensors={"losses": torch.full((6,), 0.5)})
 
 
 class Script:

@@ -36,9 +36,11 @@ from fleetfit.records import (
     Fault,
     HeaderSpec,
     ValidationScores,
+    Way,
 )
-from fleetfit.refinement import SKETCH_PROJECTIONS, ways_to_ship
+from fleetfit.refinement import SKETCH_PROJECTIONS
 from fleetfit.replies import check_cluster_report, check_reply, check_stats, expected_of
+from fleetfit.shipping import ways_to_ship
 
 torch.set_num_threads(1)
 
@@ -79,7 +81,7 @@ def coarse_model(**refine: Any) -> CoarseModel:
         config=backbone.config,
         labels=("a", "b", "c"),
         header=header.spec,
-        refine=RefineConfig(**refine),
+        refine=RefineConfig(**({"similarity": "wasserstein", "bits": 32, "prune_share": 0.1} | refine)),
         seed=0,
         class_shares=(),
         tensors=put("header", dict(header.state_dict())),
@@ -97,13 +99,15 @@ QUESTIONS = {
     "coarse": COARSE,
     "round": RefineRound(step=2, round=1),
     "propose": Propose(step=4),
-    "finish": Finish(step=5, header="coarse"),
+    "finish": Finish(step=5, way=Way(header="coarse")),
 }
 GOOD: dict[str, Any] = {
     "attributes": AttributesReply(step=0, attributes=ATTRIBUTES),
     "coarse": CoarseReply(step=1, scores=SCORES, tensors={"sketch.all": torch.randn(5, 8)}),
     "round": RoundReply(step=2, scores=SCORES, tensors=ROUND),
-    "propose": ProposeReply(step=4, scores=dict.fromkeys(ways_to_ship(COARSE.refine), SCORES)),
+    "propose": ProposeReply(
+        step=4, num_samples=3, tensors={"losses": torch.ones(len(ways_to_ship(COARSE.refine, len(COARSE.labels))))}
+    ),
     "finish": FinishReply(step=5, report=REPORT),
 }
 
@@ -194,8 +198,9 @@ BAD: list[tuple[str, Any, str]] = [
     ("round", changed("round", tensors={n: t[None] for n, t in ROUND.items()}), "must be torch.float32"),
     ("round", changed("round", tensors={n: t.double() for n, t in ROUND.items()}), "got torch.float64"),
     ("propose", changed("propose", scores={}), "it must score coarse, coarse/1, "),
-    ("propose", changed("propose", scores=GOOD["propose"].scores | {"x": SCORES}), "it must score"),
-    ("propose", changed("propose", scores=GOOD["propose"].scores | {"refined": scored(num_correct=9)}), "num_correct"),
+    ("propose", changed("propose", tensors={"losses": torch.ones(3)}), "tensor 'losses' must be"),
+    ("propose", changed("propose", num_samples=10**9), "num_samples must be within"),
+    ("propose", changed("propose", tensors={"losses": -GOOD["propose"].tensors["losses"]}), "loss_sum must be within"),
     ("finish", reported(device_id="../d-1"), "device_id must be 'd-1', got '../d-1'"),
     ("finish", reported(accuracy=1.5), "accuracy must be within 0 and 1, got 1.5"),
     ("finish", reported(accuracy_local=NAN), "accuracy_local must be within"),

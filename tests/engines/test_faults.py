@@ -14,13 +14,13 @@ import torch
 from tiny_job import tiny_fields
 from torch import Tensor
 
-from fleetfit import edge, members
+from fleetfit import edge, members, rounds
 from fleetfit.artifacts import Ledger
 from fleetfit.config import Job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.edge import EdgeState, HeaderResult
+from fleetfit.edge import HeaderResult
 from fleetfit.engines import local
 from fleetfit.engines.local import LocalLink
 from fleetfit.members import device_handler
@@ -44,9 +44,10 @@ from fleetfit.messages import (
 )
 from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.quorum import ATTEMPTS, NO_REPLY
-from fleetfit.records import DeviceAttributes, EnergyModel
+from fleetfit.records import DeviceAttributes, EnergyModel, Way
 from fleetfit.reference import classifier_of, train_reference
 from fleetfit.report import build_report
+from fleetfit.rounds import EdgeState
 
 torch.set_num_threads(1)
 
@@ -287,10 +288,10 @@ def test_a_device_that_misses_one_step_finishes_with_the_others(lab: Lab, missed
     if missed.startswith("round"):
         number = int(missed[-1])
         before, after = lab.state(number - 1), lab.state(number)
-        assert_same_tensors(edge.personal(after, "far-2"), edge.personal(before, "far-2"))
+        assert_same_tensors(rounds.personal(after, "far-2"), rounds.personal(before, "far-2"))
         # What it gets next is what the edge knew before: its last personal tensors, or nothing.
         sent = [m for d, m in link.asked if d == "far-2"][number + 2]
-        assert_same_tensors(sent.tensors, edge.personal(before, "far-2"))
+        assert_same_tensors(sent.tensors, rounds.personal(before, "far-2"))
         assert bool(sent.tensors) is (number > 1)
         samples = [r["num_samples"] for r in report.rounds]
         assert samples[number] == samples[0] - len(lab.data.devices["far-2"].validation)
@@ -316,7 +317,7 @@ def test_what_the_others_get_is_computed_as_if_the_device_were_not_there(lab: La
     state, weights = lab.state(1), torch.tensor(lab.state(0).weights)
     for device in three:
         row = {d: float(weights[DEVICES.index(device), DEVICES.index(d)]) for d in three}
-        for name, tensor in edge.personal(state, device).items():
+        for name, tensor in rounds.personal(state, device).items():
             if name.startswith("header."):
                 mean = sum(row[d] * replies[d].tensors[name].double() for d in three) / sum(row.values())
                 torch.testing.assert_close(tensor.double(), mean, rtol=1e-6, atol=1e-7)
@@ -602,7 +603,7 @@ FOREIGN = (
     StatsRequest(),
     ClusterStats(devices=()),
     Declined(reason="\x1b[31mno\n", needs_model=False),
-    Finish(step=6, header="coarse"),
+    Finish(step=6, way=Way(header="coarse")),
 )
 
 
@@ -697,8 +698,8 @@ def test_others_personal_tensors_do_not_hold_the_refused_ones(fuzz: Fuzz) -> Non
     for device in DEVICES:
         assert fuzz.honest["round 2"].faults == ()
         for other in set(DEVICES) - {device}:
-            one = edge.personal(fuzz.honest["round 2"], other)["header.classifier.last.weight"]
-            two = edge.personal(fuzz.without[device, "round 2"], other)["header.classifier.last.weight"]
+            one = rounds.personal(fuzz.honest["round 2"], other)["header.classifier.last.weight"]
+            two = rounds.personal(fuzz.without[device, "round 2"], other)["header.classifier.last.weight"]
             assert not torch.equal(one, two)
 
 
@@ -716,15 +717,15 @@ def test_a_name_in_a_reply_is_nothing_but_checked(fuzz: Fuzz, name: str) -> None
 
 def test_lying_about_scores_is_refused_where_it_can_be_seen(fuzz: Fuzz) -> None:
     reply = decode(fuzz.kept["far-2", "proposal"], ProposeReply)
-    (way, *_) = reply.scores
-    many = reply.scores[way].model_copy(update={"num_samples": 10**6})
-    for scores in (
-        {**reply.scores, way: many},
-        {w: s for w, s in reply.scores.items() if w != way},
-        {**reply.scores, "refined/3": many},
-        dict(reversed(reply.scores.items())),
+    losses = reply.tensors["losses"]
+    for update in (
+        {"num_samples": 10**6},
+        {"tensors": {"losses": losses[1:]}},
+        {"tensors": {"losses": torch.cat([losses, losses])}},
+        {"tensors": {"losses": -losses - 1}},
+        {"tensors": {}},
     ):
-        blob = encode(reply.model_copy(update={"scores": scores}))
+        blob = encode(reply.model_copy(update=update))
         result = fuzz.result("proposal", {"far-2": [blob]})
         assert [f.device_id for f in result.faults] == ["far-2"]
         assert_same(result, fuzz.without["far-2", "proposal"])

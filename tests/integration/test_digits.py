@@ -15,7 +15,6 @@ from fleetfit.clusters import fleet_of
 from fleetfit.config import Job, load_job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.edge import Decision, EdgeState
 from fleetfit.engines import whole_fleet
 from fleetfit.messages import (
     BackboneAssignment,
@@ -31,7 +30,10 @@ from fleetfit.messages import (
 )
 from fleetfit.model_folder import read_card
 from fleetfit.presets import PAPER
+from fleetfit.records import Way
 from fleetfit.report import build_report
+from fleetfit.rounds import EdgeState
+from fleetfit.shipping import Decision
 
 torch.set_num_threads(1)
 
@@ -209,7 +211,7 @@ def test_samples_of_features_literal_weights_no_guard_no_prior(paper: Digits) ->
     for cluster in LIMITS:
         steps = paper.out / "steps"
         decision = decode((steps / "propose" / f"{cluster}.safetensors").read_bytes(), Decision)
-        assert (decision.header, decision.prior_strength) == ("refined", None)
+        assert decision.way == Way(header="refined")
         assert set(decision.loss_by_way) == {"coarse", "refined"}
         state = decode((steps / "refine" / cluster / "0.safetensors").read_bytes(), EdgeState)
         distance, weights = torch.tensor(state.distance), torch.tensor(state.weights)

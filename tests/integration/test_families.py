@@ -173,7 +173,7 @@ def test_a_family_of_texts_runs_through_all_phases(family: str) -> None:
         coarse,
         RefineRound(step=2, round=1),
         Propose(step=3),
-        Finish(step=4, header="refined"),
+        Finish(step=4, way=Way(header="refined")),
     ]
     for message in steps:
         state, reply = handle(state, message)

@@ -5,15 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import dirichlet
 
 from fleetfit.method.aggregation import (
     aggregate,
     alone_weights,
     average_weights,
-    class_prior,
     distance_from_uniform,
-    tempered_counts,
     unit_sum,
 )
 
@@ -108,70 +105,3 @@ def test_distance_from_uniform_by_hand():
 
 
 # -- class prior ------------------------------------------------------------------------------------------------------
-
-
-def test_class_prior_by_hand():
-    prior = class_prior(torch.tensor([6.0, 2.0, 0.0]), torch.tensor([0.5, 0.25, 0.25]), 8.0)
-    # (6 + 4) / 16 / 0.5, (2 + 2) / 16 / 0.25, (0 + 2) / 16 / 0.25
-    assert prior.exp().tolist() == pytest.approx([1.25, 1.0, 0.5])
-
-
-counts = st.lists(st.integers(0, 50), min_size=2, max_size=8)
-
-
-@given(counts, st.floats(0.1, 100), seeds)
-def test_class_prior_is_the_posterior_mean_of_a_dirichlet_over_the_clusters_shares(number, strength, seed):
-    q = torch.rand(len(number), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
-    q = q / q.sum()
-    n = torch.tensor(number, dtype=torch.float64)
-    posterior = dirichlet.mean(strength * q.numpy() + n.numpy())
-    np.testing.assert_allclose(class_prior(n, q, strength).numpy(), np.log(posterior / q.numpy()), atol=1e-9)
-
-
-@given(counts, st.floats(0.1, 100))
-def test_class_prior_added_to_calibrated_logits_is_bayes_rule(number, strength):
-    # A model calibrated for shares q says p(c|x) ~ q_c l_c; on the device it should be (its shares) * l_c.
-    n = torch.tensor(number, dtype=torch.float64)
-    q = torch.arange(1.0, len(number) + 1, dtype=torch.float64)
-    q = q / q.sum()
-    likelihood = torch.linspace(0.2, 0.9, len(number), dtype=torch.float64)
-    logits = (q * likelihood).log() + class_prior(n, q, strength)
-    shares = (n + strength * q) / (n.sum() + strength)
-    torch.testing.assert_close(logits.softmax(0), shares * likelihood / (shares * likelihood).sum())
-
-
-def test_class_prior_fades_with_strength_and_without_samples():
-    n, q = torch.tensor([9.0, 1.0]), torch.tensor([0.3, 0.7])
-    assert class_prior(torch.zeros(2), q, 5.0).tolist() == pytest.approx([0, 0], abs=1e-6)
-    assert class_prior(n, q, 1e7).tolist() == pytest.approx([0, 0], abs=1e-4)
-    unseen = class_prior(torch.tensor([10.0, 0.0]), q, 5.0)[1]
-    assert float(unseen) == pytest.approx(np.log(5 / 15))
-
-
-def test_class_prior_bears_classes_that_the_cluster_has_not_seen():
-    prior = class_prior(torch.tensor([5.0, 0.0, 2.0]), torch.tensor([3.0, 0.0, 0.0]), 4.0)
-    assert bool(prior.isfinite().all())
-    assert float(prior[1]) == pytest.approx(np.log(4 / 11))
-    assert float(prior[2]) > 0
-
-
-def test_tempered_counts_by_hand():
-    counts = torch.tensor([9.0, 1.0, 0.0])
-    assert tempered_counts(counts, 0.5).tolist() == pytest.approx([7.5, 2.5, 0])  # 3 : 1, ten in all
-    assert tempered_counts(counts, 1e-9).tolist() == pytest.approx([5, 5, 0])  # seen, or not
-    assert torch.equal(tempered_counts(counts, 1.0), counts)
-    assert torch.equal(tempered_counts(torch.zeros(2), 0.5), torch.zeros(2))
-
-
-def test_class_prior_refuses_bad_arguments():
-    n, q = torch.ones(2), torch.ones(2)
-    with pytest.raises(ValueError, match="strength must be finite and > 0, got 0"):
-        class_prior(n, q, 0.0)
-    with pytest.raises(ValueError, match="floor must be finite and > 0, got 0"):
-        class_prior(n, q, 1.0, floor=0.0)
-    with pytest.raises(ValueError, match="counts must be finite and >= 0"):
-        class_prior(-n, q, 1.0)
-    with pytest.raises(ValueError, match="class_shares must be finite and >= 0"):
-        class_prior(n, -q, 1.0)
-    with pytest.raises(ValueError, match="class_shares must not all be 0"):
-        class_prior(n, torch.zeros(2), 1.0)

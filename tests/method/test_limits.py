@@ -6,10 +6,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetfit.method.aggregation import aggregate, average_weights, class_prior, tempered_counts, unit_sum
+from fleetfit.method.aggregation import aggregate, average_weights, unit_sum
+from fleetfit.method.class_prior import class_prior
 from fleetfit.method.energy import energy_joules, r_squared, split_power, worst_relative_error
 from fleetfit.method.matching import energy_efficiency_ratio, size_efficiency_ratio, trade_off_score
 from fleetfit.method.pareto_grid import MOST_CELLS, choose, make_grid, pareto_front_grid
@@ -124,8 +125,6 @@ def test_class_prior_refuses_what_is_not_finite_by_name(value: float) -> None:
         (lambda: class_prior(good, wide(1.0, value), 1.0), "class_shares"),
         (lambda: class_prior(good, good, value), "strength"),
         (lambda: class_prior(good, good, 1.0, floor=value), "floor"),
-        (lambda: tempered_counts(wide(1.0, value), 0.5), "counts"),
-        (lambda: tempered_counts(good, value), "power"),
     ):
         with pytest.raises(ValueError, match=rf"^{name} must be finite"):
             call()
@@ -146,15 +145,6 @@ def test_class_prior_is_finite_or_an_error(values: list[tuple[float, float]], st
     except ValueError:
         return
     assert bool(prior.isfinite().all())
-
-
-@settings(max_examples=300)
-@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=4), st.floats(-300, 300))
-def test_tempered_counts_keep_their_sum(values: list[float], power: float) -> None:
-    assume(all(v == 0 or v > 1e-6 for v in values))
-    tempered = tempered_counts(wide(*values), power)
-    assert float(tempered.sum()) == pytest.approx(sum(values), rel=1e-9)
-    assert [bool(v) for v in tempered] <= [bool(v) for v in values]
 
 
 # -- similarity -------------------------------------------------------------------------------------------------------

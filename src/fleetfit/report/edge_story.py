@@ -114,8 +114,9 @@ def similarity(run: Run) -> Markup:
         "similarity",
         "Who listens to whom",
         paragraph(
-            "What a device gets back is an average over all devices of its cluster, weighted by how alike their "
-            f"features are (measure: {run.job.refine.similarity}). Numbers are percent, a row adds up to 100. Devices "
+            "What a device gets back is an average over devices of its cluster, weighted by how alike they are "
+            f"(measure: {run.job.refine.similarity}; updates: groups whose headers change alike). Numbers are percent, "
+            "a row adds up to 100. Devices "
             "are numbered within their cluster, as in the table of devices."
         ),
         grid(*(panel(cluster, _matrix(cluster, weights)) for cluster, weights in drawn.items())) if drawn else None,
@@ -267,13 +268,14 @@ def rounds(run: Run) -> Markup:
         )
     refine = run.job.refine
     guard = (
-        "The guard is on: refined headers ship only where they are no worse than those that were sent."
+        "The guard is on: what ships is no worse on the pooled validation than what was sent, or fine-tuned alone; "
+        "among ways that differ by less than the error of the comparison, what the devices made together is preferred."
         if refine.guard
         else "The guard is off: refined headers ship in any case."
     )
     prior = (
         " A class prior, which tilts a header towards the classes that its device has seen, is tried at several "
-        "strengths; the larger k, the weaker the tilt."
+        "strengths and numbers of classes, after the logits’ temperature."
         if refine.class_prior
         else ""
     )
@@ -286,44 +288,78 @@ def rounds(run: Run) -> Markup:
         "rounds",
         "Refining, and what was shipped",
         paragraph(
-            f"Devices train and the edge averages, {plural(refine.rounds, 'round')} of both. What ships is decided "
-            "once for the whole cluster, after the last averaging and pruning, on validation samples pooled over its "
-            f"devices. {guard}{prior}{private}"
+            f"Devices train and the edge averages, {plural(refine.rounds, 'round')} of both at most"
+            f"{', until the validation loss settles' if refine.settle else ''}. What ships is decided for a cluster, "
+            "or for each group of its devices that has samples enough, after the last averaging and pruning, on "
+            f"validation samples pooled over its devices. {guard}{prior}{private}"
         ),
         per_cluster(run, contents),
     )
 
 
+WORDS = {
+    "coarse": "as sent",
+    "quarter": "a quarter of the way",
+    "half": "half way",
+    "refined": "refined together",
+    "own": "refined, then trained here",
+    "local": "fine-tuned alone",
+}
+
+
+def way_words(way: Mapping[str, Any]) -> str:
+    """A way to ship, for a person."""
+    words = WORDS.get(str(way.get("header")), str(way.get("header")))
+    if (strength := way.get("prior_strength")) is not None:
+        classes = way.get("prior_classes")
+        words += f", class prior k = {float(strength):.3g}"
+        words += f" over {float(classes):.3g} classes" if classes is not None else ""
+        words += ", inputs without labels counted" if way.get("shift_strength") is not None else ""
+    if (temperature := way.get("temperature", 1.0)) not in (None, 1.0):
+        words += f", temperature {float(temperature):g}"
+    return words
+
+
 def _decision(cluster: str, decision: Mapping[str, Any], guard: bool, private: bool) -> list[Markup]:
-    ways = {str(way): float(loss) for way, loss in dict(decision.get("loss_by_way") or {}).items()}
-    header, strength = str(decision.get("header", "")), decision.get("prior_strength")
-    prior = f"{float(strength):g}" if strength is not None and known(float(strength)) else ""
-    kind = {"coarse": "the headers as sent", "refined": "the refined headers"}.get(header, header)
-    shipped = kind + (f" with class prior k = {prior}" if prior else "")
-    if not ways:
-        return [note(f"Shipped: {shipped}. No device has validation samples, so nothing spoke for a change.")]
-    kinds = list(dict.fromkeys(way.partition("/")[0] for way in ways))
-    strengths = list(dict.fromkeys(way.partition("/")[2] for way in ways))
-    colours = {"coarse": "muted", "refined": "accent"}
-    names = {"coarse": "as sent", "refined": "refined"}
-    series = [
-        Series(
-            names.get(kind, kind),
-            [ways.get(f"{kind}/{k}" if k else kind) for k in strengths],
-            colours.get(kind, "second"),
-            strengths.index(prior) if kind == header and prior in strengths else None,
-        )
-        for kind in kinds
-    ]
-    drawing = line_chart(
-        f"{cluster}: validation loss of every way to ship",
-        series,
-        [k or "none" for k in strengths],
-        "class prior, k",
-        "validation loss of every way to ship, nats per sample",
-    )
-    at = decimal(ways.get(f"{header}/{prior}" if prior else header))
-    allowed = sum(guard or way.startswith("refined") for way in ways)
-    among = f" The lowest of the {allowed} allowed, so a little optimistic." if allowed > 1 and not private else ""
-    caption = f"Shipped: {shipped}, at {at} against {decimal(ways[next(iter(ways))])} as sent.{among}"
-    return [element("div", figure(drawing, caption), class_="below")]
+    """What ships and what the other ways would have given, of the cluster and of each group that chose for itself."""
+    whole: dict[str, Any] = {key: decision.get(key) or {} for key in ("devices", "way", "loss_by_way")}
+    own = [g for g in decision.get("groups") or [] if isinstance(g, Mapping)]
+    if not whole["loss_by_way"]:
+        told = way_words(dict(whole["way"]))
+        return [note(f"Shipped: {told}. No device has validation samples, so nothing spoke for a change.")]
+    parts = [note(_grouping_words(decision))] if decision.get("grouping") else []
+    for place in own or [whole]:
+        way, losses = dict(place["way"] or {}), {str(k): float(v) for k, v in dict(place["loss_by_way"]).items()}
+        names = [str(d) for d in place["devices"] or []]
+        who = f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''}" if names else cluster
+        rows = [
+            table_row(_kind_words(kind), decimal(loss), numeric=(1,), class_="chosen" if kind == _kind(way) else None)
+            for kind, loss in sorted(losses.items(), key=lambda pair: pair[1])
+        ]
+        caption = f"Shipped by {who}: {way_words(way)}"
+        loss = "Difference of loss, noised" if private else "Pooled validation loss, nats per sample"
+        parts.append(table(caption, ["Best of its kind", loss], rows, (1,)))
+    return [element("div", *parts, class_="below")]
+
+
+def _kind(way: Mapping[str, Any]) -> str:
+    extra = " + inputs" if way.get("shift_strength") else " + prior" if way.get("prior_strength") else ""
+    return f"{way.get('header')}{extra}"
+
+
+def _kind_words(kind: str) -> str:
+    header, _, extra = kind.partition(" + ")
+    return WORDS.get(header, header) + (f" + {extra}" if extra else "")
+
+
+def _grouping_words(decision: Mapping[str, Any]) -> str:
+    """The evidence for groups, in a sentence."""
+    silhouettes = {int(k): float(v) for k, v in dict(decision.get("silhouettes") or {}).items()}
+    best = max(silhouettes, key=silhouettes.__getitem__, default=1)
+    shown = f"best silhouette {silhouettes[best]:.2f}, of {best} groups" if silhouettes else "too few devices to tell"
+    return {
+        "one": f"One group: the devices’ header changes show no others ({shown}).",
+        "found": f"Groups found from header changes ({shown}); no validation told whether they are better.",
+        "kept": f"Groups found from header changes ({shown}), and better on held-out samples than one average.",
+        "dropped": f"Groups were found from header changes ({shown}), but no better than one average: not used.",
+    }.get(str(decision.get("grouping")), "")

@@ -1,0 +1,129 @@
+"""The class prior: by hand, against Bayes' rule, against a simulation, and with what cannot be."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import dirichlet
+
+from fleetfit.method.class_prior import class_prior, label_shift, support_prior
+
+seeds = st.integers(0, 10**6)
+
+
+def test_class_prior_by_hand():
+    prior = class_prior(torch.tensor([6.0, 2.0, 0.0]), torch.tensor([0.5, 0.25, 0.25]), 8.0)
+    # (6 + 4) / 16 / 0.5, (2 + 2) / 16 / 0.25, (0 + 2) / 16 / 0.25
+    assert prior.exp().tolist() == pytest.approx([1.25, 1.0, 0.5])
+
+
+counts = st.lists(st.integers(0, 50), min_size=2, max_size=8)
+
+
+@given(counts, st.floats(0.1, 100), seeds)
+def test_class_prior_is_the_posterior_mean_of_a_dirichlet_over_the_clusters_shares(number, strength, seed):
+    q = torch.rand(len(number), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    q = q / q.sum()
+    n = torch.tensor(number, dtype=torch.float64)
+    posterior = dirichlet.mean(strength * q.numpy() + n.numpy())
+    np.testing.assert_allclose(class_prior(n, q, strength).numpy(), np.log(posterior / q.numpy()), atol=1e-9)
+
+
+@given(counts, st.floats(0.1, 100))
+def test_class_prior_added_to_calibrated_logits_is_bayes_rule(number, strength):
+    # A model calibrated for shares q says p(c|x) ~ q_c l_c; on the device it should be (its shares) * l_c.
+    n = torch.tensor(number, dtype=torch.float64)
+    q = torch.arange(1.0, len(number) + 1, dtype=torch.float64)
+    q = q / q.sum()
+    likelihood = torch.linspace(0.2, 0.9, len(number), dtype=torch.float64)
+    logits = (q * likelihood).log() + class_prior(n, q, strength)
+    shares = (n + strength * q) / (n.sum() + strength)
+    torch.testing.assert_close(logits.softmax(0), shares * likelihood / (shares * likelihood).sum())
+
+
+def test_class_prior_fades_with_strength_and_without_samples():
+    n, q = torch.tensor([9.0, 1.0]), torch.tensor([0.3, 0.7])
+    assert class_prior(torch.zeros(2), q, 5.0).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert class_prior(n, q, 1e7).tolist() == pytest.approx([0, 0], abs=1e-4)
+    unseen = class_prior(torch.tensor([10.0, 0.0]), q, 5.0)[1]
+    assert float(unseen) == pytest.approx(np.log(5 / 15))
+
+
+def test_class_prior_bears_classes_that_the_cluster_has_not_seen():
+    prior = class_prior(torch.tensor([5.0, 0.0, 2.0]), torch.tensor([3.0, 0.0, 0.0]), 4.0)
+    assert bool(prior.isfinite().all())
+    assert float(prior[1]) == pytest.approx(np.log(4 / 11))
+    assert float(prior[2]) > 0
+
+
+def test_class_prior_refuses_bad_arguments():
+    n, q = torch.ones(2), torch.ones(2)
+    with pytest.raises(ValueError, match="strength must be finite and > 0, got 0"):
+        class_prior(n, q, 0.0)
+    with pytest.raises(ValueError, match="floor must be finite and > 0, got 0"):
+        class_prior(n, q, 1.0, floor=0.0)
+    with pytest.raises(ValueError, match="counts must be finite and >= 0"):
+        class_prior(-n, q, 1.0)
+    with pytest.raises(ValueError, match="class_shares must be finite and >= 0"):
+        class_prior(n, -q, 1.0)
+    with pytest.raises(ValueError, match="class_shares must not all be 0"):
+        class_prior(n, torch.zeros(2), 1.0)
+
+
+def test_support_prior_by_hand() -> None:
+    # Two of four classes seen, three there, a = 2: (3 + 2) / 10, (1 + 2) / 10, and (3 - 2) * 2 / 10 / 2 for each other.
+    prior = support_prior(torch.tensor([3.0, 1.0, 0.0, 0.0]), torch.ones(4), 6.0, 3.0)
+    assert prior.exp().tolist() == pytest.approx([0.5 * 4, 0.3 * 4, 0.1 * 4, 0.1 * 4], rel=1e-6)
+
+
+def test_support_prior_over_all_classes_is_the_class_prior() -> None:
+    counts, shares = torch.tensor([[5.0, 0.0, 2.0], [0.0, 0.0, 0.0]]), torch.ones(3)
+    torch.testing.assert_close(support_prior(counts, shares, 6.0, 3.0), class_prior(counts, shares, 6.0))
+
+
+def test_support_prior_is_what_devices_of_so_many_classes_have() -> None:
+    """Draw classes and samples as the prior supposes, alpha = 1: the share of unseen classes' samples is as it says."""
+    generator = np.random.default_rng(0)
+    told, came = [], []
+    for _ in range(4000):
+        present = generator.choice(8, size=4, replace=False)
+        shares = generator.dirichlet(np.ones(4))
+        counts = torch.zeros(8)
+        for c in generator.choice(present, size=6, p=shares):
+            counts[c] += 1
+        posterior = support_prior(counts, torch.ones(8), 4.0, 4.0).exp() / 8
+        told.append(float(posterior[counts == 0].sum()))
+        came.append(float(sum(p for c, p in zip(present, shares, strict=True) if counts[c] == 0)))
+    assert np.mean(told) == pytest.approx(np.mean(came), abs=0.01)
+
+
+def test_support_prior_keeps_every_class_reachable() -> None:
+    prior = support_prior(torch.tensor([9.0, 0.0]), torch.ones(2), 0.01, 1.0)
+    assert -20 < float(prior[1]) < math.log(0.021)
+
+
+def test_label_shift_finds_the_shares_that_inputs_come_from() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([0.7, 0.25, 0.05])
+    labels = torch.multinomial(shares, 4000, replacement=True, generator=generator)
+    x = torch.randn(4000, 3, generator=generator) + 2 * torch.nn.functional.one_hot(labels, 3)
+    logits = 2 * x  # log p(x | c) up to a constant: the classes' means are 2 on their own axis
+    found = label_shift(logits, torch.zeros(3), torch.ones(3), 1.0, num_steps=200)
+    assert (found.exp() / 3).tolist() == pytest.approx(shares.tolist(), abs=0.03)
+
+
+def test_label_shift_stays_where_it_was_with_much_trust_or_no_inputs() -> None:
+    prior = class_prior(torch.tensor([5.0, 1.0]), torch.ones(2), 2.0)
+    logits = torch.tensor([[0.0, 3.0]] * 20)
+    assert label_shift(logits, prior, torch.ones(2), 1e6).tolist() == pytest.approx(prior.tolist(), abs=1e-3)
+    assert torch.equal(label_shift(logits[:0], prior, torch.ones(2), 1.0), prior)
+    assert float(label_shift(logits, prior, torch.ones(2), 1.0)[1]) > float(prior[1])
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, math.inf, math.nan])
+def test_priors_refuse_what_is_no_number_of_classes(number: float) -> None:
+    with pytest.raises(ValueError, match="num_present must be finite and > 0"):
+        support_prior(torch.ones(2), torch.ones(2), 1.0, number)
