@@ -259,7 +259,7 @@ def test_bad_storage_limit_names_its_key(limit: object) -> None:
         ("headr.search", "did you mean 'header'?"),
         ("header.serch", "did you mean 'search'?"),
         ("fleet.energy.epoch", "did you mean 'epochs'?"),
-        ("refine.zzz", "known keys here: rounds, epochs, "),
+        ("refine.zzz", "known keys here: rounds, settle, epochs, "),
     ],
 )
 def test_an_unknown_key_names_the_nearest(key: str, hint: str) -> None:

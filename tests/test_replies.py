@@ -197,7 +197,6 @@ BAD: list[tuple[str, Any, str]] = [
     ("round", changed("round", tensors={n: t * INFINITE for n, t in ROUND.items()}), "must be finite"),
     ("round", changed("round", tensors={n: t[None] for n, t in ROUND.items()}), "must be torch.float32"),
     ("round", changed("round", tensors={n: t.double() for n, t in ROUND.items()}), "got torch.float64"),
-    ("propose", changed("propose", scores={}), "it must score coarse, coarse/1, "),
     ("propose", changed("propose", tensors={"losses": torch.ones(3)}), "tensor 'losses' must be"),
     ("propose", changed("propose", num_samples=10**9), "num_samples must be within"),
     ("propose", changed("propose", tensors={"losses": -GOOD["propose"].tensors["losses"]}), "loss_sum must be within"),

@@ -428,7 +428,7 @@ class RefineConfig(Section):
     batch_size: Steps = Field(16, le=10**6)
     learning_rate: float = Field(5e-3, gt=0, le=1e3)
     exchange: Literal["weights", "importance"] = Field("weights", description="what is aggregated by similarity")
-    bits: Literal[8, 32] = Field(8, description="of each value of a header change, on its way to the edge")
+    bits: int = Field(8, ge=8, le=32, description="8 or 32: of each value of a header change, on its way to the edge")
     similarity: Literal["updates", "labels", "calibrated", "wasserstein", "js", "average", "alone", "oracle"] = Field(
         "updates",
         description="whom a device's average is made of. updates: groups found from the header changes; labels: cosine "
@@ -459,6 +459,13 @@ class RefineConfig(Section):
         0.0, description="share of header neurons dropped in all; the few channels of a pooled header are all needed"
     )
     guard: bool = Field(True, description="never ship what the cluster's validation splits say is worse")
+
+    @field_validator("bits")
+    @classmethod
+    def _bits(cls, value: int) -> int:
+        if value not in (8, 32):
+            raise ValueError(f"bits must be 8 or 32, got {value}")
+        return value
 
     @property
     def shows_sketch(self) -> bool:
