@@ -60,7 +60,7 @@ FEWER = {"banking77": 30, "in100-32": 30}  # classes, where labels or inputs are
 TODAY = {  # the defaults before groups
     "rounds": 2,
     "settle": False,
-    "later_epochs": None,
+    "later_epochs": 0,
     "learning_rate": 3e-3,
     "similarity": "calibrated",
     "anchor": 0.1,

@@ -75,7 +75,7 @@ FINISH = Finish(step=1, way=Way(header="refined"))
 EARLIER: dict[str, Any] = {  # all rounds alike, on all that a device can show, each value as it is
     "rounds": 2,
     "settle": False,
-    "later_epochs": None,
+    "later_epochs": 0,
     "learning_rate": 3e-3,
     "anchor": 0.1,
     "similarity": "calibrated",

@@ -422,8 +422,8 @@ class RefineConfig(Section):
         True, description="end the rounds when the pooled validation loss has settled; else all are done"
     )
     epochs: Steps = Field(10, le=100_000, description="local epochs of the first round, and of fine-tuning alone")
-    later_epochs: Annotated[int, Field(ge=1, le=100_000)] | None = Field(
-        3, description="local epochs of each later round; left out in a preset: as the first"
+    later_epochs: int = Field(
+        3, ge=0, le=100_000, description="local epochs of each later round; 0: as many as of the first"
     )
     batch_size: Steps = Field(16, le=10**6)
     learning_rate: float = Field(5e-3, gt=0, le=1e3)
@@ -474,7 +474,7 @@ class RefineConfig(Section):
 
     def epochs_of(self, number: int) -> int:
         """Local epochs of the n-th round."""
-        return self.epochs if number == 1 or self.later_epochs is None else self.later_epochs
+        return self.epochs if number == 1 or self.later_epochs == 0 else self.later_epochs
 
     @property
     def scores_importance(self) -> bool:

@@ -25,7 +25,7 @@ PAPER: dict[str, dict[str, Any]] = {
     "refine": {
         "rounds": 2,
         "settle": False,
-        "later_epochs": None,
+        "later_epochs": 0,
         "learning_rate": 3e-3,
         "exchange": "importance",
         "similarity": "wasserstein",

@@ -72,7 +72,7 @@ def make(**links: Any) -> Job:
                 "class_prior": False,
                 "similarity": "calibrated",
                 "settle": False,
-                "later_epochs": None,
+                "later_epochs": 0,
                 "bits": 32,
             },
             links=links,
