@@ -123,6 +123,6 @@ def test_curves_have_a_hundred_points_at_most(tmp_path: Path, monkeypatch: pytes
 
 def test_it_is_no_part_of_what_is_run() -> None:
     assert "run.track" not in json.dumps(make_job({}).model_dump(mode="json", exclude={"run"}))
-    assert parameters(make_job({}))["refine.rounds"] == "2"
+    assert parameters(make_job({}))["refine.rounds"] == "10"
     with pytest.raises(ValueError, match=r"run\.track must be one of"):
         make_job({"run": {"track": "wandbb"}})

@@ -470,7 +470,7 @@ class RefineConfig(Section):
     @property
     def shows_sketch(self) -> bool:
         """Whether the edge compares devices by their sketches."""
-        return self.similarity in ("calibrated", "wasserstein", "js")
+        return self.similarity not in ("updates", "labels", "average", "alone", "oracle")
 
     def epochs_of(self, number: int) -> int:
         """Local epochs of the n-th round."""

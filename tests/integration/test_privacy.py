@@ -7,7 +7,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from fleetfit.data.sources import load_samples
 from fleetfit.device import DeviceMemory, DeviceState
 from fleetfit.engines import local, whole_fleet
 from fleetfit.messages import AttributesReply, CoarseReply, FinishReply, Message, RoundReply, decode, decode_any, encode
+from fleetfit.records import HeaderKept
 
 torch.set_num_threads(1)
 
@@ -61,24 +62,35 @@ def under(prefix: str, fields: set[str]) -> set[str]:
     return {f"{prefix}.{field}" for field in fields}
 
 
+KINDS = ("", " + prior", " + inputs")
+WAY = {"header", "temperature", "prior_strength", "prior_classes", "shift_strength"}
+
 # All that may go up, by kind: JSON fields (lists have no level of their own), and first parts of tensors' names.
 # Whoever adds one here answers the question: what does it tell about a person's data?
 MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
     "attributes_reply": ({"step"} | under("attributes", ATTRIBUTES), set()),
     "coarse_reply": ({"step"} | SCORES, {"sketch"}),
-    "round_reply": ({"step"} | SCORES | NOISE, {"importance", "header"}),
+    "round_reply": (
+        {"step"} | {s.replace("scores", kind, 1) for s in SCORES for kind in ("scores", "came", "average")} | NOISE,
+        {"importance", "header", "change", "level"},
+    ),
     "propose_reply": (
-        {"step"} | {s.replace("scores", f"scores.{w}", 1) for s in SCORES for w in ("coarse", "refined")} | NOISE,
-        set(),
+        {"step", "num_samples"} | NOISE,
+        {"losses"},
     ),
     "finish_reply": ({"step"} | under("report", REPORT), set()),
     "cluster_stats": (under("devices", ATTRIBUTES) | {"silent"} | under("faults", FAULT), set()),
     "cluster_report": (
-        {"cluster", "similarity", "distance", "decision.header", "decision.prior_strength"}
+        {"cluster", "similarity", "distance", "decision.grouping"}
         | under("header", HEADER | BLOCK)
         | under("trials", {"name", "loss", "accuracy", "parameters", "chosen"} | under("spec", HEADER | BLOCK))
         | under("rounds", {"round", "num_samples", "loss_sum", "num_correct"})
-        | {"decision.loss_by_way.coarse", "decision.loss_by_way.refined"}
+        | under("decision.way", WAY)
+        | under("decision.groups", {"devices"} | under("way", WAY))
+        | {f"decision.loss_by_way.{w}{kind}" for w in get_args(HeaderKept) for kind in KINDS}
+        | {f"decision.groups.loss_by_way.{w}{kind}" for w in get_args(HeaderKept) for kind in KINDS}
+        | {"decision.silhouettes", *(f"decision.silhouettes.{n}" for n in range(2, 9))}
+        | under("rounds.came", {"num_samples", "loss_sum", "num_correct"})
         | under("devices", REPORT)
         | under("absent", {"device_id", "since"})
         | under("faults", FAULT)
@@ -137,9 +149,10 @@ class Caught:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "samples": {"sketch": "samples"},
-    "sliced": {"sketch": "sliced"},
-    "parameter": {"importance": "parameter"},
+    "samples": {"sketch": "samples", "similarity": "calibrated", "bits": 32},
+    "sliced": {"sketch": "sliced", "similarity": "calibrated"},
+    "parameter": {"importance": "parameter", "prune_share": 0.1, "similarity": "wasserstein"},
+    "updates": {},
 }
 
 
@@ -293,7 +306,7 @@ def feature_rows_sent(caught: Caught) -> set[str]:
 
 def test_features_go_up_only_as_the_sketch_says(caught: Caught) -> None:
     sent = feature_rows_sent(caught)
-    if caught.refine.sketch == "sliced":
+    if caught.refine.sketch == "sliced" or not caught.refine.shows_sketch:
         assert sent == set()
         return
     # [CLS] of some training samples: as many as the job allows, and nothing else.
