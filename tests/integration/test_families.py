@@ -25,7 +25,7 @@ from fleetfit.models.families import FAMILIES
 from fleetfit.models.header import build_header
 from fleetfit.presets import SMALL_CONFIGS
 from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape, DeviceAttributes, EnergyModel, HeaderSpec
+from fleetfit.records import BackboneShape, DeviceAttributes, EnergyModel, HeaderSpec, Way
 from fleetfit.training import evaluate, fit
 
 torch.set_num_threads(1)
