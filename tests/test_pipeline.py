@@ -285,7 +285,7 @@ class Lying(Devices):
         replies = super().ask(messages)
         reply = replies.get(DEVICES[0])
         if isinstance(reply, RoundReply):
-            header = {n: torch.full_like(t, 7e3) for n, t in reply.tensors.items() if n.startswith("level.")}
+            header = {n: torch.full_like(t, 1e2) for n, t in reply.tensors.items() if n.startswith("level.")}
             replies[DEVICES[0]] = reply.model_copy(update={"tensors": reply.tensors | header})
         if isinstance(reply, ProposeReply):
             losses = torch.zeros_like(reply.tensors["losses"])

@@ -120,9 +120,11 @@ def write_run(folder: Path, clusters: dict[str, int], header: dict = LINEAR, **d
             "distance": [[0.5] * number] * number,
             "rounds": [{"round": r, "num_samples": 12, "loss_sum": 12 / (r + 1), "num_correct": 6} for r in range(3)],
             "decision": {
-                "header": "refined",
-                "prior_strength": 3.0,
-                "loss_by_way": {"coarse": 1.0, "coarse/3": 0.8, "refined": 0.6, "refined/3": 0.4321},
+                "way": {"header": "refined", "temperature": 1.0, "prior_strength": 3.0, "prior_classes": 2.0},
+                "loss_by_way": {"coarse": 1.0, "coarse + prior": 0.8, "refined": 0.6, "refined + prior": 0.4321},
+                "groups": [],
+                "grouping": "one",
+                "silhouettes": {"2": 0.05},
             },
             "devices": devices,
         }
@@ -216,7 +218,7 @@ def test_one_page_that_tells_everything(run: Path):
         "+5.0 points over the one fine-tuned alone",
         "70 KB of 100 KB",
         "one class in its training data",
-        "0.432 against 1.000 as sent",  # decision
+        "refined together + prior",  # decision
         "25.0 % of the raw bytes",
         "2 min 0 s",
         "linear, as distilled",
@@ -464,7 +466,7 @@ def test_unknown_accuracies_are_dashes(tmp_path: Path):
 def test_unknown_scores_do_not_break_it(run: Path):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     report = lines[2]
-    report["decision"] = {"header": "coarse", "prior_strength": None, "loss_by_way": {}}
+    report["decision"] = {"way": {"header": "coarse"}, "loss_by_way": {}}
     report["trials"][0]["loss"] = None  # as pydantic writes NaN
     report["rounds"] = [{"round": 0, "num_samples": 0, "loss_sum": 0.0, "num_correct": 0}]
     report["similarity"] = [[1.0]]

@@ -13,7 +13,7 @@ def quantised(change: Float[Tensor, "..."]) -> tuple[Int8[Tensor, "..."], Float3
     The nearest of 255 levels between the row's largest change and its negative: off by at most half a level, which is
     less than 0.4 % of that largest change.
     """
-    rows = change.float().reshape(len(change), -1) if change.ndim > 1 else change.float().reshape(1, -1)
+    rows = change.float().flatten(1) if change.ndim > 1 else change.float().reshape(1, -1)
     level = rows.abs().amax(dim=1) / LEVELS if rows.numel() else rows.new_zeros(len(rows))
     numbers = torch.where(level[:, None] > 0, rows / level[:, None], torch.zeros_like(rows))
     return numbers.round().clamp(-LEVELS, LEVELS).to(torch.int8).reshape(change.shape), level
