@@ -285,11 +285,11 @@ class Lying(Devices):
         replies = super().ask(messages)
         reply = replies.get(DEVICES[0])
         if isinstance(reply, RoundReply):
-            header = {n: torch.full_like(t, 1e2) for n, t in reply.tensors.items() if n.startswith("level.")}
+            header = {n: torch.full_like(t, 1.0) for n, t in reply.tensors.items() if n.startswith("level.")}
             replies[DEVICES[0]] = reply.model_copy(update={"tensors": reply.tensors | header})
         if isinstance(reply, ProposeReply):
             losses = torch.zeros_like(reply.tensors["losses"])
-            losses[0] = 1e8
+            losses[0] = 1e5
             replies[DEVICES[0]] = reply.model_copy(update={"num_samples": 100, "tensors": {"losses": losses}})
         return replies
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fleetfit.bounds import MAX_LOSS, FewLines, check_values
+from fleetfit.bounds import MAX_LOSS, MAX_VALUE, FewLines, check_values
 from fleetfit.config import RefineConfig
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Samples
@@ -310,7 +310,8 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
                 logits = logits + _shifted(memory, state, way, priors[key])[labels]
             loss = float(cross_entropy(logits, labels))
             # What others' weights do to a header here is no reason to be refused.
-            losses[i] = len(labels) * (min(loss, MAX_LOSS) if not math.isnan(loss) else MAX_LOSS)
+            most = min(MAX_LOSS, 0.9 * MAX_VALUE / len(labels))
+            losses[i] = len(labels) * (min(loss, most) if not math.isnan(loss) else most)
     return memory, ProposeReply(step=message.step, num_samples=len(labels), tensors={"losses": losses})
 
 
