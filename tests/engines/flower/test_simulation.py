@@ -97,7 +97,8 @@ def test_devices_on_ray_become_what_they_become_here(
 ) -> None:
     """Although Ray's processes round otherwise: they compute with other instructions than this one."""
     given = fields(tmp_path / "cache")
-    given["refine"] |= {"bits": 32}  # in a byte, a last digit that differs may become a level that differs
+    # Little training, and whole numbers: in a byte, a last digit that differs may become a level that differs.
+    given["refine"] |= {"bits": 32, "learning_rate": 1e-3, "later_epochs": 1, "anchor": 0.1}
     job = make_job(given)
     here = local.run(job, tmp_path / "here")
     told = []
