@@ -268,7 +268,9 @@ def without_labels(own: Split, share: float, generator: torch.Generator) -> Spli
         return own
     rows, without = cut_rows(torch.arange(len(own.train)), [share], generator)
     hidden = own.train.rows(without)
-    return replace(own, train=own.train.rows(rows), unlabelled=replace(hidden, labels=torch.zeros_like(hidden.labels)))
+    return replace(
+        own, train=own.train.rows(rows), unlabelled=replace(hidden, labels=torch.full_like(hidden.labels, -1))
+    )
 
 
 def _in_group(own: Split, config: DataConfig, group: int, seed: int) -> Split:
@@ -276,7 +278,9 @@ def _in_group(own: Split, config: DataConfig, group: int, seed: int) -> Split:
     if group == 0 or config.shift == "none":
         return own
     train, validation, test = (shifted(part, config, group, seed) for part in (own.train, own.validation, own.test))
-    more = None if own.unlabelled is None else shifted(own.unlabelled, config, group, seed)
+    more = own.unlabelled
+    if more is not None and config.shift == "inputs":
+        more = shifted(more, config, group, seed)
     return Split(train, validation, test, own.summary, more)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fleetfit.config import DataConfig
-from fleetfit.data.preprocessing import TextPreprocessing
+from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.randomness import derive_seed, named_generator
 
@@ -45,7 +45,8 @@ def classes_of_groups(config: DataConfig, num_classes: int, seed: int) -> Int[Te
         ValueError: fewer classes than groups.
     """
     if num_classes < config.groups:
-        raise ValueError(f'data.groups must be <= the {num_classes} classes with data.split = "groups"')
+        rule = f'must be <= the {num_classes} classes with data.split = "groups"'
+        raise ValueError(f"data.groups {rule}, got {config.groups}")
     order = torch.randperm(num_classes, generator=named_generator(seed, "groups", "classes"))
     groups = torch.empty(num_classes, dtype=torch.long)
     groups[order] = torch.arange(num_classes) % config.groups
@@ -64,7 +65,7 @@ def shifted(samples: Samples, config: DataConfig, group: int, seed: int) -> Samp
         return replace(samples, inputs=_shifted_texts(samples.inputs, form, kinds, seed))
     values = samples.inputs.store[samples.inputs.index]
     for kind in kinds:
-        values = _shifted_images(values, kind, samples.inputs.store)
+        values = _shifted_images(values, kind, _ends(samples.inputs))
     return replace(samples, inputs=Inputs.of(values, form))
 
 
@@ -83,14 +84,19 @@ def _kinds(group: int) -> tuple[int, ...]:
     return combinations[group - 1]
 
 
-def _shifted_images(images: Tensor, kind: int, store: Tensor) -> Tensor:
+def _ends(inputs: Inputs) -> float:
+    """The smallest and the largest value that pixels can have, added up; of ready inputs, that they do have."""
+    if isinstance(inputs.form, Preprocessing):
+        return inputs.form.maximum  # the smallest is 0
+    return float(inputs.store.min()) + float(inputs.store.max())
+
+
+def _shifted_images(images: Tensor, kind: int, ends: float) -> Tensor:
     """0: turned by a quarter (upside down if not square); 1: inverted; 2: colours swapped, grey ones upside down."""
     if kind == 0:
         return images.rot90(1, (-2, -1)) if images.shape[-1] == images.shape[-2] else images.flip((-2, -1))
     if kind == 1:
-        if images.dtype == torch.uint8:
-            return 255 - images
-        return float(store.min()) + float(store.max()) - images
+        return (ends - images.float()).to(images.dtype)
     return images.roll(1, 1) if images.shape[1] > 1 else images.flip(-2)
 
 

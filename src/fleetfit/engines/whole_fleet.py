@@ -103,6 +103,8 @@ def run_whole_fleet(job: Job, out: Path, progress: Progress, connect: Connect) -
         assert samples.summary is not None, "it is of a whole source"
         read = samples.summary.model_copy(update={"notes": (*samples.summary.notes, *data.notes)})
         folder.claim_data(read)
+        if data.groups:  # for the reader of a study; no edge and no device sees them
+            folder.write_json("groups.json", dict(data.groups))
         progress("data", 1, 1, f"{len(samples):,} samples")
         for line in (*read.lines, *fleet_notes(job, fleet)):
             progress("data", 0, 0, line)

@@ -4,7 +4,8 @@ The folder is there while a simulation runs:
 
 samples.json            what all devices share
 store.npy               the values of all samples, unless they are in such a file already (images are, in the cache)
-<number>.safetensors    one device: row numbers and labels of its splits, and its attributes
+<number>.safetensors    one device: row numbers and labels of its splits, and its attributes; values that are its own
+                        (data.shift) lie here too
 
 A process maps the store into memory and reads one small file a device: no data set is copied, none is in a message.
 """
@@ -50,7 +51,7 @@ class SimulatedDevice:
 
 
 def write_handover(folder: Path, devices: Sequence[SimulatedDevice]) -> None:
-    """Write all devices, numbered from 0; their samples are of one store.
+    """Write all devices, numbered from 0; but for shifted ones, their samples are of one store.
 
     Args:
         folder: Where to; it is there.
@@ -59,7 +60,9 @@ def write_handover(folder: Path, devices: Sequence[SimulatedDevice]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    samples = devices[0].data.train
+    parts = [part for device in devices for part in _parts(device.data).values()]
+    samples = max(parts, key=lambda part: len(part.inputs.store))  # shifted samples have a small store of their own
+    common = samples.inputs.store.data_ptr()
     path = samples.inputs.path
     if path is None:
         path = folder / "store.npy"
@@ -73,9 +76,10 @@ def write_handover(folder: Path, devices: Sequence[SimulatedDevice]) -> None:
     write_atomically(folder / SHARED_FILE, shared.model_dump_json())
     for number, device in enumerate(devices):
         tensors: dict[str, Tensor] = {}
-        for name in SPLITS:
-            part: Samples = getattr(device.data, name)
+        for name, part in _parts(device.data).items():
             tensors |= {f"{name}.rows": part.inputs.index, f"{name}.labels": part.labels}
+            if part.inputs.store.data_ptr() != common:
+                tensors[f"{name}.store"] = part.inputs.store
         # Labels and rows may be views of one another's memory, which the format refuses.
         tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         metadata = {"attributes": device.attributes.model_dump_json(), "memory": str(device.memory.resolve())}
@@ -94,13 +98,21 @@ def read_device(folder: Path, number: int) -> SimulatedDevice:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
 
     def split(name: str) -> Samples:
-        inputs = Inputs(store, tensors[f"{name}.rows"], shared.form, path=Path(shared.store))
+        own = tensors.get(f"{name}.store")
+        path = Path(shared.store) if own is None else None
+        inputs = Inputs(store if own is None else own, tensors[f"{name}.rows"], shared.form, path=path)
         return Samples(inputs, tensors[f"{name}.labels"], shared.label_names, shared.raw_bytes_per_sample)
 
     attributes = DeviceAttributes.model_validate_json(metadata["attributes"])
-    return SimulatedDevice(
-        attributes, Split(split("train"), split("validation"), split("test")), Path(metadata["memory"])
-    )
+    more = split("unlabelled") if "unlabelled.rows" in tensors else None
+    data = Split(split("train"), split("validation"), split("test"), unlabelled=more)
+    return SimulatedDevice(attributes, data, Path(metadata["memory"]))
+
+
+def _parts(data: Split) -> dict[str, Samples]:
+    """All that a device has, by name."""
+    parts: dict[str, Samples] = {name: getattr(data, name) for name in SPLITS}
+    return parts if data.unlabelled is None else {**parts, "unlabelled": data.unlabelled}
 
 
 @functools.cache

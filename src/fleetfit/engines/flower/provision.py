@@ -95,6 +95,7 @@ def provision(
     ports = ports_of(fleet)
     job, devices = devices_of(fleet, job)
     _check_data(fleet, devices, split_data)
+    _check_simulated(job)
     for kit in out.glob(f"*/{KIT_FILE}"):
         if running(kit.parent):
             raise ValueError(f"{kit.parent} is running; stop it before its kit is replaced")
@@ -116,6 +117,19 @@ def provision(
         kits = _write_all(making, path, fleet, ports, devices)
         (folder / MARK).write_text(f"{made_id}\n")
     return Provisioned(out, made_id, tuple(out / name for name in kits), days)
+
+
+def _check_simulated(job: Job) -> None:
+    """Raises ValueError for keys that only a simulated fleet can have: kits hold rows of the source as they are."""
+    simulated = {
+        "data.shift": (job.data.shift, "none"),
+        "data.unlabelled_share": (job.data.unlabelled_share, 0.0),
+    }
+    for key, (got, must) in simulated.items():
+        if got != must:
+            raise ValueError(f"{key} must be {must!r} for real machines, got {got!r}: it is for simulated fleets")
+    if job.refine.similarity == "oracle":
+        raise ValueError('refine.similarity must not be "oracle" for real machines: nobody knows their groups')
 
 
 def _write_all(
