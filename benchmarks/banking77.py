@@ -27,7 +27,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 from banking77_page import RATES, TEXTS, markdown
-from digits import FEDAVG, FINE_TUNED, LOCAL, Figures, Transient, in_memory, names_of, nothing, nothing_twice, way_of
+from digits import (
+    FEDAVG,
+    FINE_TUNED,
+    LOCAL,
+    Figures,
+    Transient,
+    in_memory,
+    loss_of,
+    names_of,
+    nothing,
+    nothing_twice,
+    way_of,
+)
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -248,7 +260,7 @@ def devices_part(b: Bench) -> dict[str, Any]:
                         "coarse": rows[:, 0].mean(),
                         "accuracy": rows[:, 1].mean(),
                         "worst": rows[:, 1].min(),
-                        "validation_loss": report.decision["loss_by_way"][way_of(report)],
+                        "validation_loss": loss_of(report),
                         "validation_samples": report.rounds[0]["num_samples"],
                         "shipped": way_of(report),
                     }

@@ -87,8 +87,9 @@ from fleetfit.models.header import Header
 from fleetfit.pipeline import gather_stats, refine_cluster
 from fleetfit.presets import PAPER
 from fleetfit.randomness import named_generator
-from fleetfit.records import BackboneShape, DeviceAttributes
+from fleetfit.records import BackboneShape, DeviceAttributes, Way
 from fleetfit.reference import Reference, classifier_of, shape_grid, train_reference
+from fleetfit.shipping import kind_of
 from fleetfit.training import evaluate
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,7 +101,10 @@ ELASTIC: dict[str, dict[str, Any]] = {
     "linear header": {"model": {"header": "linear"}},
     "paper": {"method": "paper"},
 }
-FEDAVG = {
+FEDAVG: dict[str, Any] = {
+    "rounds": 2,
+    "settle": False,
+    "later_epochs": 0,
     "exchange": "weights",
     "similarity": "average",
     "anchor": 0.0,
@@ -411,7 +415,7 @@ def devices_part(b: Bench) -> dict[str, Any]:
                     reports[variant].append(report)
         for variant, of_clusters in reports.items():
             table = np.array([(d.accuracy_coarse, d.accuracy) for r in of_clusters for d in r.devices], dtype=float)
-            loss = np.array([r.decision["loss_by_way"][way_of(r)] for r in of_clusters])
+            loss = np.array([loss_of(r) for r in of_clusters])
             weight = np.array([r.rounds[0]["num_samples"] for r in of_clusters])
             figures[f"{setting}/{variant}"] = {
                 "coarse": table[:, 0].mean(),
@@ -427,11 +431,11 @@ def devices_part(b: Bench) -> dict[str, Any]:
 
 @contextmanager
 def nothing_twice() -> Iterator[None]:
-    """Inside, devices compute the same features once for all ways to refine, and no local fine-tuning for their report.
+    """Inside, devices compute the same features once for all ways to refine.
 
-    Features are those of one backbone, so this is for one cluster. ``local`` is a way of its own here.
+    Features are those of one backbone, so this is for one cluster.
     """
-    run, train, kept = device._run, device._train_round, {}
+    run, kept = device._run, {}
 
     def once(backbone: Backbone, samples: Samples) -> Features:
         key = samples.inputs.index.numpy().tobytes()
@@ -440,17 +444,20 @@ def nothing_twice() -> Iterator[None]:
         return kept[key]
 
     device._run = once
-    device._train_round = lambda *args, together: train(*args, together=together) if together else {}
     try:
         yield
     finally:
-        device._run, device._train_round = run, train
+        device._run = run
 
 
 def way_of(report: ClusterReport) -> str:
     """What a cluster shipped, as its decision names it."""
-    header, strength = report.decision["header"], report.decision["prior_strength"]
-    return header if strength is None else f"{header}/{strength:g}"
+    return Way(**report.decision["way"]).name
+
+
+def loss_of(report: ClusterReport) -> float:
+    """The pooled validation loss of what a cluster shipped, nats a sample."""
+    return float(report.decision["loss_by_way"][kind_of(Way(**report.decision["way"]))])
 
 
 def in_memory(attributes: DeviceAttributes, data: FleetData) -> Handler:

@@ -121,8 +121,6 @@ def privacy(z: float = 1.0) -> dict[str, Any]:
                     continue
                 form.append((reply.kind, len(encode(reply)), sorted(reply.tensors)))
                 numbers += [float(v) for _, t in sorted(reply.tensors.items()) for v in t.flatten()]
-                if reply.kind == "propose_reply":
-                    numbers += [s.loss_sum for s in reply.scores.values()]  # type: ignore[attr-defined]
             told[has].append(np.array(numbers))
             forms[has].add(json.dumps(form))
         rows[oracle] = guessed(told) | {"forms differ": forms[True] != forms[False]}

@@ -55,7 +55,8 @@ NUM_CLASSES = 10
 MAX_PIXEL = 16
 SHADOWS = 1200  # devices that the attacker makes up from public images
 MULTIPLIERS = (0.0, 0.001, 0.01, 0.1, 1.0)
-SLICED = {"sketch": "sliced"}
+SAMPLES = {"similarity": "calibrated"}
+SLICED = {"similarity": "calibrated", "sketch": "sliced"}
 NOTHING_SENT = {
     "exchange": "importance",
     "similarity": "alone",
@@ -63,7 +64,7 @@ NOTHING_SENT = {
     "class_prior": False,
 }
 WAYS: dict[str, dict[str, Any]] = {
-    "no privacy (default)": {},
+    "no privacy, sketch of samples": {"refine": SAMPLES},
     "no privacy, sliced sketch": {"refine": SLICED},
     "nothing sent": {"refine": NOTHING_SENT},
     **{f"privacy, z = {z:g}": {"refine": SLICED, "privacy": {"noise_multiplier": z}} for z in MULTIPLIERS[1:]},
@@ -146,7 +147,7 @@ def shares(labels: torch.Tensor) -> np.ndarray:
 
 def attack_rows(spy: Spy) -> dict[str, float]:
     """The ``samples`` sketch: images, identities and labels from its rows."""
-    sent = spy.sketches({"sketch": "samples"})
+    sent = spy.sketches(SAMPLES)
     candidates = torch.cat([spy.features_of(d.train) for d in spy.b.data.devices.values()])
     images = np.concatenate([pixels(d.train) for d in spy.b.data.devices.values()])
     labels = np.concatenate([d.train.labels.numpy() for d in spy.b.data.devices.values()])

@@ -579,6 +579,14 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _groups(self) -> "Job":
+        if self.refine.similarity == "oracle" and self.data.split != "groups" and self.data.shift == "none":
+            raise ValueError(
+                'refine.similarity must not be "oracle" without hidden groups: data.split = "groups", or a data.shift'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _depths(self) -> "Job":
         config = self.model.config  # of a pre-trained model it is not known yet
         layers = config.get("num_hidden_layers", config.get("n_layers"))

@@ -60,11 +60,6 @@ class EdgeState(Message):
     )
     faults: tuple[Fault, ...] = Field((), description="of this round")
 
-    @property
-    def num_groups(self) -> int:
-        """How many groups were found."""
-        return max(1, len(set(self.groups.values())))
-
 
 def pooled(scores: Sequence[ValidationScores]) -> ValidationScores:
     """Several devices' scores as one."""
