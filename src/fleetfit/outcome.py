@@ -160,7 +160,8 @@ def _known(value: float) -> float | None:
 def raw_bytes(data: FleetData) -> int:
     """What the devices' samples would cost on the wire as they are."""
     return sum(
-        (len(d.train) + len(d.validation) + len(d.test)) * d.train.raw_bytes_per_sample for d in data.devices.values()
+        (len(d.train) + len(d.validation) + len(d.test) + len(d.unlabelled or ())) * d.train.raw_bytes_per_sample
+        for d in data.devices.values()
     )
 
 
