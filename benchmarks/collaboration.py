@@ -2,7 +2,7 @@
 
     python benchmarks/collaboration.py                                   digits, seeds 25-29, two processes
     FLEETFIT_DATA=<folder> python benchmarks/collaboration.py --data banking77 in100-32 cifar10 --seeds 22 23 24
-    python benchmarks/collaboration.py --page                            the page of all figures that are there
+    python benchmarks/collaboration.py --page                      the page, of collaboration.json and newer figures
 
 Twenty devices of one cluster, one backbone. fleetfit is the product with its defaults (``refine_cluster``); the others
 are benchmarks/stacked.py, each with its rate tuned on the pooled validation. Nothing was chosen on these seeds: the
@@ -31,6 +31,7 @@ from digits_tables import machine
 from stacked import Cluster, baselines, padded
 
 from fleetfit import device
+from fleetfit.adapt import estimate
 from fleetfit.artifacts import Ledger, StepFolder
 from fleetfit.cloud import Elastic, class_shares, cut_and_specialise, make_elastic
 from fleetfit.clusters import fleet_of
@@ -39,6 +40,7 @@ from fleetfit.data.partition import FleetData, Split, cut_rows, share_out
 from fleetfit.data.samples import Samples
 from fleetfit.data.shifts import shifted
 from fleetfit.data.sources import load_samples
+from fleetfit.device import DeviceState, shipped_model
 from fleetfit.edge import HeaderResult, find_header
 from fleetfit.engines.whole_fleet import LocalLink
 from fleetfit.files import content_hash, read_json, write_atomically
@@ -57,6 +59,9 @@ DEVICES = 20
 OWN = {"digits": 30, "banking77": 60, "in100-32": 150, "cifar10": 60}  # samples to train and validate on
 CLASSES = {"digits": (7, 5, 3), "banking77": (40, 20, 10), "in100-32": (50, 20, 10), "cifar10": (7, 5, 3)}
 FEWER = {"banking77": 30, "in100-32": 30}  # classes, where labels or inputs are shifted
+FEW_CLASSES = {k: {"split": "classes", "classes_per_device": int(k[:2])} for k in ("20 classes", "40 classes")}
+FEW_CLASSES["iid"] = {"split": "iid"}
+UNLABELLED = {"20 classes, unlabelled": 100, "40 classes, unlabelled": 100, "iid, unlabelled": 100}  # inputs a device
 TODAY = {  # the defaults before groups
     "rounds": 2,
     "settle": False,
@@ -82,7 +87,7 @@ def settings_of(name: str) -> dict[str, dict[str, Any]]:
         "labels, 3 groups": {"split": "iid", "shift": "labels", "groups": 3},
         "labels, 6 groups": {"split": "iid", "shift": "labels", "groups": 6},
         "inputs, 4 groups": {"split": "iid", "shift": "inputs", "groups": 4},
-    }
+    } | ({n: FEW_CLASSES[n.split(",")[0]] for n in UNLABELLED} if name == "banking77" else {})
 
 
 def cloud_of(name: str, seed: int) -> tuple[Job, Samples, BackboneAssignment, HeaderResult]:
@@ -119,8 +124,11 @@ def cloud_of(name: str, seed: int) -> tuple[Job, Samples, BackboneAssignment, He
     return job, samples, assignment.model_copy(update={"class_shares": shares}), found
 
 
-def fleet_data(name: str, job: Job, samples: Samples, seed: int) -> tuple[Job, FleetData]:
-    """Twenty devices; each keeps so many samples for itself, and the others of its share are for testing."""
+def fleet_data(name: str, job: Job, samples: Samples, seed: int, unlabelled: int = 0) -> tuple[Job, FleetData]:
+    """Twenty devices; each keeps so many samples for itself, and the others of its share are for testing.
+
+    Of those for testing, some may be ``unlabelled``: the device has them too, but nobody knows what they are.
+    """
     names = {"phones": [f"phones-{i}" for i in range(1, DEVICES + 1)]}
     data = share_out(samples, job.data.model_copy(update={"shift": "none"}), names, seed)
     if job.data.shift != "none" or job.data.split == "groups":
@@ -135,8 +143,11 @@ def fleet_data(name: str, job: Job, samples: Samples, seed: int) -> tuple[Job, F
         rest, test = cut_rows(rows, [min(share, 0.9)], named_generator(seed, "bench", d))
         train, validation = cut_rows(rest[: OWN[name]], [0.2], named_generator(seed, "bench", d, "validation"))
         group = data.groups.get(d, 0)
-        parts = [shifted(samples.rows(r), job.data, group, seed) for r in (train, validation, test[:400])]
-        devices[d] = Split(*parts)
+        test, more = test[unlabelled:][:400], test[:unlabelled]
+        parts = [shifted(samples.rows(r), job.data, group, seed) for r in (train, validation, test)]
+        hidden = samples.rows(more)
+        hidden = replace(hidden, labels=torch.full_like(hidden.labels, -1))
+        devices[d] = Split(*parts, unlabelled=hidden if unlabelled else None)
     return job, FleetData(data.public, data.edges, devices, (), data.groups)
 
 
@@ -159,11 +170,16 @@ def features_once(kept: dict[Any, Features]) -> Iterator[None]:
 
 
 def fleetfit(
-    job: Job, assignment: BackboneAssignment, found: HeaderResult, data: FleetData, kept: dict[Any, Features]
+    job: Job,
+    assignment: BackboneAssignment,
+    found: HeaderResult,
+    data: FleetData,
+    kept: dict[Any, Features],
+    finished: dict[str, DeviceState] | None = None,
 ) -> tuple[ClusterReport, float, int]:
-    """The product's refinement: its report, seconds of processor time, and bytes up."""
+    """The product's refinement: its report, seconds of processor time, and bytes up; devices in the end on request."""
     fleet = {
-        a.device_id: in_memory(a, data)
+        a.device_id: in_memory(a, data, finished)
         for a in fleet_of(
             make_job(
                 {
@@ -182,6 +198,23 @@ def fleetfit(
         return report, time.process_time() - start, ledger.traffic["up"]
 
 
+def adapted(finished: dict[str, DeviceState]) -> list[float]:
+    """Accuracy of shipped models that were adapted to inputs without labels, as ``fleetfit adapt`` does."""
+    found = []
+    for state in finished.values():
+        memory, model = state.memory, shipped_model(state.memory)
+        parts = []
+        for own in (state.data.unlabelled, state.data.test):
+            with torch.no_grad():
+                parts.append(model.header(device._run(model.backbone, own)).double())
+        shares = torch.tensor(memory.expected_shares, dtype=torch.float64)
+        change = estimate(parts[0], shares)[0]
+        bias = 0.0 if change is None else torch.tensor(change.class_shares).log() - shares.log()
+        right = (parts[1] + bias).argmax(-1) == state.data.test.labels
+        found.append(float(right.double().mean()) if len(right) else float("nan"))
+    return found
+
+
 def cell(
     name: str, seed: int, setting: str, cloud: tuple[Job, Samples, BackboneAssignment, HeaderResult]
 ) -> dict[str, Any]:
@@ -190,9 +223,11 @@ def cell(
     fields = base.model_dump(exclude_none=True)
     fields["data"] |= settings_of(name)[setting]
     fields["refine"], fields["seed"] = {}, seed
-    job, data = fleet_data(name, make_job(fields), samples, seed)
+    more = UNLABELLED.get(setting, 0)
+    job, data = fleet_data(name, make_job(fields), samples, seed, more)
     kept: dict[Any, Features] = {}
-    report, seconds, up = fleetfit(job, assignment, found, data, kept)
+    finished: dict[str, DeviceState] = {}
+    report, seconds, up = fleetfit(job, assignment, found, data, kept, finished)
     before = make_job(fields | {"refine": TODAY})
     earlier, seconds_before, up_before = fleetfit(before, assignment, found, data, kept)
     backbone = backbone_from_state(assignment.family, assignment.config, take(assignment.tensors, "backbone")).eval()
@@ -206,6 +241,15 @@ def cell(
     groups = [data.groups.get(d, 0) for d in data.devices]
     rows = baselines(Cluster(header, *parts), groups, seed)
     rows["fleetfit"] = [float(d.accuracy or 0) for d in report.devices]
+    if more:
+        with_inputs, seconds, up = fleetfit(
+            make_job(fields | {"refine": {"unlabelled": True}}), assignment, found, data, kept
+        )
+        rows["fleetfit, labels only"] = rows["fleetfit"]
+        with features_once(kept):
+            rows["fleetfit, adapted later"] = adapted(finished)
+        rows["fleetfit"] = [float(d.accuracy or 0) for d in with_inputs.devices]
+        report = with_inputs
     rows["defaults before"] = [float(d.accuracy or 0) for d in earlier.devices]
     weights = torch.tensor(report.similarity)
     same = torch.tensor([[a == b for b in groups] for a in groups])
@@ -259,7 +303,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[25, 26, 27, 28, 29])
     parser.add_argument("--settings", nargs="+", default=[])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--page", action="store_true", help="only write the page, of all figures that are there")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     options = parser.parse_args()
     if not options.page:
         tasks = [(name, seed, tuple(options.settings)) for name in options.data for seed in options.seeds]
@@ -267,7 +311,10 @@ def main() -> None:
             list(pool.imap_unordered(run_seed, tasks))
     from collaboration_page import markdown
 
-    cells = [c for p in sorted((WORK / "figures").rglob("*.json")) if (c := read_json(p))["seed"] < 100]
+    kept = read_json(RESULTS / "collaboration.json") if (RESULTS / "collaboration.json").exists() else []
+    here = [read_json(path) for path in sorted((WORK / "figures").rglob("*.json"), key=lambda p: p.stat().st_mtime)]
+    latest = {(c["data"], c["setting"], c["seed"]): c for c in (*kept, *here) if c["seed"] < 100}
+    cells = [latest[key] for key in sorted(latest)]
     write_atomically(RESULTS / "collaboration.json", json.dumps(cells, indent=0, sort_keys=True) + "\n")
     write_atomically(RESULTS / "collaboration.md", markdown(cells, machine()))
 

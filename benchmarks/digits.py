@@ -460,13 +460,15 @@ def loss_of(report: ClusterReport) -> float:
     return float(report.decision["loss_by_way"][kind_of(Way(**report.decision["way"]))])
 
 
-def in_memory(attributes: DeviceAttributes, data: FleetData) -> Handler:
-    """A device that lives in this process."""
+def in_memory(attributes: DeviceAttributes, data: FleetData, finished: dict[str, DeviceState] | None = None) -> Handler:
+    """A device that lives in this process; ``finished`` gets what it is in the end."""
     state = DeviceState(counted(attributes, data), data.devices[attributes.device_id], DeviceMemory())
 
     def answer(message: Message) -> Message:
         nonlocal state
         state, reply = handle(state, message)
+        if finished is not None:
+            finished[attributes.device_id] = state
         return reply
 
     return answer

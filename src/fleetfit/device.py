@@ -40,7 +40,7 @@ from fleetfit.messages import (
     put,
     take,
 )
-from fleetfit.method.class_prior import class_prior, label_shift, support_prior
+from fleetfit.method.class_prior import class_prior, floored, label_shift, support_prior
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
@@ -101,6 +101,9 @@ class DeviceMemory(Message):
     class_shares: tuple[float, ...] = ()
     report: DeviceReport | None = None
     trained_on: tuple[str, ...] = Field((), description="classes in its training data; empty with [privacy]")
+    expected_shares: tuple[float, ...] = Field(
+        (), description="of the classes, in the data to come, as the shipped model takes them; empty with [privacy]"
+    )
 
 
 @dataclass(frozen=True)
@@ -330,24 +333,31 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
     header = _header_of(memory, way)
     if way.header in ("refined", "own"):
         header = extract(header, take(memory.tensors, "kept"))
+    prior = torch.zeros(len(memory.labels), device=data.train.labels.device)
+    if way.prior_strength is not None:
+        prior = _shifted(memory, state, way, _prior(memory, _all_counts(memory, data), way)[None])[0]
     with torch.no_grad():
         last = header.last_linear
         last.weight.div_(way.temperature)
-        last.bias.div_(way.temperature)
-        if way.prior_strength is not None:
-            prior = _prior(memory, _all_counts(memory, data), way)[None]
-            last.bias.add_(_shifted(memory, state, way, prior)[0])
+        last.bias.div_(way.temperature).add_(prior)
+    expected = _expected_shares(memory, data, way, prior)
     notes: tuple[str, ...] = ()
     features, labels = _features(memory, "validation"), data.validation.labels
     if told := worse_than_sent(coarse, header, features, labels):
         log.warning("device %s ships the model as it was sent: %s", state.attributes.device_id, told)
         header, notes = coarse, (f"shipped as it was sent: {told}",)
+        expected = _expected_shares(memory, data, Way(header="coarse"), torch.zeros_like(prior))
     local = _header(memory, take(memory.tensors, "local"))
-    return _reported(replace(state, memory=memory), header, local, message.step, notes)
+    return _reported(replace(state, memory=memory), header, local, message.step, notes, expected)
 
 
 def _reported(
-    state: DeviceState, header: Header, local: Header | None, step: int, notes: tuple[str, ...]
+    state: DeviceState,
+    header: Header,
+    local: Header | None,
+    step: int,
+    notes: tuple[str, ...],
+    expected: tuple[float, ...] = (),
 ) -> tuple[DeviceMemory, FinishReply]:
     """What is shipped, and the report on it; ``local`` is None where fine-tuning alone came to nothing."""
     data, coarse = state.data, _header(state.memory, take(state.memory.tensors, "coarse"))
@@ -373,7 +383,8 @@ def _reported(
         )
     seen = set() if state.privacy else set(data.train.labels.tolist())
     trained_on = tuple(name for i, name in enumerate(memory.labels) if i in seen)
-    memory = memory.model_copy(update={"report": report, "trained_on": trained_on})
+    shares = () if state.privacy else expected
+    memory = memory.model_copy(update={"report": report, "trained_on": trained_on, "expected_shares": shares})
     return memory, FinishReply(step=step, report=report)
 
 
@@ -524,6 +535,19 @@ def _training_prior(memory: DeviceMemory, data: Split) -> Tensor | None:
         return None
     counts = _counts(data.train, len(memory.labels))
     return class_prior(counts, _shares(memory, counts), TRAINING_PRIOR_STRENGTH)
+
+
+def _expected_shares(memory: DeviceMemory, data: Split, way: Way, prior: Tensor) -> tuple[float, ...]:
+    """The class shares that a header with this prior (log p - log q) takes for granted.
+
+    A header that was trained here without the prior in its logits has learned the device's own shares.
+    """
+    log_shares = floored(_shares(memory, prior)).log()
+    if way.header == "local" or (way.header != "coarse" and not memory.refine.balanced_training):
+        log_shares = log_shares + class_prior(
+            _counts(data.train, len(prior)), log_shares.exp(), TRAINING_PRIOR_STRENGTH
+        )
+    return tuple((log_shares + prior).softmax(-1).tolist())
 
 
 def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:

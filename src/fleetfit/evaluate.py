@@ -7,13 +7,12 @@ import torch
 
 from fleetfit.config import DataConfig, Job
 from fleetfit.data.owned import labelled
+from fleetfit.data.pixel_range import WHITE
 from fleetfit.data.preprocessing import Form, Preprocessing
 from fleetfit.data.samples import Samples
 from fleetfit.messages import Progress, silent
 from fleetfit.predict import BATCH, model_in, probabilities
 from fleetfit.records import DataSummary, Record
-
-WHITE = 255.0  # of pictures as they are stored
 
 
 class ClassScore(Record):
@@ -99,7 +98,7 @@ def _read(job: Job, source: str, labels: tuple[str, ...], form: Form, progress: 
     samples = labelled(job, source, job.data.splits, labels, form, progress)
     if not isinstance(form, Preprocessing) or not len(samples) or float(samples.inputs.store.max()) <= form.maximum:
         return samples
-    return labelled(job, source, job.data.splits, labels, form.model_copy(update={"maximum": WHITE}), progress)
+    return labelled(job, source, job.data.splits, labels, form.model_copy(update={"maximum": float(WHITE)}), progress)
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -1,10 +1,12 @@
 """A device's folder: model.safetensors, and model.json, which makes the tensors loadable."""
 
 import json
+import logging
 from pathlib import Path
 
 import safetensors.torch
-from pydantic import Field, ValidationError
+import torch
+from pydantic import Field, ValidationError, model_validator
 from safetensors import SafetensorError
 
 from fleetfit.data.preprocessing import Form, TextPreprocessing
@@ -17,9 +19,20 @@ from fleetfit.models.header import header_from_state
 from fleetfit.models.weights import first_few, not_finite
 from fleetfit.records import HeaderSpec, JsonDict, Record
 
+log = logging.getLogger(__name__)
 MODEL_FORMAT = 1
 ONNX_FILE = "model.onnx"
 TORCH_FILE = "model.pt2"
+
+
+class Adaptation(Record):
+    """What ``fleetfit adapt`` found, on inputs without labels; the last bias moves by it when the model is loaded."""
+
+    class_shares: tuple[float, ...] = Field(description="of the classes, in the data to come")
+    num_inputs: int
+    strength: float = Field(description="how many inputs the shares that were expected before are worth")
+    gain: float = Field(description="nats an input, on inputs that it was not estimated on")
+    gain_error: float = Field(description="standard error of the gain")
 
 
 class ModelCard(Record):
@@ -40,26 +53,66 @@ class ModelCard(Record):
     limit_bytes: int
     accuracy: float | None = Field(description="on the device's private test split")
     trained_on: tuple[str, ...] = Field((), description="classes in the device's training data; empty: not said")
+    expected_shares: tuple[float, ...] = Field(
+        (), description="of the classes, as the weights in the file take them; empty: not said"
+    )
+    adapted: Adaptation | None = Field(None, description="None: the model is as it was shipped")
+
+    @model_validator(mode="after")
+    def _shares(self) -> "ModelCard":
+        """One share above 0 a label, and no adaptation from shares that are not known."""
+        for shares in (self.expected_shares, self.adapted.class_shares if self.adapted else ()):
+            if shares and (len(shares) != len(self.labels) or not all(0 < share <= 1 for share in shares)):
+                raise ValueError(f"class shares must be {len(self.labels)} numbers in 0..1, one a label")
+        if self.adapted and not (self.adapted.class_shares and self.expected_shares):
+            raise ValueError("an adapted model must say which class shares it expected before and expects now")
+        return self
 
 
 def write_model(folder: Path, model: Classifier, card: ModelCard) -> None:
     """Write a device's model: the tensors first, then the card that makes them loadable.
 
-    The tokenizer of a text model goes into files of its own, not into the card.
+    The tokenizer of a text model goes into files of its own, not into the card. What the same model was adapted to in
+    this folder stays.
     """
     tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    content = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    if card.adapted is None and (adapted := _adapted_before(folder, content, card)):
+        card = card.model_copy(update={"adapted": adapted})
+    write_atomically(folder / "model.safetensors", content)
     if isinstance(card.preprocessing, TextPreprocessing):
         for name, content in tokenizer_files(card.preprocessing).items():
             write_atomically(folder / name, content)
+    write_card(folder, card)
+
+
+def write_card(folder: Path, card: ModelCard) -> None:
+    """Write model.json alone; what it says of a tokenizer is in files of its own."""
     fields = card.model_dump_json(indent=2, exclude={"preprocessing": {"tokenizer"}})
     write_atomically(folder / "model.json", fields + "\n")
 
 
-def load_model(folder: str | Path) -> Classifier:
+def _adapted_before(folder: Path, content: bytes, card: ModelCard) -> Adaptation | None:
+    """What the model that lies in a folder was adapted to, if it is the one that is about to be written."""
+    try:
+        before = read_card(folder)
+        same = (folder / "model.safetensors").read_bytes() == content
+    except (ValueError, OSError):
+        return None
+    if before.adapted and not (same and before.expected_shares == card.expected_shares):
+        log.info("%s: the model is another one, so what the earlier one was adapted to is gone", folder)
+        return None
+    return before.adapted
+
+
+def load_model(folder: str | Path, as_shipped: bool = False) -> Classifier:
     """Rebuild a device's model from its folder: inputs -> logits [sample class].
 
     Inputs are pixels [sample channel row column], or the numbers of texts' tokens [sample token].
+
+    Args:
+        folder: The device's.
+        as_shipped: Without what the model was adapted to since.
 
     Raises:
         ValueError: a file is missing, corrupt or of another format, or a weight is not finite; the folder holds an
@@ -91,6 +144,10 @@ def load_model(folder: str | Path) -> Classifier:
         raise ValueError(f"{path} does not fit {folder / 'model.json'}: {error}") from None
     if wrong := not_finite(tensors):
         raise ValueError(f"{path} has wrong weights: {first_few(wrong)}")
+    if card.adapted and not as_shipped:
+        with torch.no_grad():
+            now, before = torch.tensor(card.adapted.class_shares), torch.tensor(card.expected_shares)
+            header.last_linear.bias.add_(now.log() - before.log())
     return Classifier(backbone, header).eval()
 
 

@@ -94,6 +94,7 @@ def device_card(
         limit_bytes=device.limit_bytes,
         accuracy=device.accuracy,
         trained_on=memory.trained_on,
+        expected_shares=memory.expected_shares,
     )
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Shaped
 from fleetfit.data.preprocessing import Form, TextPreprocessing
 from fleetfit.data.sample_files import read_samples, read_texts
 from fleetfit.model_folder import ONNX_FILE, load_model, read_card
+from fleetfit.models.classifier import Classifier
 from fleetfit.onnx_model import OnnxModel
 from fleetfit.records import Record
 
@@ -91,24 +92,33 @@ def model_in(folder: Path) -> tuple[Logits, tuple[str, ...], Form]:
         ValueError: no model there, or one that does not say what its inputs are.
         ImportError: the model is in ONNX, and ONNX Runtime is not installed.
     """
-    logits_of, labels, form = _any_model_in(folder)
-    if form is None:
-        raise ValueError(f"{folder} does not say how images become its inputs: written by an older fleetfit?")
-    return logits_of, labels, form
-
-
-def _any_model_in(folder: Path) -> tuple[Logits, tuple[str, ...], Form | None]:
     if (folder / ONNX_FILE).exists():
         exported = OnnxModel(folder / ONNX_FILE)
-        return exported.logits, exported.card.labels, exported.card.preprocessing
+        return exported.logits, exported.card.labels, need_form(exported.card.preprocessing, folder)
     model, card = load_model(folder), read_card(folder)
+    return logits_of_model(model), card.labels, need_form(card.preprocessing, folder)
+
+
+def need_form(form: Form | None, folder: Path) -> Form:
+    """How inputs are made of what people have.
+
+    Raises:
+        ValueError: the folder does not say.
+    """
+    if form is None:
+        raise ValueError(f"{folder} does not say how images become its inputs: written by an older fleetfit?")
+    return form
+
+
+def logits_of_model(model: Classifier) -> Logits:
+    """What makes logits of prepared samples."""
 
     @torch.no_grad()
     def logits(inputs: Shaped[np.ndarray, "sample ..."]) -> Float32[np.ndarray, "sample class"]:
         result: np.ndarray = model(torch.from_numpy(inputs)).numpy()
         return result
 
-    return logits, card.labels, card.preprocessing
+    return logits
 
 
 def probabilities(logits: Float32[np.ndarray, "sample class"]) -> Float32[np.ndarray, "sample class"]:

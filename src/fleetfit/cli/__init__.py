@@ -14,7 +14,20 @@ try:
 
     import typer
 
-    from fleetfit.cli import doctor, evaluate, export, fleet, init, plan, predict, pretrain, profile, recipes, run
+    from fleetfit.cli import (
+        adapt,
+        doctor,
+        evaluate,
+        export,
+        fleet,
+        init,
+        plan,
+        predict,
+        pretrain,
+        profile,
+        recipes,
+        run,
+    )
 except KeyboardInterrupt:
     sys.stderr.write("stopped\n")
     raise SystemExit(130) from None
@@ -34,6 +47,7 @@ app.command(no_args_is_help=True)(run.report)
 app.command(no_args_is_help=True)(export.export)
 app.command(no_args_is_help=True)(predict.predict)
 app.command(no_args_is_help=True)(evaluate.evaluate)
+app.command(no_args_is_help=True)(adapt.adapt)
 app.command(no_args_is_help=True)(pretrain.pretrain)
 app.command()(recipes.recipes)
 app.command()(init.init)

@@ -46,6 +46,26 @@ def find_columns(table: Table, config: DataConfig, kind: Kind) -> tuple[Column, 
         ValueError: columns that are not there, none that would do, or several; tells all that is to be said at once,
             and all columns.
     """
+    found, label, problems, listed = _found(table, config, kind)
+    if problems or label is None or found is None:
+        raise ValueError(f"{'; '.join(problems)}. The data has {listed}")
+    return found, label
+
+
+def find_input(table: Table, config: DataConfig, kind: Kind) -> Column:
+    """The column of inputs, whether there are labels or not.
+
+    Raises:
+        ValueError: as ``find_columns``, of the inputs alone.
+    """
+    found, _, problems, listed = _found(table, config, kind)
+    if found is None:
+        raise ValueError(f"{problems[-1]}. The data has {listed}")
+    return found
+
+
+def _found(table: Table, config: DataConfig, kind: Kind) -> tuple[Column | None, Column | None, list[str], str]:
+    """The columns of inputs and of labels, what is wrong (of the inputs last), and all columns in words."""
     there = {name: _type(table, name) for name in table.rows.features if name != INDEX}
     there |= dict.fromkeys(table.given, "any") | {name: f"mixed: {kinds}" for name, kinds in table.mixed.items()}
     listed = ", ".join(f"{name} ({found})" for name, found in there.items())
@@ -59,9 +79,7 @@ def find_columns(table: Table, config: DataConfig, kind: Kind) -> tuple[Column, 
     problems: list[str] = []
     label = _label(table, config, there, problems)
     found = _input(table, config, kind, there, label, problems)
-    if problems or label is None or found is None:
-        raise ValueError(f"{'; '.join(problems)}. The data has {listed}")
-    return found, label
+    return found, label, problems, listed
 
 
 def _as_written(config: DataConfig, there: Mapping[str, str]) -> DataConfig:

@@ -28,7 +28,7 @@ from fleetfit.messages import Progress, silent
 from fleetfit.models.families import family_of
 from fleetfit.models.pretrained import read_config_of
 from fleetfit.randomness import named_generator
-from fleetfit.records import DataSummary
+from fleetfit.records import DataSummary, counted
 
 log = logging.getLogger(__name__)
 
@@ -123,14 +123,21 @@ def summary_of(
     used: Int[Tensor, " row"],
     made: Made,
 ) -> DataSummary:
-    """What was read of a table, and what was left out and why; logged, too."""
+    """What was read of a table, and what was left out and why; logged, too.
+
+    Of rows without a label, those among the ``used`` ones are no samples, but kept.
+    """
     column, label_column = columns
     by_folder = bool(table.class_rule) and label_column.why == table.class_rule  # there are no columns, for a person
     left_out = dict(table.left_out)
-    if labels.num_missing:
-        left_out["samples without a label"] = labels.num_missing
+    has_label = labels.numbers[used] >= 0
+    num_unlabelled = int((~has_label).sum())
+    if missing := labels.num_missing - num_unlabelled:
+        left_out["samples without a label"] = missing
     left_out |= made.left_out
-    counts = torch.bincount(labels.numbers[used], minlength=len(labels.names)).tolist()
+    counts = torch.bincount(labels.numbers[used][has_label], minlength=len(labels.names)).tolist()
+    kept = counted(num_unlabelled, "samples without a label")
+    unlabelled = (f"{kept} kept: class shares are estimated on them",) if num_unlabelled else ()
     content = [table.fingerprint, column.name, label_column.name, used.tolist(), labels.numbers[used].tolist()]
     summary = DataSummary(
         source=source,
@@ -138,7 +145,7 @@ def summary_of(
         kind=kind,
         num_files=table.num_files,
         num_rows=len(table.rows) + table.left_out.get("blank rows", 0),
-        num_samples=len(used),
+        num_samples=int(has_label.sum()),
         left_out=left_out,
         input_column="" if by_folder else column.name,
         input_why=column.why,
@@ -146,7 +153,7 @@ def summary_of(
         label_why=label_column.why,
         classes=dict(zip(labels.names, counts, strict=True)),
         values=dict(made.values),
-        notes=(*table.notes, *labels.notes, *made.notes),
+        notes=(*table.notes, *labels.notes, *made.notes, *unlabelled),
         fingerprint=hashlib.sha256(json.dumps([content, labels.names]).encode()).hexdigest(),
         form=content_hash(made.inputs.form and made.inputs.form.model_dump()),
     )

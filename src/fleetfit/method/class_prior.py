@@ -31,7 +31,7 @@ def class_prior(
             are infinite or not above 0, or a prior that is not finite because they are too far apart.
     """
     _check(counts, class_shares, strength=strength, floor=floor)
-    shares = _floored(class_shares, floor)
+    shares = floored(class_shares, floor)
     posterior = (counts + strength * shares) / (counts.sum(-1, keepdim=True) + strength)
     return _finite(posterior.log() - shares.log(), counts, class_shares, strength, floor)
 
@@ -70,7 +70,7 @@ def support_prior(
     unseen = (present - num_seen) * each / total / (num_classes - num_seen).clamp(min=1)
     posterior = torch.where(seen, (counts + each) / total, unseen).clamp(min=floor / num_classes)
     posterior = posterior / posterior.sum(-1, keepdim=True)
-    prior = posterior.log() - _floored(class_shares, floor).log()
+    prior = posterior.log() - floored(class_shares, floor).log()
     return _finite(prior, counts, class_shares, strength, floor)
 
 
@@ -107,7 +107,7 @@ def label_shift(
     _check(class_shares, class_shares, strength=strength, floor=floor)
     if not len(logits):
         return prior
-    log_shares = _floored(class_shares, floor).log()
+    log_shares = floored(class_shares, floor).log()
     before = (prior + log_shares).softmax(-1)
     now = before
     for _ in range(num_steps):
@@ -116,6 +116,44 @@ def label_shift(
         now = now.clamp(min=floor / len(now))
         now = now / now.sum()
     return now.log() - log_shares
+
+
+def held_out_gain(
+    logits: Float[Tensor, "sample class"],
+    class_shares: Float[Tensor, " class"],
+    strength: float,
+    num_folds: int = 5,
+) -> tuple[float, float]:
+    """How much likelier re-estimated class shares make inputs that they were not estimated on.
+
+    The inputs are dealt into folds. Of an input x in fold f the gain is log sum_c p(c | x) p_f(c) / p(c), with p(c | x)
+    the softmax of its logits and p_f from ``label_shift`` on the other folds: the log of the ratio of its likelihoods
+    under the two label distributions, if classes look as they did in training (Saerens et al. 2002).
+
+    Args:
+        logits: Of inputs in any order that is not by class, from a calibrated model that expects ``class_shares``.
+        class_shares: What the model expects.
+        strength: As for ``label_shift``.
+        num_folds: At least 2; fewer where there are fewer inputs.
+
+    Returns:
+        The mean gain, nats an input, and its standard error; (0, inf) for fewer than two inputs.
+
+    Raises:
+        ValueError: as ``label_shift``, or fewer than 2 folds.
+    """
+    if num_folds < 2:
+        raise ValueError(f"num_folds must be at least 2, got {num_folds}")
+    number = len(logits)
+    if number < 2:
+        return 0.0, math.inf
+    fold, nothing = torch.arange(number, device=logits.device) % num_folds, torch.zeros_like(logits[0])
+    gains = torch.empty(number, dtype=logits.dtype, device=logits.device)
+    for f in range(min(num_folds, number)):
+        moved_by = label_shift(logits[fold != f], nothing, class_shares, strength)
+        held_out = logits[fold == f]
+        gains[fold == f] = (held_out + moved_by).logsumexp(-1) - held_out.logsumexp(-1)
+    return float(gains.mean()), float(gains.std()) / math.sqrt(number)
 
 
 def _check(counts: Tensor, class_shares: Tensor, **positive: float) -> None:
@@ -129,7 +167,8 @@ def _check(counts: Tensor, class_shares: Tensor, **positive: float) -> None:
         raise ValueError(f"class_shares must not all be 0, got {class_shares.tolist()}")
 
 
-def _floored(class_shares: Tensor, floor: float) -> Tensor:
+def floored(class_shares: Float[Tensor, " class"], floor: float = 0.01) -> Float[Tensor, " class"]:
+    """Shares that sum to 1, none below ``floor`` over the number of classes before that."""
     shares = (class_shares / class_shares.sum()).clamp(min=floor / len(class_shares))
     return shares / shares.sum()
 

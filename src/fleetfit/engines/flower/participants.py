@@ -315,13 +315,15 @@ def check_code(source: str, allow_code: bool) -> None:
 
 
 def load_data(kit: Kit, test_share: float, names: tuple[str, ...]) -> Split:
-    """A participant's samples, as its kit says.
+    """A participant's samples, as its kit says; a device's inputs without labels too, where the job has a use for them.
 
     Raises:
         ValueError: they are not there, cannot be read, or have labels that the job does not know.
         OSError: a file cannot be read.
     """
-    return load_owned(kit.job, kit.data_source, kit.file.data.cut, kit.task.labels, kit.task.form, test_share, names)
+    unlabelled = names[0] == "device" and kit.job.refine.unlabelled
+    task, cut = kit.task, kit.file.data.cut
+    return load_owned(kit.job, kit.data_source, cut, task.labels, task.form, test_share, names, unlabelled=unlabelled)
 
 
 def _load(kit: Kit, member: Member, test_share: float, names: tuple[str, ...], tell: Tell) -> Split:
