@@ -25,7 +25,6 @@ from fleetfit.predict import BATCH, Logits, logits_of_model, need_form
 from fleetfit.records import Record, counted
 
 FEWEST = 20  # inputs; of fewer, shares are mostly chance
-STRENGTHS = (10.0, 30.0, 100.0, 300.0)  # how many inputs the shares expected before may be worth
 ERRORS = 2.0  # standard errors by which inputs must have become likelier
 
 
@@ -66,7 +65,7 @@ def adapt_folder(
         progress: Told how far it is.
 
     Raises:
-        ValueError: no device folder, a model that does not say which shares it expects, too few inputs, or inputs that
+        ValueError: no device folder, a model that does not say which shares it expects or cannot be trusted with others, too few inputs, or inputs that
             cannot be read.
         OSError: a file cannot be read or written.
     """
@@ -75,6 +74,11 @@ def adapt_folder(
         raise ValueError(
             f"{folder / 'model.json'} does not say which class shares the model expects: a job with [privacy], or an "
             "earlier fleetfit, keeps them out, and so does a copy of the model that is not the device's own"
+        )
+    if not card.shift_strengths:
+        raise ValueError(
+            "this model is not adapted without labels: tried on the device's own samples, whose labels are known, that "
+            "made their labels less likely, so what it takes for other shares may be its own mistakes"
         )
     logits_of, form = logits_of_model(load_model(folder, as_shipped=True)), need_form(card.preprocessing, folder)
     notes: list[str] = []
@@ -85,7 +89,7 @@ def adapt_folder(
     if not bool(logits.isfinite().all()):
         raise ValueError(f"{folder}: the model's output is not finite: its weights are damaged")
     shares = torch.tensor(card.expected_shares, dtype=logits.dtype)
-    adapted, gain, error = estimate(logits, shares)
+    adapted, gain, error = estimate(logits, shares, card.shift_strengths)
     if adapted != card.adapted:
         write_card(folder, card.model_copy(update={"adapted": adapted}))
     return Adapted(
@@ -100,7 +104,7 @@ def adapt_folder(
 
 
 def estimate(
-    logits: Float[Tensor, "sample class"], shares: Float[Tensor, " class"]
+    logits: Float[Tensor, "sample class"], shares: Float[Tensor, " class"], strengths: Sequence[float]
 ) -> tuple[Adaptation | None, float, float]:
     """The class shares that inputs speak for, if held-out ones become clearly likelier by them.
 
@@ -109,11 +113,12 @@ def estimate(
     Args:
         logits: Of the model as it was shipped.
         shares: What it expects.
+        strengths: How many inputs these may be worth.
 
     Returns:
         The estimate or None, and the gain on held-out inputs with its standard error (nats an input).
     """
-    gains = {strength: held_out_gain(logits, shares, strength) for strength in STRENGTHS}
+    gains = {strength: held_out_gain(logits, shares, strength) for strength in strengths}
     strength = max(gains, key=lambda k: gains[k][0])
     gain, error = gains[strength]
     if not gain > ERRORS * error:

@@ -40,7 +40,7 @@ from fleetfit.messages import (
     put,
     take,
 )
-from fleetfit.method.class_prior import class_prior, floored, label_shift, support_prior
+from fleetfit.method.class_prior import class_prior, floored, harmless_strengths, label_shift, support_prior
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
@@ -78,6 +78,7 @@ M = TypeVar("M", bound=Message)
 log = logging.getLogger(__name__)
 log.addFilter(FewLines())
 TRAINING_PRIOR_STRENGTH = 3.0
+FEWEST_TO_TRUST = 20  # validation samples; with fewer, training samples say too whether new shares can be trusted
 BETWEEN = {"quarter": 0.25, "half": 0.5}  # how far from the coarse to the refined header
 
 
@@ -103,6 +104,9 @@ class DeviceMemory(Message):
     trained_on: tuple[str, ...] = Field((), description="classes in its training data; empty with [privacy]")
     expected_shares: tuple[float, ...] = Field(
         (), description="of the classes, in the data to come, as the shipped model takes them; empty with [privacy]"
+    )
+    shift_strengths: tuple[float, ...] = Field(
+        (), description="with which new shares may be estimated on inputs alone: here they did not harm known labels"
     )
 
 
@@ -383,8 +387,10 @@ def _reported(
         )
     seen = set() if state.privacy else set(data.train.labels.tolist())
     trained_on = tuple(name for i, name in enumerate(memory.labels) if i in seen)
-    shares = () if state.privacy else expected
-    memory = memory.model_copy(update={"report": report, "trained_on": trained_on, "expected_shares": shares})
+    update = {"report": report, "trained_on": trained_on}
+    if expected and not state.privacy:
+        update |= {"expected_shares": expected, "shift_strengths": _shift_strengths(memory, header, data, expected)}
+    memory = memory.model_copy(update=update)
     return memory, FinishReply(step=step, report=report)
 
 
@@ -548,6 +554,21 @@ def _expected_shares(memory: DeviceMemory, data: Split, way: Way, prior: Tensor)
             _counts(data.train, len(prior)), log_shares.exp(), TRAINING_PRIOR_STRENGTH
         )
     return tuple((log_shares + prior).softmax(-1).tolist())
+
+
+def _shift_strengths(
+    memory: DeviceMemory, header: Header, data: Split, expected: tuple[float, ...]
+) -> tuple[float, ...]:
+    """At which class shares may be estimated anew later: the device's own samples tell whether that can be trusted."""
+    splits = ("validation",) if len(data.validation) >= FEWEST_TO_TRUST else ("train", "validation")
+    logits, labels = [], []
+    for name in splits:
+        samples: Samples = getattr(data, name)
+        if len(samples):
+            logits.append(_logits(memory, header, samples, name).double())
+            labels.append(samples.labels)
+    shares = moved(torch.tensor(expected, dtype=torch.float64), data.train.labels.device)
+    return harmless_strengths(torch.cat(logits), torch.cat(labels), shares)
 
 
 def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import safetensors.torch
@@ -56,6 +57,10 @@ class ModelCard(Record):
     expected_shares: tuple[float, ...] = Field(
         (), description="of the classes, as the weights in the file take them; empty: not said"
     )
+    shift_strengths: tuple[float, ...] = Field(
+        (),
+        description="with which they may be estimated anew on inputs alone, as known labels say; empty: not to trust",
+    )
     adapted: Adaptation | None = Field(None, description="None: the model is as it was shipped")
 
     @model_validator(mode="after")
@@ -64,6 +69,8 @@ class ModelCard(Record):
         for shares in (self.expected_shares, self.adapted.class_shares if self.adapted else ()):
             if shares and (len(shares) != len(self.labels) or not all(0 < share <= 1 for share in shares)):
                 raise ValueError(f"class shares must be {len(self.labels)} numbers in 0..1, one a label")
+        if not all(0 < strength < math.inf for strength in self.shift_strengths):
+            raise ValueError("shift_strengths must be finite and > 0")
         if self.adapted and not (self.adapted.class_shares and self.expected_shares):
             raise ValueError("an adapted model must say which class shares it expected before and expects now")
         return self

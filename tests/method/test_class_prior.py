@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import dirichlet
 
-from fleetfit.method.class_prior import class_prior, label_shift, support_prior
+from fleetfit.method.class_prior import class_prior, harmless_strengths, held_out_gain, label_shift, support_prior
 
 seeds = st.integers(0, 10**6)
 
@@ -127,3 +127,55 @@ def test_label_shift_stays_where_it_was_with_much_trust_or_no_inputs() -> None:
 def test_priors_refuse_what_is_no_number_of_classes(number: float) -> None:
     with pytest.raises(ValueError, match="num_present must be finite and > 0"):
         support_prior(torch.ones(2), torch.ones(2), 1.0, number)
+
+
+def drawn_inputs(shares: list[float], number: int, sharpness: float = 2.0) -> torch.Tensor:
+    """Logits of a model that is calibrated for even shares: classes are Gaussians around the unit vectors."""
+    rng = np.random.default_rng(5)
+    classes = rng.choice(len(shares), number, p=shares)
+    points = np.eye(len(shares))[classes] + rng.normal(size=(number, len(shares))) / sharpness
+    return torch.from_numpy(points * sharpness**2)  # log N(x; e_c, 1 / sharpness^2) up to a constant
+
+
+def test_held_out_gain_is_the_mean_log_likelihood_ratio_of_inputs_left_out() -> None:
+    shares, strength = np.array([0.5, 0.3, 0.2]), 10.0
+    logits = drawn_inputs([0.1, 0.2, 0.7], 23).numpy()
+    gains = np.empty(23)
+    for f in range(5):
+        left = np.exp(logits[np.arange(23) % 5 != f])
+        p = shares.copy()
+        for _ in range(30):  # by the definition: responsibilities, then their mean with the prior counts
+            each = left * (p / shares)
+            each /= each.sum(1, keepdims=True)
+            p = (strength * shares + each.sum(0)) / (strength + len(left))
+        for i in range(f, 23, 5):
+            likelihood = np.exp(logits[i]) / shares  # p(x | c) up to a constant
+            gains[i] = np.log((p * likelihood).sum() / (shares * likelihood).sum())
+    mean, error = held_out_gain(torch.from_numpy(logits), torch.from_numpy(shares), strength)
+    assert mean == pytest.approx(gains.mean(), rel=1e-6)
+    assert error == pytest.approx(gains.std(ddof=1) / np.sqrt(23), rel=1e-6)
+
+
+def test_inputs_that_come_as_expected_gain_nothing_and_others_do() -> None:
+    even = torch.full((4,), 0.25, dtype=torch.float64)
+    same, error = held_out_gain(drawn_inputs([0.25] * 4, 2000), even, 10.0)
+    assert same < 2 * error
+    other, error = held_out_gain(drawn_inputs([0.7, 0.1, 0.1, 0.1], 200), even, 10.0)
+    assert other > 2 * error
+
+
+def test_one_input_says_nothing_of_shares() -> None:
+    assert held_out_gain(torch.zeros(1, 3), torch.ones(3), 10.0) == (0.0, math.inf)
+    with pytest.raises(ValueError, match="num_folds must be at least 2, got 1"):
+        held_out_gain(torch.zeros(5, 3), torch.ones(3), 10.0, num_folds=1)
+
+
+def test_a_model_that_takes_a_class_for_another_is_not_trusted_with_new_shares() -> None:
+    even, rng = torch.full((4,), 0.25, dtype=torch.float64), np.random.default_rng(3)
+    labels = torch.from_numpy(rng.integers(0, 4, 400))
+    noise = torch.from_numpy(rng.normal(size=(400, 4)))
+    good = 4 * torch.nn.functional.one_hot(labels, 4) + 2 * noise  # class means 4 apart, deviation 2: calibrated
+    assert harmless_strengths(good.double(), labels, even) == (10.0, 30.0, 100.0, 300.0)
+    biased = good + torch.tensor([2.0, 0.0, 0.0, -2.0], dtype=torch.float64)
+    assert harmless_strengths(biased, labels, even) == ()
+    assert harmless_strengths(good[:0], labels[:0], even) == ()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fleetfit.cli.options import AsJson, Debug, expect_file, percent, stdout
+from fleetfit.cli.options import AsJson, Debug, expect_file, named, percent, stdout
 from fleetfit.terminal import Phases, reporting
 
 if TYPE_CHECKING:
@@ -32,14 +32,14 @@ def adapt(
 ) -> None:
     """Fit a shipped model to what a device sees now, without labels.
 
-    [bold]DEVICE_FOLDER[/bold] is a folder of RUN/devices, or KIT/model on a device. Which classes come
-    how often is estimated anew on its inputs; no weight is trained, and nothing
-    leaves the device. It is kept only where inputs that were held out become
-    likelier by it. [bold]--undo[/bold] brings back the model as it was shipped.
+    [bold]DEVICE_FOLDER[/bold] is a folder of RUN/devices, or KIT/model on a device.
+    How often each class comes is estimated anew on its inputs; no weight is trained,
+    and nothing leaves the device. It is kept only where inputs that were held out
+    become likelier by it. [bold]--undo[/bold] brings back the model as it was shipped.
 
-    [bold]INPUTS[/bold] are images, .npy files, .txt files with a text in each line, folders
-    of these, or tables (CSV, Parquet, ...), whose labels are not read. They must be
-    drawn as the device meets them: not one class first and then stopped.
+    [bold]INPUTS[/bold] are images, .npy files, .txt files with a text in each line,
+    folders of these, or tables (CSV, Parquet, ...), whose labels are not read. Give
+    all that the device met in some time, not a choice of it.
 
     [bold]Examples[/bold]
 
@@ -47,9 +47,9 @@ def adapt(
       fleetfit adapt kits/till-3/model --data today.csv
       fleetfit adapt kits/till-3/model --undo
     """
+    if undo == bool(data):
+        raise typer.BadParameter("give either --data INPUTS or --undo", param_hint="--data")
     with reporting(debug) as signals:
-        if undo == bool(data):
-            raise typer.BadParameter("give either --data or --undo")
         if not any((folder / name).exists() for name in ("model.onnx", "model.pt2")):
             card = folder / "model.json"
             expect_file(card, f"{folder} is no device folder: {card} is missing")
@@ -81,6 +81,7 @@ def adapt(
 
 def _print(found: "Adapted", folder: Path) -> None:
     from fleetfit.messages import printable
+    from fleetfit.predict import unseen_classes
 
     console = stdout()
     for note in found.notes:
@@ -96,6 +97,11 @@ def _print(found: "Adapted", folder: Path) -> None:
         return
     _table(found.classes)
     console.print(f"{inputs}; those held out are likelier by {gain}", soft_wrap=True)
+    if unseen := unseen_classes(folder):
+        console.print(
+            f"note: this device has not trained on {printable(named(unseen))}: inputs of these may count as others",
+            soft_wrap=True,
+        )
     console.print(
         f"kept in {printable(str(folder / 'model.json'))}; --undo takes it back. An export made before stays as it is.",
         soft_wrap=True,

@@ -1,5 +1,6 @@
 """What commands share: arguments and options of the same name, and how results are printed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,6 +8,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+MOST_NAMED = 10
 
 # Hidden from the panel, not from the usage line: click 8.5 loses the help of typer 0.20's arguments. The text says it.
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", hidden=True)]
@@ -37,6 +40,12 @@ def expect_run(folder: Path, name: str) -> None:
         ValueError: it is not.
     """
     expect_file(folder / name, f"{folder / name} is missing: is {folder} the folder of a finished run?")
+
+
+def named(names: Sequence[str]) -> str:
+    """Some names in words, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return ", ".join(names[:MOST_NAMED]) + more
 
 
 def stdout() -> "Console":

@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fleetfit.cli.options import AsJson, Debug, expect_file, percent
+from fleetfit.cli.options import AsJson, Debug, expect_file, named, percent
 from fleetfit.terminal import reporting
-
-MOST_NAMED = 10
 
 
 def predict(
@@ -56,6 +54,4 @@ def predict(
             if found.note:
                 typer.echo(f"note: {printable(found.input)}: {printable(found.note)}", err=True)
         if unseen := unseen_classes(folder):
-            some = printable(", ".join(unseen[:MOST_NAMED]))
-            more = f" and {len(unseen) - MOST_NAMED} more" if len(unseen) > MOST_NAMED else ""
-            typer.echo(f"note: this device has not trained on: {some}{more}", err=True)
+            typer.echo(f"note: this device has not trained on: {printable(named(unseen))}", err=True)

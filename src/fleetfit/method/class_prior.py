@@ -5,10 +5,15 @@ log p - log q is what Bayes' rule adds to them. Only p is estimated, and no weig
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+SHIFT_STRENGTHS = (10.0, 30.0, 100.0, 300.0)  # how many inputs the shares expected before may be worth
+MOST_HARM = 0.01  # nats a sample: less says nothing
 
 
 def class_prior(
@@ -154,6 +159,39 @@ def held_out_gain(
         held_out = logits[fold == f]
         gains[fold == f] = (held_out + moved_by).logsumexp(-1) - held_out.logsumexp(-1)
     return float(gains.mean()), float(gains.std()) / math.sqrt(number)
+
+
+def harmless_strengths(
+    logits: Float[Tensor, "sample class"],
+    labels: Int[Tensor, " sample"],
+    class_shares: Float[Tensor, " class"],
+    strengths: Sequence[float] = SHIFT_STRENGTHS,
+) -> tuple[float, ...]:
+    """The strengths at which ``label_shift`` does not make known labels less likely, but for ``MOST_HARM``.
+
+    Shares are estimated on the samples' inputs and scored on their labels. A calibrated model finds the shares of these
+    very samples, which can only help; one that takes a class for another too often finds its own mistakes.
+
+    Args:
+        logits: From a model that expects ``class_shares``.
+        labels: Their classes.
+        class_shares: What the model expects.
+        strengths: To choose from.
+
+    Returns:
+        Some of the strengths; none without samples.
+
+    Raises:
+        ValueError: as ``label_shift``.
+    """
+    if not len(labels):
+        return ()
+    before, nothing = cross_entropy(logits, labels), torch.zeros_like(logits[0])
+    return tuple(
+        strength
+        for strength in strengths
+        if cross_entropy(logits + label_shift(logits, nothing, class_shares, strength), labels) <= before + MOST_HARM
+    )
 
 
 def _check(counts: Tensor, class_shares: Tensor, **positive: float) -> None:
