@@ -65,8 +65,8 @@ def adapt_folder(
         progress: Told how far it is.
 
     Raises:
-        ValueError: no device folder, a model that does not say which shares it expects or cannot be trusted with others, too few inputs, or inputs that
-            cannot be read.
+        ValueError: no device folder, a model that does not say which shares it expects or cannot be trusted with
+            others, too few inputs, or inputs that cannot be read.
         OSError: a file cannot be read or written.
     """
     card = _card(folder)

@@ -24,13 +24,21 @@ def job(cache: Path, **data: Any) -> Job:
     return make_job({"run": {"cache": str(cache)}, "data": data})
 
 
-def load(tmp_path: Path, source: Path, cut: Any = "own", labels: tuple[str, ...] = LABELS, **data: Any) -> Split:
-    return load_owned(job(tmp_path / "cache", **data), str(source), cut, labels, FORM, 0.25, ("device", "a"))
+def load(
+    tmp_path: Path,
+    source: Path,
+    cut: Any = "own",
+    labels: tuple[str, ...] = LABELS,
+    unlabelled: bool = False,
+    **data: Any,
+) -> Split:
+    own = job(tmp_path / "cache", **data)
+    return load_owned(own, str(source), cut, labels, FORM, 0.25, ("device", "a"), unlabelled=unlabelled)
 
 
-def pictures(folder: Path, labels: list[Any], feature: Any = None) -> Path:
+def pictures(folder: Path, labels: list[Any], feature: Any = None, step: int = 1) -> Path:
     """As many grey pictures, each of one value."""
-    values = [np.full((4, 4), i, np.uint8).tolist() for i in range(len(labels))]
+    values = [np.full((4, 4), step * i, np.uint8).tolist() for i in range(len(labels))]
     rows = Dataset.from_dict({"image": values, "label": labels})
     if feature is not None:
         rows = rows.cast_column("label", feature)
@@ -173,3 +181,51 @@ def test_pictures_that_an_owners_table_names_are_part_of_its_data(tmp_path: Path
         assert of(split) == {value: 2}
         found.append(split.summary and split.summary.fingerprint)
     assert found[0] != found[1]
+
+
+MISSING = ["cat", None, "dog", "cat", None, None, "owl", "dog", "cat", "", "dog", "cat"]
+
+
+def values(samples: Any) -> list[int]:
+    return sorted(round(float(x.mean() * 0.5 + 0.5) * 255) for x in samples.inputs[:])
+
+
+def test_inputs_without_a_label_are_kept_beside_the_samples_where_they_are_wanted(tmp_path: Path) -> None:
+    source = pictures(tmp_path / "own", MISSING, step=20)
+    with pytest.raises(ValueError, match=r"4 of 12 are missing, and data\.missing_label_share"):
+        load(tmp_path, source)
+    split = load(tmp_path, source, unlabelled=True)
+    assert split.unlabelled is not None
+    assert values(split.unlabelled) == [20, 80, 100, 180]
+    assert split.unlabelled.labels.tolist() == [-1] * 4
+    assert of(split) == {20 * i: LABELS.index(name) for i, name in enumerate(MISSING) if name}
+    assert split.summary is not None
+    assert split.summary.num_samples == 8
+    assert split.summary.classes == {"cat": 4, "dog": 3, "owl": 1}
+    assert "4 samples without a label kept: class shares are estimated on them" in split.summary.lines
+    whole = pictures(tmp_path / "whole", [name or "cat" for name in MISSING], step=20)
+    assert load(tmp_path, whole, unlabelled=True).unlabelled is None
+
+
+def test_the_cut_of_labelled_samples_is_the_same_with_inputs_beside_them(tmp_path: Path) -> None:
+    source, names = pictures(tmp_path / "own", MISSING, step=20), [name for name in MISSING if name]
+    without = load(tmp_path, pictures(tmp_path / "labelled", names, step=20))
+    split = load(tmp_path, source, unlabelled=True)
+    for part in ("train", "validation", "test"):
+        assert getattr(split, part).labels.tolist() == getattr(without, part).labels.tolist()
+
+
+def test_of_a_given_cut_inputs_without_a_label_for_testing_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for name, labels in (("train", ["cat", None, "dog"]), ("validation", [None, "dog"]), ("test", ["owl", "cat"])):
+        (pictures(tmp_path / name, labels) / "rows.parquet").rename(folder / f"{name}.parquet")
+    split = load(tmp_path, folder, "given", unlabelled=True)
+    assert split.unlabelled is not None
+    assert values(split.unlabelled) == [0, 1]
+    assert [len(part) for part in (split.train, split.validation, split.test)] == [2, 1, 2]
+
+
+def test_a_device_without_any_label_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no label in column 'label', and some are needed"):
+        load(tmp_path, pictures(tmp_path / "own", ["", "", ""]), unlabelled=True)
