@@ -5,7 +5,8 @@ import torch
 from live_source import LiveSource
 
 from fleetfit.config import HeaderConfig, make_job
-from fleetfit.header_search import METHODS, search_header
+from fleetfit.header_proof import make_folds
+from fleetfit.header_search import METHODS, SearchResult, search_header
 from fleetfit.header_trials import CachedFeatures, header_bytes
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import Header, build_header
@@ -95,6 +96,42 @@ def test_halving_finds_the_grid_where_cls_says_nothing() -> None:
         accuracies[method] = (header(test.cached).argmax(1) == test.labels).double().mean().item()
     assert accuracies["halving"] > 0.9
     assert accuracies["linear"] < 0.5
+
+
+def quick(given: Header, in_cls: bool, quick_test: bool = True, num_samples: int = 80) -> SearchResult:
+    """Halving beside a given header, with folds of all that is there."""
+    config = CONFIG.model_copy(update={"budget_steps": 400, "quick_test": quick_test})
+    train, validation = make_source("train", num_samples, in_cls), make_source("validation", num_samples // 4, in_cls)
+    folds = make_folds(train, validation, 1, named_generator(0, "folds"))
+    return search_header("halving", train, validation, config, SHAPE, 4, 10**6, 0, [given], folds)
+
+
+def test_it_is_not_searched_where_a_quick_test_promises_nothing() -> None:
+    good = make_linear(4.0)  # the classes are in [CLS], and it knows them
+    result = quick(good, in_cls=True)
+    assert result.steps_used == 0
+    assert [t.name for t in result.trials] == ["given linear"]
+    assert result.trials[0].chosen
+    told = next(point for point in result.history if point["name"] == "quick test")
+    assert not told["promising"]
+    assert told["gain"] <= told["error"]
+    assert len(quick(good, in_cls=True, quick_test=False).trials) > 1
+
+
+def test_it_is_searched_where_a_quick_test_promises_something() -> None:
+    blind = make_linear(0.0)  # the classes are in the grid, and it looks at [CLS]
+    result, whole = quick(blind, in_cls=False), quick(blind, in_cls=False, quick_test=False)
+    told = next(point for point in result.history if point["name"] == "quick test")
+    assert told["promising"]
+    assert told["gain"] > told["error"]
+    assert result.trials == whole.trials, "the search itself is the same"
+    assert result.header.spec.kind == "blocks"
+
+
+def test_without_anything_held_out_nothing_is_searched_as_nothing_could_replace_the_given_header() -> None:
+    config, source = CONFIG, make_source("train", 3)
+    result = search_header("halving", source, source, config, SHAPE, 4, 10**6, 0, [make_linear(0.0)], folds=())
+    assert [t.name for t in result.trials] == ["given linear"]
 
 
 @pytest.mark.parametrize("method", ["halving", "random", "enas"])

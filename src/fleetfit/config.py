@@ -390,6 +390,11 @@ class HeaderConfig(Section):
     room: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of the storage limit that the backbone leaves free for a header"
     )
+    quick_test: bool = Field(
+        True,
+        description="halving, with warm_start: search only where a few candidates, trained a little on folds of the "
+        "shared set, are better than the distilled header on what was held out",
+    )
     warm_start: bool = Field(True, description="halving: headers start as the distilled header computes")
     keep_distilled: bool = Field(
         True,

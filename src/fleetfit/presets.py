@@ -19,6 +19,7 @@ PAPER: dict[str, dict[str, Any]] = {
         "hidden": 32,
         "freeze_backbone": False,
         "keep_distilled": False,
+        "quick_test": False,
         "warm_start": False,
         "views": 1,
     },

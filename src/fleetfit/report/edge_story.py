@@ -53,6 +53,8 @@ def headers(run: Run) -> Markup:
         if config.keep_distilled
         else ""
     )
+    if config.keep_distilled and config.quick_test and config.warm_start and config.search == "halving":
+        kept += " Where a quick test on such folds promises nothing, there is no search."
     parts = []
     for cluster in run.summary.clusters:
         report = run.reports[cluster.id]
@@ -103,6 +105,8 @@ def _trials(report: ClusterReport, chosen: HeaderTrial | None) -> Markup:
         rows.append(table_row(title, *cells, numeric=numeric, class_="chosen" if trial is chosen else None))
     more = f"; {len(ordered) - len(shown)} more not shown" if len(ordered) > len(shown) else ""
     caption = f"{plural(len(ordered), 'header')} trained and compared{more}"
+    if len(ordered) == 1 and ordered[0].name.startswith("given "):
+        caption = "Not searched: a few headers, trained a little, were no better on what was held out"
     return table(caption, ["Header", "Val. loss", "Val. acc.", "Parameters"], rows, numeric)
 
 
