@@ -559,3 +559,25 @@ def test_elements_escape_and_numbers_are_short():
     shown = [bytes_text(999), bytes_text(79_248), percent(None), percent(0.125), seconds_text(125), seconds_text(0.5)]
     expected = ["999 bytes", "79.2 KB", "–", "12.5 %", "2 min 5 s", "0.50 s"]
     assert [s.replace("\u00a0", " ") for s in shown] == expected
+
+
+def test_the_hidden_groups_of_a_simulated_fleet_are_compared_with_what_was_found(tmp_path: Path) -> None:
+    from tiny_job import tiny_fields
+
+    import fleetfit
+    from fleetfit.report.edge_story import _hidden_groups_words
+
+    apart, average = [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], [[1 / 3] * 3] * 3
+    assert _hidden_groups_words([0, 0, 1], apart).endswith(
+        "2 hidden groups here; who was averaged with whom is exactly these."
+    )
+    assert "as in these for 1 of 3 pairs of devices" in _hidden_groups_words([0, 0, 1], average)
+    assert _hidden_groups_words([None, 0, 1], apart) == ""
+    assert _hidden_groups_words([0, 0, 0], average) == ""
+    folder = tmp_path / "run"
+    fields = tiny_fields(tmp_path / "cache", data={"shift": "labels", "groups": 2})
+    fleetfit.run(fields, folder)
+    assert "This simulated fleet has 2 hidden groups here" in build_report(folder).read_text()
+    (folder / "groups.json").write_text('{"small-1": "one"}')
+    with pytest.raises(ValueError, match=r"groups\.json is corrupt"):
+        build_report(folder)

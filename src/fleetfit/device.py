@@ -56,6 +56,7 @@ from fleetfit.records import (
     BackboneShape,
     DeviceAttributes,
     DeviceReport,
+    HeaderKept,
     HeaderSpec,
     JsonDict,
     ValidationScores,
@@ -305,16 +306,20 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
     losses = torch.zeros(len(ways))
     if len(labels):
         logits_of: dict[str, Tensor] = {}
-        priors: dict[tuple[float | None, float | None], Tensor] = {}
+        priors: dict[tuple[float | None, float | None], Tensor] = {
+            (way.prior_strength, way.prior_classes): _left_out_priors(memory, state.data, way)
+            for way in ways
+            if way.prior_strength is not None and way.shift_strength is None
+        }
+        # What one left-out label changes in what inputs say is small beside what it changes in the counts.
+        middle = {way: priors[way.prior_strength, way.prior_classes].mean(0) for way in ways if way.shift_strength}
+        moved_by = _moved_by(memory, middle)
         for i, way in enumerate(ways):
             if way.header not in logits_of:
                 logits_of[way.header] = _logits(memory, _header_of(memory, way), state.data.validation, "validation")
             logits = logits_of[way.header] / way.temperature
             if way.prior_strength is not None:
-                key = way.prior_strength, way.prior_classes
-                if key not in priors:
-                    priors[key] = _left_out_priors(memory, state.data, way)
-                logits = logits + _shifted(memory, state, way, priors[key])[labels]
+                logits = logits + priors[way.prior_strength, way.prior_classes][labels] + moved_by.get(way, 0.0)
             loss = float(cross_entropy(logits, labels))
             # What others' weights do to a header here is no reason to be refused.
             most = min(MAX_LOSS, 0.9 * MAX_VALUE / len(labels))
@@ -339,7 +344,8 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
         header = extract(header, take(memory.tensors, "kept"))
     prior = torch.zeros(len(memory.labels), device=data.train.labels.device)
     if way.prior_strength is not None:
-        prior = _shifted(memory, state, way, _prior(memory, _all_counts(memory, data), way)[None])[0]
+        prior = _prior(memory, _all_counts(memory, data), way)
+        prior = prior + _moved_by(memory, {way: prior}).get(way, 0.0)
     with torch.no_grad():
         last = header.last_linear
         last.weight.div_(way.temperature)
@@ -578,19 +584,33 @@ def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:
     return _prior(memory, left_out, way)
 
 
-def _shifted(memory: DeviceMemory, state: DeviceState, way: Way, priors: Tensor) -> Tensor:
-    """The priors, re-estimated on the device's inputs without labels where the way says so and there are any."""
+def _moved_by(memory: DeviceMemory, priors: Mapping[Way, Tensor]) -> dict[Way, Tensor]:
+    """By how much the device's inputs without labels move the priors of ways that look at them, if there are any.
+
+    All ways with one header and temperature are estimated beside each other. A header whose logits are not finite, by
+    what others' weights do to it here, moves nothing.
+    """
     features = take(memory.tensors, "features.unlabelled")
-    if way.shift_strength is None or not features:
-        return priors
-    inputs = Features(**features)
-    header = _header_of(memory, way)
-    with torch.no_grad():
-        logits = header(inputs) / way.temperature
-    shares = _shares(memory, logits)
-    # What one left-out label changes in what inputs say is small beside what it changes in the counts.
-    moved_by = label_shift(logits, priors.mean(0), shares, way.shift_strength) - priors.mean(0)
-    return priors + moved_by
+    together: dict[tuple[HeaderKept, float], list[Way]] = {}
+    for way in priors if features else ():
+        if way.shift_strength is not None:
+            together.setdefault((way.header, way.temperature), []).append(way)
+    logits_of: dict[HeaderKept, Tensor] = {}
+    moved_by: dict[Way, Tensor] = {}
+    for (header, temperature), own in together.items():
+        if header not in logits_of:
+            with torch.no_grad():
+                logits_of[header] = _header_of(memory, own[0])(Features(**features))
+        logits = logits_of[header] / temperature
+        before = torch.stack([priors[way] for way in own])
+        if not bool(logits.isfinite().all()):
+            continue
+        strengths = moved(torch.tensor([way.shift_strength for way in own]), logits.device)
+        for way, change in zip(
+            own, label_shift(logits, before, _shares(memory, logits), strengths) - before, strict=True
+        ):
+            moved_by[way] = change
+    return moved_by
 
 
 def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:

@@ -179,3 +179,15 @@ def test_a_model_that_takes_a_class_for_another_is_not_trusted_with_new_shares()
     biased = good + torch.tensor([2.0, 0.0, 0.0, -2.0], dtype=torch.float64)
     assert harmless_strengths(biased, labels, even) == ()
     assert harmless_strengths(good[:0], labels[:0], even) == ()
+
+
+def test_label_shift_of_several_priors_is_that_of_each() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, shares = drawn_inputs([0.6, 0.3, 0.1], 40), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    priors = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    strengths = torch.tensor([1.0, 10.0, 30.0, 300.0], dtype=torch.float64)
+    together = label_shift(logits, priors, shares, strengths)
+    for found, prior, strength in zip(together, priors, strengths.tolist(), strict=True):
+        torch.testing.assert_close(found, label_shift(logits, prior, shares, strength))
+    with pytest.raises(ValueError, match="strength must be finite and > 0"):
+        label_shift(logits, priors, shares, torch.tensor([1.0, 0.0, 1.0, 1.0]))

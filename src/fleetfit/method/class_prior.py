@@ -81,12 +81,12 @@ def support_prior(
 
 def label_shift(
     logits: Float[Tensor, "sample class"],
-    prior: Float[Tensor, " class"],
+    prior: Float[Tensor, "*way class"],
     class_shares: Float[Tensor, " class"],
-    strength: float,
+    strength: float | Float[Tensor, "*way"],
     num_steps: int = 30,
     floor: float = 0.01,
-) -> Float[Tensor, " class"]:
+) -> Float[Tensor, "*way class"]:
     """A prior re-estimated on inputs without labels, by expectation and maximisation.
 
     Saerens et al. 2002, with a Dirichlet around what was known before: p_c = (k p0_c + sum of the samples' p(c | x)) /
@@ -94,9 +94,9 @@ def label_shift(
 
     Args:
         logits: Of the samples, without a prior, from a calibrated header.
-        prior: log p0 - log q, what was known before.
+        prior: log p0 - log q, what was known before; one, or several that are re-estimated beside each other.
         class_shares: q_c.
-        strength: k, how many samples it is worth.
+        strength: k, how many samples it is worth; one, or one a prior.
         num_steps: Of the algorithm; each raises the posterior.
         floor: As above.
 
@@ -109,17 +109,20 @@ def label_shift(
     for name, values in (("logits", logits), ("prior", prior)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{name} must be finite")
-    _check(class_shares, class_shares, strength=strength, floor=floor)
+    weights = torch.as_tensor(strength, dtype=logits.dtype, device=logits.device)
+    for extreme in (weights.min(), weights.max()):
+        _check(class_shares, class_shares, strength=float(extreme), floor=floor)
     if not len(logits):
         return prior
+    weights = weights.expand(prior.shape[:-1])[..., None]
     log_shares = floored(class_shares, floor).log()
     before = (prior + log_shares).softmax(-1)
     now = before
     for _ in range(num_steps):
-        of_each = (logits + now.log() - log_shares).softmax(-1)
-        now = (strength * before + of_each.sum(0)) / (strength + len(logits))
-        now = now.clamp(min=floor / len(now))
-        now = now / now.sum()
+        of_each = (logits + (now.log() - log_shares)[..., None, :]).softmax(-1)
+        now = (weights * before + of_each.sum(-2)) / (weights + len(logits))
+        now = now.clamp(min=floor / now.shape[-1])
+        now = now / now.sum(-1, keepdim=True)
     return now.log() - log_shares
 
 

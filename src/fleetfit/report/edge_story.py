@@ -1,7 +1,7 @@
 """What edges and devices did: headers, similarity, accuracy device by device, refinement, and what was shipped."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fleetfit.messages import ClusterReport
@@ -267,8 +267,11 @@ def rounds(run: Run) -> Markup:
         )
         samples = max((n for _, n, _ in scores), default=0)
         caption = f"The whole cluster, on {plural(samples, 'pooled validation sample')}."
+        hidden = _hidden_groups_words([run.hidden_groups.get(d.device_id) for d in report.devices], report.similarity)
         contents[cluster.id] = join(
-            figure(chart, caption), *_decision(cluster.id, report.decision, run.job.refine.guard, run.job.privacy.on)
+            figure(chart, caption),
+            note(hidden) if hidden else None,
+            *_decision(cluster.id, report.decision, run.job.refine.guard, run.job.privacy.on),
         )
     refine = run.job.refine
     guard = (
@@ -354,6 +357,16 @@ def _kind(way: Mapping[str, Any]) -> str:
 def _kind_words(kind: str) -> str:
     header, _, extra = kind.partition(" + ")
     return WORDS.get(header, header) + (f" + {extra}" if extra else "")
+
+
+def _hidden_groups_words(hidden: Sequence[int | None], weights: Sequence[Sequence[float]]) -> str:
+    """How far the devices whose headers were averaged are those of the hidden groups, in a sentence."""
+    if None in hidden or len(hidden) != len(weights) or len(set(hidden)) < 2:
+        return ""
+    pairs = [(i, j) for i in range(len(hidden)) for j in range(i)]
+    alike = sum((hidden[i] == hidden[j]) == (max(weights[i][j], weights[j][i]) > 0) for i, j in pairs)
+    told = "exactly these" if alike == len(pairs) else f"as in these for {alike:,} of {len(pairs):,} pairs of devices"
+    return f"This simulated fleet has {len(set(hidden))} hidden groups here; who was averaged with whom is {told}."
 
 
 def _grouping_words(decision: Mapping[str, Any]) -> str:

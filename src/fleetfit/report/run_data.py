@@ -54,6 +54,7 @@ class Run(Record):
     reports: dict[str, ClusterReport]
     front: dict[str, tuple[FrontRow, ...]]
     bytes_by_phase: dict[str, dict[str, int]]
+    hidden_groups: dict[str, int]  # by device; of a simulated fleet that has them
 
     @property
     def has_all_data(self) -> bool:
@@ -123,7 +124,17 @@ def read_run(folder: Path) -> Run:
         reports=reports,
         front=_read_front(folder / "cloud" / "front.csv", [c.id for c in summary.clusters]),
         bytes_by_phase=_bytes_by_phase(lines, path),
+        hidden_groups=_read_groups(folder / "groups.json"),
     )
+
+
+def _read_groups(path: Path) -> dict[str, int]:
+    if not path.exists():
+        return {}
+    groups = read_json(path)
+    if not all(isinstance(group, int) for group in groups.values()):
+        raise ValueError(f"{path} is corrupt: groups of devices must be whole numbers")
+    return groups
 
 
 def _read_metrics(path: Path) -> dict[str, dict[str, Any]]:
