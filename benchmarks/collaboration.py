@@ -311,7 +311,8 @@ def main() -> None:
             list(pool.imap_unordered(run_seed, tasks))
     from collaboration_page import markdown
 
-    kept = read_json(RESULTS / "collaboration.json") if (RESULTS / "collaboration.json").exists() else []
+    page = RESULTS / "collaboration.json"
+    kept = json.loads(page.read_text()) if page.exists() else []
     here = [read_json(path) for path in sorted((WORK / "figures").rglob("*.json"), key=lambda p: p.stat().st_mtime)]
     latest = {(c["data"], c["setting"], c["seed"]): c for c in (*kept, *here) if c["seed"] < 100}
     cells = [latest[key] for key in sorted(latest)]

@@ -26,6 +26,35 @@ def best_rival(cells: Cells, worst: bool = False) -> str:
     return max(RIVALS, key=lambda m: float(np.mean(means(cells, m, worst))))
 
 
+def unlabelled(cells: Cells) -> list[str]:
+    """What a hundred inputs without labels a device are worth: beside the labels, or later to a shipped model."""
+    rows = []
+    for setting in dict.fromkeys(c["setting"] for c in cells if "fleetfit, labels only" in c["accuracy"]):
+        there = [c for c in cells if c["setting"] == setting]
+        without = means(there, "fleetfit, labels only")
+        rows.append(
+            [
+                setting.split(",")[0],
+                str(len(there)),
+                spread(without),
+                gain(means(there, "fleetfit"), without),
+                gain(means(there, "fleetfit"), means(there, "as sent")),
+                gain(means(there, "fleetfit, adapted later"), without),
+            ]
+        )
+    if not rows:
+        return []
+    head = [
+        "",
+        "seeds",
+        "labels only, %",
+        "refine.unlabelled over it",
+        "over as sent",
+        "fleetfit adapt over labels only",
+    ]
+    return ["With 100 inputs without labels a device, points:", "", *table(head, rows), ""]
+
+
 def markdown(cells: Cells, machine: str) -> str:
     """The page: accuracy by method, the gain over the best opponent, groups, cost."""
     lines = [
@@ -72,5 +101,5 @@ def markdown(cells: Cells, machine: str) -> str:
         ]
         head = ["", "best opponent", "over it", "worst tenth", "over as sent", "over the oracle"]
         lines += table([*head, "groups right", "rounds", "time", "bytes"], gains)
-        lines.append("")
+        lines += ["", *unlabelled(own)]
     return "\n".join(lines)
