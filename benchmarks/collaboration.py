@@ -208,7 +208,7 @@ def adapted(finished: dict[str, DeviceState]) -> list[float]:
             with torch.no_grad():
                 parts.append(model.header(device._run(model.backbone, own)).double())
         shares = torch.tensor(memory.expected_shares, dtype=torch.float64)
-        change = estimate(parts[0], shares, memory.shift_strengths)[0] if memory.shift_strengths else None
+        change = estimate(parts[0], shares, memory.shifts)[0] if memory.shifts else None
         bias = 0.0 if change is None else torch.tensor(change.class_shares).log() - shares.log()
         right = (parts[1] + bias).argmax(-1) == state.data.test.labels
         found.append(float(right.double().mean()) if len(right) else float("nan"))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import fleetfit
 from fleetfit.adapt import adapt_folder, estimate, undo
 from fleetfit.cli import app
-from fleetfit.method.class_prior import SHIFT_STRENGTHS
+from fleetfit.method.class_prior import SHIFT_PRIORS, ShiftPrior
 from fleetfit.model_folder import read_card, write_model
 from fleetfit.predict import predict
 
@@ -135,7 +135,7 @@ def test_what_cannot_be_adapted_is_refused_and_nothing_is_written(device: Path, 
     few = array(tmp_path, mostly(3)[:19], "few.npy")
     with pytest.raises(ValueError, match="at least 20 inputs are needed to estimate class shares, got 19"):
         adapt_folder(device, [str(few)])
-    for key, told in (("expected_shares", "does not say which class shares"), ("shift_strengths", "its own mistakes")):
+    for key, told in (("expected_shares", "does not say which class shares"), ("shifts", "its own mistakes")):
         (device / "model.json").write_text(json.dumps(json.loads(card) | {key: []}))
         with pytest.raises(ValueError, match=told):
             adapt_folder(device, [str(array(tmp_path, mostly(3)))])
@@ -150,8 +150,26 @@ def test_what_cannot_be_adapted_is_refused_and_nothing_is_written(device: Path, 
         {"expected_shares": [0.5, 0.5]},
         {"expected_shares": [0.0] + [0.1] * 9},
         {"expected_shares": [float("nan")] * 10},
-        {"adapted": {"class_shares": [0.1] * 9, "num_inputs": 50, "strength": 10, "gain": 1, "gain_error": 0.1}},
-        {"adapted": {"class_shares": [-0.1] * 10, "num_inputs": 50, "strength": 10, "gain": 1, "gain_error": 0.1}},
+        {
+            "adapted": {
+                "class_shares": [0.1] * 9,
+                "num_inputs": 50,
+                "strength": 10,
+                "concentration": 1,
+                "gain": 1,
+                "gain_error": 0.1,
+            }
+        },
+        {
+            "adapted": {
+                "class_shares": [-0.1] * 10,
+                "num_inputs": 50,
+                "strength": 10,
+                "concentration": 1,
+                "gain": 1,
+                "gain_error": 0.1,
+            }
+        },
     ],
 )
 def test_cards_with_shares_that_are_none_are_refused(device: Path, change: dict[str, Any]) -> None:
@@ -215,7 +233,26 @@ def test_shares_are_estimated_by_what_makes_held_out_inputs_likeliest() -> None:
     rng = np.random.default_rng(2)
     classes = rng.choice(3, 400, p=[0.8, 0.15, 0.05])
     logits = torch.from_numpy(4 * (np.eye(3)[classes] + rng.normal(size=(400, 3)) / 2))
-    found, gain, error = estimate(logits, torch.full((3,), 1 / 3, dtype=torch.float64), SHIFT_STRENGTHS)
+    found, gain, error = estimate(logits, torch.full((3,), 1 / 3, dtype=torch.float64), SHIFT_PRIORS)
     assert found is not None
     assert gain > 2 * error
     assert found.class_shares == pytest.approx((0.8, 0.15, 0.05), abs=0.05)
+
+
+def test_copies_that_notebooks_and_systems_hide_are_no_inputs(device: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    for place in (folder, folder / ".ipynb_checkpoints", folder / "__MACOSX"):
+        place.mkdir(parents=True)
+        for i, v in enumerate(mostly(5, 40)):
+            Image.fromarray((v / 16 * 255).round().astype(np.uint8)).save(place / f"{i}.png")
+    assert adapt_folder(device, [str(folder)]).num_inputs == 40
+
+
+def test_a_class_that_was_all_but_ruled_out_comes_back_where_the_model_still_knows_it() -> None:
+    shares = torch.tensor([0.499, 0.499, 0.002], dtype=torch.float64)
+    rng = np.random.default_rng(4)
+    classes = rng.choice(3, 200, p=[0.2, 0.2, 0.6])
+    logits = torch.from_numpy(9 * (np.eye(3)[classes] + rng.normal(size=(200, 3)) / 3)) + shares.log()
+    found, _, _ = estimate(logits, shares, (ShiftPrior(10.0),))
+    assert found is not None
+    assert found.class_shares[2] == pytest.approx(0.6, abs=0.05)

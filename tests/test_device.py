@@ -731,10 +731,10 @@ def test_inputs_without_labels_move_the_prior_to_what_they_are_of() -> None:
     data = replace(make_data(train=40), unlabelled=make_samples(200, "unlabelled", (1,)))
     way = {"header": "refined", "prior_strength": 30.0}
     without = shipped_model(whole_life(coarse, make_state(data), **way)[-1][0].memory).header.last_linear.bias
-    steps = whole_life(coarse, make_state(data), **way, shift_strength=10.0)
+    steps = whole_life(coarse, make_state(data), **way, shift_concentration=1.0)
     moved = shipped_model(steps[-1][0].memory).header.last_linear.bias - without
     assert int(moved.argmax()) == 1
-    assert any(w.shift_strength for w in ways_to_ship(coarse.refine, len(LABELS)))
+    assert any(w.shift_concentration for w in ways_to_ship(coarse.refine, len(LABELS)))
     assert len(steps[-2][1].tensors["losses"]) == len(ways_to_ship(coarse.refine, len(LABELS)))
 
 

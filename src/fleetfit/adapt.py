@@ -19,7 +19,7 @@ from fleetfit.data.pixel_range import WHITE
 from fleetfit.data.preprocessing import Form, Preprocessing, TextPreprocessing
 from fleetfit.data.sample_files import read_samples, read_texts
 from fleetfit.messages import Progress, silent
-from fleetfit.method.class_prior import held_out_gain, label_shift
+from fleetfit.method.class_prior import ShiftPrior, held_out_gain, new_shares
 from fleetfit.model_folder import ONNX_FILE, TORCH_FILE, Adaptation, ModelCard, load_model, read_card, write_card
 from fleetfit.predict import BATCH, Logits, logits_of_model, need_form
 from fleetfit.records import Record, counted
@@ -75,7 +75,7 @@ def adapt_folder(
             f"{folder / 'model.json'} does not say which class shares the model expects: a job with [privacy], or an "
             "earlier fleetfit, keeps them out, and so does a copy of the model that is not the device's own"
         )
-    if not card.shift_strengths:
+    if not card.shifts:
         raise ValueError(
             "this model is not adapted without labels: tried on the device's own samples, whose labels are known, that "
             "made their labels less likely, so what it takes for other shares may be its own mistakes"
@@ -89,7 +89,7 @@ def adapt_folder(
     if not bool(logits.isfinite().all()):
         raise ValueError(f"{folder}: the model's output is not finite: its weights are damaged")
     shares = torch.tensor(card.expected_shares, dtype=logits.dtype)
-    adapted, gain, error = estimate(logits, shares, card.shift_strengths)
+    adapted, gain, error = estimate(logits, shares, card.shifts)
     if adapted != card.adapted:
         write_card(folder, card.model_copy(update={"adapted": adapted}))
     return Adapted(
@@ -104,28 +104,33 @@ def adapt_folder(
 
 
 def estimate(
-    logits: Float[Tensor, "sample class"], shares: Float[Tensor, " class"], strengths: Sequence[float]
+    logits: Float[Tensor, "sample class"], shares: Float[Tensor, " class"], known: Sequence[ShiftPrior]
 ) -> tuple[Adaptation | None, float, float]:
     """The class shares that inputs speak for, if held-out ones become clearly likelier by them.
 
-    What the shares expected before are worth is what makes held-out inputs likeliest.
+    How much the shares expected before say of the new ones is what makes held-out inputs likeliest.
 
     Args:
         logits: Of the model as it was shipped.
         shares: What it expects.
-        strengths: How many inputs these may be worth.
+        known: How much these may say of the new ones.
 
     Returns:
         The estimate or None, and the gain on held-out inputs with its standard error (nats an input).
     """
-    gains = {strength: held_out_gain(logits, shares, strength) for strength in strengths}
-    strength = max(gains, key=lambda k: gains[k][0])
-    gain, error = gains[strength]
+    gains = {one: held_out_gain(logits, shares, one) for one in known}
+    best = max(gains, key=lambda one: gains[one][0])
+    gain, error = gains[best]
     if not gain > ERRORS * error:
         return None, gain, error
-    now = (shares.log() + label_shift(logits, torch.zeros_like(shares), shares, strength)).softmax(-1)
+    now = (shares.log() + new_shares(logits, shares, best)).softmax(-1)
     found = Adaptation(
-        class_shares=tuple(now.tolist()), num_inputs=len(logits), strength=strength, gain=gain, gain_error=error
+        class_shares=tuple(now.tolist()),
+        num_inputs=len(logits),
+        strength=best.strength,
+        concentration=best.concentration,
+        gain=gain,
+        gain_error=error,
     )
     return found, gain, error
 

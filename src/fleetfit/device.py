@@ -40,7 +40,7 @@ from fleetfit.messages import (
     put,
     take,
 )
-from fleetfit.method.class_prior import class_prior, floored, harmless_strengths, label_shift, support_prior
+from fleetfit.method.class_prior import ShiftPrior, class_prior, floored, harmless_shifts, label_shift, support_prior
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.method.size import safetensors_size_bytes
 from fleetfit.models.classifier import Classifier, num_parameters
@@ -106,7 +106,7 @@ class DeviceMemory(Message):
     expected_shares: tuple[float, ...] = Field(
         (), description="of the classes, in the data to come, as the shipped model takes them; empty with [privacy]"
     )
-    shift_strengths: tuple[float, ...] = Field(
+    shifts: tuple[ShiftPrior, ...] = Field(
         (), description="with which new shares may be estimated on inputs alone: here they did not harm known labels"
     )
 
@@ -309,11 +309,11 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
         priors: dict[tuple[float | None, float | None], Tensor] = {
             (way.prior_strength, way.prior_classes): _left_out_priors(memory, state.data, way)
             for way in ways
-            if way.prior_strength is not None and way.shift_strength is None
+            if way.prior_strength is not None and way.shift_concentration is None
         }
         # What one left-out label changes in what inputs say is small beside what it changes in the counts.
-        middle = {way: priors[way.prior_strength, way.prior_classes].mean(0) for way in ways if way.shift_strength}
-        moved_by = _moved_by(memory, middle)
+        middle = {way: priors[way.prior_strength, way.prior_classes].mean(0) for way in ways if way.shift_concentration}
+        moved_by = _moved_by(memory, state.data, middle)
         for i, way in enumerate(ways):
             if way.header not in logits_of:
                 logits_of[way.header] = _logits(memory, _header_of(memory, way), state.data.validation, "validation")
@@ -345,7 +345,7 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
     prior = torch.zeros(len(memory.labels), device=data.train.labels.device)
     if way.prior_strength is not None:
         prior = _prior(memory, _all_counts(memory, data), way)
-        prior = prior + _moved_by(memory, {way: prior}).get(way, 0.0)
+        prior = prior + _moved_by(memory, data, {way: prior}).get(way, 0.0)
     with torch.no_grad():
         last = header.last_linear
         last.weight.div_(way.temperature)
@@ -395,7 +395,7 @@ def _reported(
     trained_on = tuple(name for i, name in enumerate(memory.labels) if i in seen)
     update = {"report": report, "trained_on": trained_on}
     if expected and not state.privacy:
-        update |= {"expected_shares": expected, "shift_strengths": _shift_strengths(memory, header, data, expected)}
+        update |= {"expected_shares": expected, "shifts": _shifts(memory, header, data, expected)}
     memory = memory.model_copy(update=update)
     return memory, FinishReply(step=step, report=report)
 
@@ -562,10 +562,8 @@ def _expected_shares(memory: DeviceMemory, data: Split, way: Way, prior: Tensor)
     return tuple((log_shares + prior).softmax(-1).tolist())
 
 
-def _shift_strengths(
-    memory: DeviceMemory, header: Header, data: Split, expected: tuple[float, ...]
-) -> tuple[float, ...]:
-    """At which class shares may be estimated anew later: the device's own samples tell whether that can be trusted."""
+def _shifts(memory: DeviceMemory, header: Header, data: Split, expected: tuple[float, ...]) -> tuple[ShiftPrior, ...]:
+    """With which class shares may be estimated anew later, as the device's own labelled samples tell."""
     splits = ("validation",) if len(data.validation) >= FEWEST_TO_TRUST else ("train", "validation")
     logits, labels = [], []
     for name in splits:
@@ -574,7 +572,7 @@ def _shift_strengths(
             logits.append(_logits(memory, header, samples, name).double())
             labels.append(samples.labels)
     shares = moved(torch.tensor(expected, dtype=torch.float64), data.train.labels.device)
-    return harmless_strengths(torch.cat(logits), torch.cat(labels), shares)
+    return harmless_shifts(torch.cat(logits), torch.cat(labels), shares)
 
 
 def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:
@@ -584,17 +582,19 @@ def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:
     return _prior(memory, left_out, way)
 
 
-def _moved_by(memory: DeviceMemory, priors: Mapping[Way, Tensor]) -> dict[Way, Tensor]:
+def _moved_by(memory: DeviceMemory, data: Split, priors: Mapping[Way, Tensor]) -> dict[Way, Tensor]:
     """By how much the device's inputs without labels move the priors of ways that look at them, if there are any.
 
-    All ways with one header and temperature are estimated beside each other. A header whose logits are not finite, by
+    A prior is worth the labelled samples that it was made of; all ways with one header and temperature are estimated
+    beside each other. A header whose logits are not finite, by
     what others' weights do to it here, moves nothing.
     """
     features = take(memory.tensors, "features.unlabelled")
     together: dict[tuple[HeaderKept, float], list[Way]] = {}
     for way in priors if features else ():
-        if way.shift_strength is not None:
+        if way.shift_concentration is not None:
             together.setdefault((way.header, way.temperature), []).append(way)
+    worth = float(max(1, len(data.train) + len(data.validation)))
     logits_of: dict[HeaderKept, Tensor] = {}
     moved_by: dict[Way, Tensor] = {}
     for (header, temperature), own in together.items():
@@ -605,9 +605,9 @@ def _moved_by(memory: DeviceMemory, priors: Mapping[Way, Tensor]) -> dict[Way, T
         before = torch.stack([priors[way] for way in own])
         if not bool(logits.isfinite().all()):
             continue
-        strengths = moved(torch.tensor([way.shift_strength for way in own]), logits.device)
+        spared = moved(torch.tensor([way.shift_concentration for way in own]), logits.device)
         for way, change in zip(
-            own, label_shift(logits, before, _shares(memory, logits), strengths) - before, strict=True
+            own, label_shift(logits, before, _shares(memory, logits), worth, spared) - before, strict=True
         ):
             moved_by[way] = change
     return moved_by

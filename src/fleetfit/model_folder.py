@@ -14,6 +14,7 @@ from fleetfit.data.preprocessing import Form, TextPreprocessing
 from fleetfit.data.tokenizer_files import tokenizer_files, with_tokenizer
 from fleetfit.files import write_atomically
 from fleetfit.messages import first_problem, take
+from fleetfit.method.class_prior import ShiftPrior
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import backbone_from_state
 from fleetfit.models.header import header_from_state
@@ -32,6 +33,7 @@ class Adaptation(Record):
     class_shares: tuple[float, ...] = Field(description="of the classes, in the data to come")
     num_inputs: int
     strength: float = Field(description="how many inputs the shares that were expected before are worth")
+    concentration: float = Field(description="below 1: classes that hardly any input speaks for are taken to be absent")
     gain: float = Field(description="nats an input, on inputs that it was not estimated on")
     gain_error: float = Field(description="standard error of the gain")
 
@@ -57,7 +59,7 @@ class ModelCard(Record):
     expected_shares: tuple[float, ...] = Field(
         (), description="of the classes, as the weights in the file take them; empty: not said"
     )
-    shift_strengths: tuple[float, ...] = Field(
+    shifts: tuple[ShiftPrior, ...] = Field(
         (),
         description="with which they may be estimated anew on inputs alone, as known labels say; empty: not to trust",
     )
@@ -69,8 +71,8 @@ class ModelCard(Record):
         for shares in (self.expected_shares, self.adapted.class_shares if self.adapted else ()):
             if shares and (len(shares) != len(self.labels) or not all(0 < share <= 1 for share in shares)):
                 raise ValueError(f"class shares must be {len(self.labels)} numbers in 0..1, one a label")
-        if not all(0 < strength < math.inf for strength in self.shift_strengths):
-            raise ValueError("shift_strengths must be finite and > 0")
+        if not all(0 < number < math.inf for known in self.shifts for number in known):
+            raise ValueError("shifts must be pairs of numbers that are finite and > 0")
         if self.adapted and not (self.adapted.class_shares and self.expected_shares):
             raise ValueError("an adapted model must say which class shares it expected before and expects now")
         return self

@@ -95,7 +95,7 @@ def device_card(
         accuracy=device.accuracy,
         trained_on=memory.trained_on,
         expected_shares=memory.expected_shares,
-        shift_strengths=memory.shift_strengths,
+        shifts=memory.shifts,
     )
 
 

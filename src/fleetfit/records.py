@@ -186,8 +186,8 @@ class Way(Record):
     prior_classes: float | None = Field(
         None, gt=0, le=2**31, description="K, how many of the classes a device is taken to have; None: all of them"
     )
-    shift_strength: float | None = Field(
-        None, gt=0, le=1e6, description="of the prior, where it is re-estimated on inputs without labels"
+    shift_concentration: float | None = Field(
+        None, gt=0, le=1e6, description="a of the prior's re-estimate on inputs without labels; None: there is none"
     )
 
     @property
@@ -200,8 +200,8 @@ class Way(Record):
             parts.append(f"k={self.prior_strength:g}")
         if self.prior_classes is not None:
             parts.append(f"K={self.prior_classes:g}")
-        if self.shift_strength is not None:
-            parts.append(f"u={self.shift_strength:g}")
+        if self.shift_concentration is not None:
+            parts.append(f"a={self.shift_concentration:g}")
         return "/".join(parts)
 
 

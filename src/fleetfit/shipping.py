@@ -22,8 +22,8 @@ from fleetfit.records import Fault, HeaderKept, Record, Way
 TEMPERATURES = (1.0, 0.5, 0.7, 1.4)
 CONCENTRATIONS = (0.3, 1.0, 3.0)  # samples that each class of a device is worth before any was seen
 PRESENT_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08)  # of the classes, that a device may have
+SHIFT_CONCENTRATIONS = (1.0, 0.4, 0.1)
 PRIOR_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)  # below 1, a class not seen on a device would be out of its reach
-SHIFT_STRENGTHS = (30.0, 100.0, 300.0)
 ERRORS = 1.0  # standard errors by which another way must be better than the preferred one
 PREFERRED: tuple[HeaderKept, ...] = ("refined", "half", "quarter", "own", "coarse", "local")
 FEWEST_VOICES = 5  # devices of a group that chooses for itself: in fewer, a vote is not bounded
@@ -58,7 +58,9 @@ def ways_to_ship(refine: RefineConfig, num_classes: int, private: bool = False) 
     elif refine.class_prior:
         present = sorted({max(1, round(share * num_classes)) for share in PRESENT_SHARES}, reverse=True)
         priors += [{"prior_strength": a * k, "prior_classes": float(k)} for k in present for a in CONCENTRATIONS]
-    shifts = [{}, *({"shift_strength": m} for m in SHIFT_STRENGTHS)] if refine.unlabelled and not private else [{}]
+    shifts = (
+        [{}, *({"shift_concentration": a} for a in SHIFT_CONCENTRATIONS)] if refine.unlabelled and not private else [{}]
+    )
     temperatures = TEMPERATURES if refine.class_prior and not private else TEMPERATURES[:1]
     return tuple(
         Way(header=header, temperature=temperature, **prior, **shift)
@@ -71,7 +73,7 @@ def ways_to_ship(refine: RefineConfig, num_classes: int, private: bool = False) 
 
 def kind_of(way: Way) -> str:
     """A way without its numbers, for the summary and the report."""
-    return way.header + (" + inputs" if way.shift_strength else " + prior" if way.prior_strength else "")
+    return way.header + (" + inputs" if way.shift_concentration else " + prior" if way.prior_strength else "")
 
 
 def choose(

@@ -63,7 +63,7 @@ def under(prefix: str, fields: set[str]) -> set[str]:
 
 
 KINDS = ("", " + prior", " + inputs")
-WAY = {"header", "temperature", "prior_strength", "prior_classes", "shift_strength"}
+WAY = {"header", "temperature", "prior_strength", "prior_classes", "shift_concentration"}
 
 # All that may go up, by kind: JSON fields (lists have no level of their own), and first parts of tensors' names.
 # Whoever adds one here answers the question: what does it tell about a person's data?

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import dirichlet
 
-from fleetfit.method.class_prior import class_prior, harmless_strengths, held_out_gain, label_shift, support_prior
+from fleetfit.method.class_prior import (
+    SHIFT_PRIORS,
+    ShiftPrior,
+    class_prior,
+    harmless_shifts,
+    held_out_gain,
+    label_shift,
+    support_prior,
+)
 
 seeds = st.integers(0, 10**6)
 
@@ -151,23 +159,23 @@ def test_held_out_gain_is_the_mean_log_likelihood_ratio_of_inputs_left_out() -> 
         for i in range(f, 23, 5):
             likelihood = np.exp(logits[i]) / shares  # p(x | c) up to a constant
             gains[i] = np.log((p * likelihood).sum() / (shares * likelihood).sum())
-    mean, error = held_out_gain(torch.from_numpy(logits), torch.from_numpy(shares), strength)
+    mean, error = held_out_gain(torch.from_numpy(logits), torch.from_numpy(shares), ShiftPrior(strength))
     assert mean == pytest.approx(gains.mean(), rel=1e-6)
     assert error == pytest.approx(gains.std(ddof=1) / np.sqrt(23), rel=1e-6)
 
 
 def test_inputs_that_come_as_expected_gain_nothing_and_others_do() -> None:
     even = torch.full((4,), 0.25, dtype=torch.float64)
-    same, error = held_out_gain(drawn_inputs([0.25] * 4, 2000), even, 10.0)
+    same, error = held_out_gain(drawn_inputs([0.25] * 4, 2000), even, ShiftPrior(10.0))
     assert same < 2 * error
-    other, error = held_out_gain(drawn_inputs([0.7, 0.1, 0.1, 0.1], 200), even, 10.0)
+    other, error = held_out_gain(drawn_inputs([0.7, 0.1, 0.1, 0.1], 200), even, ShiftPrior(10.0))
     assert other > 2 * error
 
 
 def test_one_input_says_nothing_of_shares() -> None:
-    assert held_out_gain(torch.zeros(1, 3), torch.ones(3), 10.0) == (0.0, math.inf)
+    assert held_out_gain(torch.zeros(1, 3), torch.ones(3), ShiftPrior(10.0)) == (0.0, math.inf)
     with pytest.raises(ValueError, match="num_folds must be at least 2, got 1"):
-        held_out_gain(torch.zeros(5, 3), torch.ones(3), 10.0, num_folds=1)
+        held_out_gain(torch.zeros(5, 3), torch.ones(3), ShiftPrior(10.0), num_folds=1)
 
 
 def test_a_model_that_takes_a_class_for_another_is_not_trusted_with_new_shares() -> None:
@@ -175,19 +183,44 @@ def test_a_model_that_takes_a_class_for_another_is_not_trusted_with_new_shares()
     labels = torch.from_numpy(rng.integers(0, 4, 400))
     noise = torch.from_numpy(rng.normal(size=(400, 4)))
     good = 4 * torch.nn.functional.one_hot(labels, 4) + 2 * noise  # class means 4 apart, deviation 2: calibrated
-    assert harmless_strengths(good.double(), labels, even) == (10.0, 30.0, 100.0, 300.0)
+    assert harmless_shifts(good.double(), labels, even) == SHIFT_PRIORS
     biased = good + torch.tensor([2.0, 0.0, 0.0, -2.0], dtype=torch.float64)
-    assert harmless_strengths(biased, labels, even) == ()
-    assert harmless_strengths(good[:0], labels[:0], even) == ()
+    assert harmless_shifts(biased, labels, even) == ()
+    assert harmless_shifts(good[:0], labels[:0], even) == ()
 
 
 def test_label_shift_of_several_priors_is_that_of_each() -> None:
     generator = torch.Generator().manual_seed(1)
     logits, shares = drawn_inputs([0.6, 0.3, 0.1], 40), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
     priors = torch.randn(4, 3, generator=generator, dtype=torch.float64)
-    strengths = torch.tensor([1.0, 10.0, 30.0, 300.0], dtype=torch.float64)
-    together = label_shift(logits, priors, shares, strengths)
-    for found, prior, strength in zip(together, priors, strengths.tolist(), strict=True):
-        torch.testing.assert_close(found, label_shift(logits, prior, shares, strength))
-    with pytest.raises(ValueError, match="strength must be finite and > 0"):
-        label_shift(logits, priors, shares, torch.tensor([1.0, 0.0, 1.0, 1.0]))
+    concentrations = torch.tensor([1.0, 0.7, 0.1, 2.0], dtype=torch.float64)
+    together = label_shift(logits, priors, shares, 10.0, concentrations)
+    for found, prior, concentration in zip(together, priors, concentrations.tolist(), strict=True):
+        torch.testing.assert_close(found, label_shift(logits, prior, shares, 10.0, concentration))
+    with pytest.raises(ValueError, match="concentration must be finite and > 0"):
+        label_shift(logits, priors, shares, 10.0, torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("concentration", [1.0, 0.6, 3.0])
+def test_label_shift_is_the_mode_of_the_posterior(concentration: float) -> None:
+    logits, shares, strength = drawn_inputs([0.6, 0.3, 0.1], 60), torch.tensor([0.2, 0.3, 0.5]).double(), 8.0
+    found = (label_shift(logits, torch.zeros(3).double(), shares, strength, concentration, 500) + shares.log()).exp()
+
+    def posterior(p: torch.Tensor) -> float:
+        likelihood = (logits + p.log() - shares.log()).logsumexp(-1).sum()
+        return float(likelihood + ((strength * shares + concentration - 1) * p.log()).sum())
+
+    assert float(found.sum()) == pytest.approx(1)
+    for i, j in ((0, 1), (1, 2), (2, 0)):
+        for step in (-1e-3, 1e-3):
+            other = found.clone()
+            other[i], other[j] = other[i] + step, other[j] - step
+            assert posterior(other) < posterior(found)
+
+
+def test_below_a_concentration_of_1_classes_that_hardly_any_input_speaks_for_are_out() -> None:
+    logits = drawn_inputs([0.5, 0.5, 0.0, 0.0], 100, sharpness=4.0)
+    prior, shares = torch.zeros(4).double(), torch.full((4,), 0.25).double()
+    usual, sparse = (label_shift(logits, prior, shares, 3.0, a) for a in (1.0, 0.1))
+    assert bool((sparse[2:] < usual[2:] - 0.5).all())
+    assert float((sparse + shares.log()).exp()[:2].sum()) > 0.99

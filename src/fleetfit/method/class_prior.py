@@ -6,13 +6,15 @@ log p - log q is what Bayes' rule adds to them. Only p is estimated, and no weig
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-SHIFT_STRENGTHS = (10.0, 30.0, 100.0, 300.0)  # how many inputs the shares expected before may be worth
+SHIFT_STRENGTHS = (10.0, 30.0, 60.0, 100.0, 300.0)  # how many inputs the shares expected before may be worth
+SHIFT_CONCENTRATIONS = (1.0, 0.7, 0.4, 0.1)
 MOST_HARM = 0.01  # nats a sample: less says nothing
 
 
@@ -83,20 +85,23 @@ def label_shift(
     logits: Float[Tensor, "sample class"],
     prior: Float[Tensor, "*way class"],
     class_shares: Float[Tensor, " class"],
-    strength: float | Float[Tensor, "*way"],
+    strength: float,
+    concentration: float | Float[Tensor, "*way"] = 1.0,
     num_steps: int = 30,
     floor: float = 0.01,
 ) -> Float[Tensor, "*way class"]:
     """A prior re-estimated on inputs without labels, by expectation and maximisation.
 
-    Saerens et al. 2002, with a Dirichlet around what was known before: p_c = (k p0_c + sum of the samples' p(c | x)) /
-    (k + n), where p(c | x) is the softmax of logits + log p - log q.
+    Saerens et al. 2002, with a Dirichlet of parameters k p0_c + a: its mode is p_c ~ max(0, k p0_c + n_c + a - 1), n_c
+    the sum of the samples' p(c | x), the softmax of logits + log p - log q. With a = 1 that is a Dirichlet around what
+    was known before; the lower a, the fewer classes the device has that hardly any sample speaks for.
 
     Args:
         logits: Of the samples, without a prior, from a calibrated header.
         prior: log p0 - log q, what was known before; one, or several that are re-estimated beside each other.
         class_shares: q_c.
-        strength: k, how many samples it is worth; one, or one a prior.
+        strength: k, how many samples it is worth.
+        concentration: a, above 0; one, or one a prior.
         num_steps: Of the algorithm; each raises the posterior.
         floor: As above.
 
@@ -109,27 +114,53 @@ def label_shift(
     for name, values in (("logits", logits), ("prior", prior)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{name} must be finite")
-    weights = torch.as_tensor(strength, dtype=logits.dtype, device=logits.device)
-    for extreme in (weights.min(), weights.max()):
-        _check(class_shares, class_shares, strength=float(extreme), floor=floor)
+    spared = torch.as_tensor(concentration, dtype=logits.dtype, device=logits.device)
+    for extreme in (spared.min(), spared.max()):
+        _check(class_shares, class_shares, strength=strength, floor=floor, concentration=float(extreme))
     if not len(logits):
         return prior
-    weights = weights.expand(prior.shape[:-1])[..., None]
+    less = 1 - spared.expand(prior.shape[:-1])[..., None]
     log_shares = floored(class_shares, floor).log()
     before = (prior + log_shares).softmax(-1)
     now = before
     for _ in range(num_steps):
         of_each = (logits + (now.log() - log_shares)[..., None, :]).softmax(-1)
-        now = (weights * before + of_each.sum(-2)) / (weights + len(logits))
-        now = now.clamp(min=floor / now.shape[-1])
+        counts = strength * before + of_each.sum(-2)
+        spread = (counts - less).clamp(min=0)
+        now = torch.where(spread.sum(-1, keepdim=True) > 0, spread, counts)
+        now = (now / now.sum(-1, keepdim=True)).clamp(min=floor / now.shape[-1])
         now = now / now.sum(-1, keepdim=True)
     return now.log() - log_shares
+
+
+class ShiftPrior(NamedTuple):
+    """How much the shares expected before say of new ones: ``strength`` and ``concentration`` of ``label_shift``."""
+
+    strength: float
+    concentration: float = 1.0
+
+
+SHIFT_PRIORS = tuple(ShiftPrior(k, a) for k in SHIFT_STRENGTHS for a in SHIFT_CONCENTRATIONS)
+
+
+def new_shares(
+    logits: Float[Tensor, "sample class"], class_shares: Float[Tensor, " class"], known: ShiftPrior
+) -> Float[Tensor, " class"]:
+    """``label_shift`` for a model that expects exactly these shares, all above 0: log of new over old ones.
+
+    Raises:
+        ValueError: as ``label_shift``, or a share of 0.
+    """
+    if not bool((class_shares > 0).all()):
+        raise ValueError(f"class_shares must be > 0, got {class_shares.tolist()}")
+    smallest = float(class_shares.min() / class_shares.sum()) * len(class_shares)
+    return label_shift(logits, torch.zeros_like(class_shares), class_shares, *known, floor=min(0.01, smallest))
 
 
 def held_out_gain(
     logits: Float[Tensor, "sample class"],
     class_shares: Float[Tensor, " class"],
-    strength: float,
+    known: ShiftPrior,
     num_folds: int = 5,
 ) -> tuple[float, float]:
     """How much likelier re-estimated class shares make inputs that they were not estimated on.
@@ -141,7 +172,7 @@ def held_out_gain(
     Args:
         logits: Of inputs in any order that is not by class, from a calibrated model that expects ``class_shares``.
         class_shares: What the model expects.
-        strength: As for ``label_shift``.
+        known: How much these say of the new ones.
         num_folds: At least 2; fewer where there are fewer inputs.
 
     Returns:
@@ -155,22 +186,22 @@ def held_out_gain(
     number = len(logits)
     if number < 2:
         return 0.0, math.inf
-    fold, nothing = torch.arange(number, device=logits.device) % num_folds, torch.zeros_like(logits[0])
+    fold = torch.arange(number, device=logits.device) % num_folds
     gains = torch.empty(number, dtype=logits.dtype, device=logits.device)
     for f in range(min(num_folds, number)):
-        moved_by = label_shift(logits[fold != f], nothing, class_shares, strength)
+        moved_by = new_shares(logits[fold != f], class_shares, known)
         held_out = logits[fold == f]
         gains[fold == f] = (held_out + moved_by).logsumexp(-1) - held_out.logsumexp(-1)
     return float(gains.mean()), float(gains.std()) / math.sqrt(number)
 
 
-def harmless_strengths(
+def harmless_shifts(
     logits: Float[Tensor, "sample class"],
     labels: Int[Tensor, " sample"],
     class_shares: Float[Tensor, " class"],
-    strengths: Sequence[float] = SHIFT_STRENGTHS,
-) -> tuple[float, ...]:
-    """The strengths at which ``label_shift`` does not make known labels less likely, but for ``MOST_HARM``.
+    candidates: Sequence[ShiftPrior] = SHIFT_PRIORS,
+) -> tuple[ShiftPrior, ...]:
+    """With which of these ``new_shares`` does not make known labels less likely, but for ``MOST_HARM``.
 
     Shares are estimated on the samples' inputs and scored on their labels. A calibrated model finds the shares of these
     very samples, which can only help; one that takes a class for another too often finds its own mistakes.
@@ -179,21 +210,19 @@ def harmless_strengths(
         logits: From a model that expects ``class_shares``.
         labels: Their classes.
         class_shares: What the model expects.
-        strengths: To choose from.
+        candidates: To choose from.
 
     Returns:
-        Some of the strengths; none without samples.
+        Some of the candidates; none without samples.
 
     Raises:
-        ValueError: as ``label_shift``.
+        ValueError: as ``new_shares``.
     """
     if not len(labels):
         return ()
-    before, nothing = cross_entropy(logits, labels), torch.zeros_like(logits[0])
+    most = cross_entropy(logits, labels) + MOST_HARM
     return tuple(
-        strength
-        for strength in strengths
-        if cross_entropy(logits + label_shift(logits, nothing, class_shares, strength), labels) <= before + MOST_HARM
+        known for known in candidates if cross_entropy(logits + new_shares(logits, class_shares, known), labels) <= most
     )
 
 

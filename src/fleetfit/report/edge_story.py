@@ -321,7 +321,7 @@ def way_words(way: Mapping[str, Any]) -> str:
         classes = way.get("prior_classes")
         words += f", class prior k = {float(strength):.3g}"
         words += f" over {float(classes):.3g} classes" if classes is not None else ""
-        words += ", inputs without labels counted" if way.get("shift_strength") is not None else ""
+        words += ", inputs without labels counted" if way.get("shift_concentration") is not None else ""
     if (temperature := way.get("temperature", 1.0)) not in (None, 1.0):
         words += f", temperature {float(temperature):g}"
     return words
@@ -350,7 +350,7 @@ def _decision(cluster: str, decision: Mapping[str, Any], guard: bool, private: b
 
 
 def _kind(way: Mapping[str, Any]) -> str:
-    extra = " + inputs" if way.get("shift_strength") else " + prior" if way.get("prior_strength") else ""
+    extra = " + inputs" if way.get("shift_concentration") else " + prior" if way.get("prior_strength") else ""
     return f"{way.get('header')}{extra}"
 
 
