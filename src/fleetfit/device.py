@@ -80,6 +80,7 @@ log = logging.getLogger(__name__)
 log.addFilter(FewLines())
 TRAINING_PRIOR_STRENGTH = 3.0
 FEWEST_TO_TRUST = 20  # validation samples; with fewer, training samples say too whether new shares can be trusted
+SHIFT_STEPS = 20  # of estimating class shares on inputs: more change nothing that shows
 BETWEEN = {"quarter": 0.25, "half": 0.5}  # how far from the coarse to the refined header
 
 
@@ -311,15 +312,17 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
             for way in ways
             if way.prior_strength is not None and way.shift_concentration is None
         }
-        # What one left-out label changes in what inputs say is small beside what it changes in the counts.
-        middle = {way: priors[way.prior_strength, way.prior_classes].mean(0) for way in ways if way.shift_concentration}
-        moved_by = _moved_by(memory, state.data, middle)
+        left_out, of_left_out = torch.unique(labels, return_inverse=True)
+        looking = {w: priors[w.prior_strength, w.prior_classes][left_out] for w in ways if w.shift_concentration}
+        moved_by = _moved_by(memory, state.data, looking)
         for i, way in enumerate(ways):
             if way.header not in logits_of:
                 logits_of[way.header] = _logits(memory, _header_of(memory, way), state.data.validation, "validation")
             logits = logits_of[way.header] / way.temperature
             if way.prior_strength is not None:
-                logits = logits + priors[way.prior_strength, way.prior_classes][labels] + moved_by.get(way, 0.0)
+                logits = logits + priors[way.prior_strength, way.prior_classes][labels]
+                if way in moved_by:
+                    logits = logits + moved_by[way][of_left_out]
             loss = float(cross_entropy(logits, labels))
             # What others' weights do to a header here is no reason to be refused.
             most = min(MAX_LOSS, 0.9 * MAX_VALUE / len(labels))
@@ -585,31 +588,23 @@ def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:
 def _moved_by(memory: DeviceMemory, data: Split, priors: Mapping[Way, Tensor]) -> dict[Way, Tensor]:
     """By how much the device's inputs without labels move the priors of ways that look at them, if there are any.
 
-    A prior is worth the labelled samples that it was made of; all ways with one header and temperature are estimated
-    beside each other. A header whose logits are not finite, by
-    what others' weights do to it here, moves nothing.
+    Rows of priors are re-estimated each for itself; a prior is worth the labelled samples that it was made of. A header
+    whose logits are not finite, by what others' weights do to it here, moves nothing.
     """
     features = take(memory.tensors, "features.unlabelled")
-    together: dict[tuple[HeaderKept, float], list[Way]] = {}
-    for way in priors if features else ():
-        if way.shift_concentration is not None:
-            together.setdefault((way.header, way.temperature), []).append(way)
     worth = float(max(1, len(data.train) + len(data.validation)))
     logits_of: dict[HeaderKept, Tensor] = {}
     moved_by: dict[Way, Tensor] = {}
-    for (header, temperature), own in together.items():
-        if header not in logits_of:
-            with torch.no_grad():
-                logits_of[header] = _header_of(memory, own[0])(Features(**features))
-        logits = logits_of[header] / temperature
-        before = torch.stack([priors[way] for way in own])
-        if not bool(logits.isfinite().all()):
+    for way, before in priors.items() if features else ():
+        if way.shift_concentration is None:
             continue
-        spared = moved(torch.tensor([way.shift_concentration for way in own]), logits.device)
-        for way, change in zip(
-            own, label_shift(logits, before, _shares(memory, logits), worth, spared) - before, strict=True
-        ):
-            moved_by[way] = change
+        if way.header not in logits_of:
+            with torch.no_grad():
+                logits_of[way.header] = _header_of(memory, way)(Features(**features))
+        logits = logits_of[way.header] / way.temperature
+        if bool(logits.isfinite().all()):
+            shares = _shares(memory, logits)
+            moved_by[way] = label_shift(logits, before, shares, worth, way.shift_concentration, SHIFT_STEPS) - before
     return moved_by
 
 

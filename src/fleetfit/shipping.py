@@ -58,16 +58,16 @@ def ways_to_ship(refine: RefineConfig, num_classes: int, private: bool = False) 
     elif refine.class_prior:
         present = sorted({max(1, round(share * num_classes)) for share in PRESENT_SHARES}, reverse=True)
         priors += [{"prior_strength": a * k, "prior_classes": float(k)} for k in present for a in CONCENTRATIONS]
-    shifts = (
-        [{}, *({"shift_concentration": a} for a in SHIFT_CONCENTRATIONS)] if refine.unlabelled and not private else [{}]
-    )
+    looking: list[dict[str, float]] = []  # inputs say most where labels say little, so few priors are enough for them
+    if refine.unlabelled and not private:
+        fewer = priors[1:] if refine.prior_estimate == "dirichlet" else priors[2::6]
+        looking = [{**prior, "shift_concentration": a} for prior in fewer for a in SHIFT_CONCENTRATIONS]
     temperatures = TEMPERATURES if refine.class_prior and not private else TEMPERATURES[:1]
     return tuple(
-        Way(header=header, temperature=temperature, **prior, **shift)
+        Way(header=header, temperature=temperature, **prior)
         for header in headers
         for temperature in temperatures
-        for prior in priors
-        for shift in (shifts if prior else [{}])
+        for prior in (*priors, *looking)
     )
 
 
