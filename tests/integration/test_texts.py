@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from typer.testing import CliRunner
 
 import fleetfit
 from fleetfit import cli
-from fleetfit.config import make_job
+from fleetfit.adapt import adapt_folder, undo
+from fleetfit.config import DataConfig, make_job
 from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.data.sources import load_samples
 from fleetfit.export import Export, export_devices
@@ -193,3 +195,21 @@ def test_a_tokenizer_that_is_missing_or_damaged_is_named(kind: str, run: Run, tm
     (copy / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.json is missing; the model reads texts by it"):
         predict(copy, TEXTS)
+
+
+def test_a_text_model_is_adapted_to_lines_and_tables_and_keeps_its_tokenizer(run: Run, tmp_path: Path) -> None:
+    device = Path(shutil.copytree(run.device, tmp_path / "device"))
+    card = json.loads((device / "model.json").read_text())
+    (device / "model.json").write_text(json.dumps(card | {"shifts": [[10.0, 1.0]]}))  # whatever this tiny one may be
+    (tmp_path / "seen.txt").write_text("\n".join(["I lost my card today"] * 50) + "\n")
+    (tmp_path / "seen.csv").write_text("text,note\n" + "I lost my card today,new\n" * 50)
+    of_lines = adapt_folder(device, [str(tmp_path / "seen.txt")])
+    of_table = adapt_folder(device, [str(tmp_path / "seen.csv")], DataConfig(input_column="text"))
+    assert of_lines.num_inputs == 50
+    for one, two in zip(of_lines.classes, of_table.classes, strict=True):
+        assert two.now == pytest.approx(one.now, abs=1e-6)
+    assert of_lines.adapted is not None
+    assert predict(device, TEXTS)[0].label in card["labels"]
+    assert names(device) == names(run.device)
+    undo(device)
+    assert predict(device, TEXTS) == predict(run.device, TEXTS)
