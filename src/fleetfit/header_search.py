@@ -285,6 +285,8 @@ def _promises(search: Search, folds: Sequence[Fold] | None, given: Sequence[Fina
     promising = False
     for name, own in ((name, torch.cat(parts).double()) for name, parts in gains.items() if parts):
         gain, error = float(own.mean()), float(own.std()) / math.sqrt(len(own))
+        if not math.isfinite(gain) or not math.isfinite(error):
+            return True  # training diverges: the search says so
         if best["candidate"] is None or gain > best["gain"]:
             best = {"candidate": name, "gain": gain, "error": error, "samples": len(own)}
         promising |= gain > error

@@ -114,12 +114,13 @@ def label_shift(
     for name, values in (("logits", logits), ("prior", prior)):
         if not bool(values.isfinite().all()):
             raise ValueError(f"{name} must be finite")
-    spared = torch.as_tensor(concentration, dtype=logits.dtype, device=logits.device)
-    for extreme in (spared.min(), spared.max()):
+    for extreme in (
+        (concentration.min(), concentration.max()) if isinstance(concentration, Tensor) else (concentration,)
+    ):
         _check(class_shares, class_shares, strength=strength, floor=floor, concentration=float(extreme))
     if not len(logits):
         return prior
-    less = 1 - spared.expand(prior.shape[:-1])[..., None]
+    less = (1 - concentration)[..., None] if isinstance(concentration, Tensor) else 1 - concentration
     log_shares = floored(class_shares, floor).log()
     before = (prior + log_shares).softmax(-1)
     now = before
