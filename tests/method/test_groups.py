@@ -33,9 +33,16 @@ def test_groups_are_found_exactly(sizes: tuple[int, ...], seed: int) -> None:
     assert found.silhouettes[len(sizes)] == max(found.silhouettes.values())
 
 
+@pytest.mark.parametrize("sizes", [(4,) * 10, (3,) * 20, (9, 8, 7, 6, 5, 4, 4, 4, 4, 4, 3), (12,) * 32])
+def test_many_groups_are_found_where_devices_are_many(sizes: tuple[int, ...]) -> None:
+    made, truth = changes(sizes, signal=2.0)
+    assert partition(groups_of(cosine_of_changes(made)).of_device) == partition(truth)
+
+
 @pytest.mark.parametrize("seed", range(10))
-def test_there_is_one_group_where_there_are_none(seed: int) -> None:
-    assert groups_of(cosine_of_changes(changes((20,), seed=seed)[0])).number == 1
+@pytest.mark.parametrize("number", [20, 120])
+def test_there_is_one_group_where_there_are_none(seed: int, number: int) -> None:
+    assert groups_of(cosine_of_changes(changes((number,), seed=seed)[0])).number == 1
 
 
 def test_a_device_that_scales_flips_or_sends_nothing_does_not_move_the_others() -> None:

@@ -15,7 +15,8 @@ from scipy.spatial.distance import squareform
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 
-MOST_GROUPS = 8
+ALWAYS_TRIED = 8  # so many groups, in clusters of at least twice as many devices; more where devices are more
+MOST_GROUPS = 32  # each number costs time that grows as the square of the devices
 LEAST_SILHOUETTE = 0.15  # where all data is alike, chance gives up to .1; benchmarks/results/collaboration.md
 
 
@@ -59,11 +60,12 @@ def cosine_of_changes(changes: Float[Tensor, "device value"]) -> Float[Tensor, "
     return cosine.fill_diagonal_(1.0)
 
 
-def groups_of(cosine: Float[Tensor, "device device"], most: int = MOST_GROUPS) -> Groups:
+def groups_of(cosine: Float[Tensor, "device device"]) -> Groups:
     """Groups by average linkage of 1 - cosine; their number is the one with the highest silhouette, or one.
 
-    Average linkage needs no start by chance, and puts who is like nobody in a group of its own. There may be at most
-    half as many groups as devices, and one group where no grouping has a mean silhouette of ``LEAST_SILHOUETTE``.
+    Average linkage needs no start by chance, and puts who is like nobody in a group of its own. There may be a third as
+    many groups as devices, 32 at most, in small clusters 8 and half as many as devices; and one group where no grouping
+    has a mean silhouette of ``LEAST_SILHOUETTE``.
     """
     number = len(cosine)
     if number < 4:
@@ -73,7 +75,8 @@ def groups_of(cosine: Float[Tensor, "device device"], most: int = MOST_GROUPS) -
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), "average")
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
-    for count in range(2, min(most, number // 2) + 1):
+    most = min(max(ALWAYS_TRIED, number // 3), MOST_GROUPS, number // 2)
+    for count in range(2, most + 1):
         labels = fcluster(tree, count, "maxclust")
         if (different := len(set(labels.tolist()))) > 1 and different not in found:
             score = float(silhouette_score(distance, labels, metric="precomputed"))
