@@ -15,7 +15,9 @@ import safetensors.torch
 ROUNDING = 1e-5  # of losses, shares and weights; what was seen between instruction sets is a tenth of it
 
 
-def differences(found: Any, expected: Any, test_samples: int, where: str = "") -> Iterator[str]:
+def differences(
+    found: Any, expected: Any, test_samples: int, where: str = "", rounding: float = ROUNDING
+) -> Iterator[str]:
     """Where two results differ by more than rounding, however they are nested.
 
     Args:
@@ -24,16 +26,17 @@ def differences(found: Any, expected: Any, test_samples: int, where: str = "") -
         test_samples: The fewest that an accuracy is a share of: rounding may turn one answer over, so accuracies may
             differ by one sample.
         where: The path to it.
+        rounding: Of losses, shares and weights.
     """
     if isinstance(expected, dict) and isinstance(found, dict) and found.keys() == expected.keys():
         for key in expected:
-            yield from differences(found[key], expected[key], test_samples, f"{where}/{key}")
+            yield from differences(found[key], expected[key], test_samples, f"{where}/{key}", rounding)
     elif isinstance(expected, list) and isinstance(found, list) and len(found) == len(expected):
         for number, (one, other) in enumerate(zip(found, expected, strict=True)):
-            yield from differences(one, other, test_samples, f"{where}/{number}")
+            yield from differences(one, other, test_samples, f"{where}/{number}", rounding)
     elif isinstance(expected, float) and isinstance(found, float):
-        allowed = ROUNDING + 1 / test_samples if "accuracy" in where.rpartition("/")[2] else ROUNDING
-        if not math.isclose(found, expected, rel_tol=ROUNDING, abs_tol=allowed):
+        allowed = rounding + 1 / test_samples if "accuracy" in where.rpartition("/")[2] else rounding
+        if not math.isclose(found, expected, rel_tol=rounding, abs_tol=allowed):
             yield f"{where}: {found} instead of {expected}"
     elif found != expected:
         yield f"{where}: {found!r} instead of {expected!r}"
