@@ -43,25 +43,27 @@ from digits import (
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from fleetfit.artifacts import Ledger, StepFolder
-from fleetfit.cloud import Elastic, cut_and_specialise, elastic_of, make_elastic
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, load_job, make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.cloud.elastic import Elastic, cut_and_specialise, elastic_of, make_elastic
+from fleetfit.cloud.elastic_training import evaluate_shape
+from fleetfit.cloud.reference import Reference, classifier_of, scores_of, shape_grid, train_reference
+from fleetfit.config.job import Job, load_job, make_job
+from fleetfit.core.checkpoints import Ledger, StepFolder
+from fleetfit.core.encoding import take
+from fleetfit.core.files import content_hash, write_atomically
+from fleetfit.core.progress import silent
+from fleetfit.core.records import BackboneShape, DeviceAttributes
 from fleetfit.data.partition import FleetData, Split, share_out, split_rows
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
 from fleetfit.data.text_forms import untrained_backbone
-from fleetfit.edge import HeaderResult, find_header
-from fleetfit.elastic_training import evaluate_shape
+from fleetfit.edge.header import HeaderResult, find_header
+from fleetfit.edge.messages import BackboneAssignment
+from fleetfit.edge.run import gather_stats, refine_cluster
 from fleetfit.engines.whole_fleet import LocalLink
-from fleetfit.files import content_hash, write_atomically
-from fleetfit.messages import BackboneAssignment, silent, take
 from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.header import header_from_state
-from fleetfit.pipeline import gather_stats, refine_cluster
-from fleetfit.records import BackboneShape, DeviceAttributes
-from fleetfit.reference import Reference, classifier_of, scores_of, shape_grid, train_reference
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = Path(__file__).parent.parent / "recipes" / "banking77.toml"

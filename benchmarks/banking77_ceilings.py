@@ -37,12 +37,13 @@ from digits_tables import collect, machine, mean, spread, table
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fleetfit.core.encoding import take
+from fleetfit.core.files import write_atomically
 from fleetfit.data.partition import share_out
-from fleetfit.files import write_atomically
-from fleetfit.messages import BackboneAssignment, take
+from fleetfit.edge.messages import BackboneAssignment
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.header import header_from_state
-from fleetfit.training import predict
+from fleetfit.models.training import predict
 
 PULLS = (0.03, 0.01, 0.003, 0.001, 0.0003)  # weight of the squared distance from the header as it was sent
 RECIPE, GENERAL, CLASSES, NUMBER, OWN, TOGETHER, BOTH = (

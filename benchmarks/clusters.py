@@ -18,9 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 import fleetfit
-from fleetfit.clusters import fleet_of, unused_room
-from fleetfit.config import make_job
-from fleetfit.files import write_atomically
+from fleetfit.cloud.clusters import fleet_of, unused_room
+from fleetfit.config.job import make_job
+from fleetfit.core.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = tuple(round(130_000 * (2_000_000 / 130_000) ** (i / 49)) for i in range(50))

@@ -30,28 +30,30 @@ from digits import Transient, in_memory, names_of, nothing
 from digits_tables import machine
 from stacked import Cluster, baselines, padded
 
-from fleetfit import device
-from fleetfit.adapt import estimate
-from fleetfit.artifacts import Ledger, StepFolder
-from fleetfit.cloud import Elastic, class_shares, cut_and_specialise, make_elastic
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, load_job, make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.cloud.elastic import Elastic, class_shares, cut_and_specialise, make_elastic
+from fleetfit.cloud.reference import Reference, train_reference
+from fleetfit.config.job import Job, load_job, make_job
+from fleetfit.core.checkpoints import Ledger, StepFolder
+from fleetfit.core.encoding import take
+from fleetfit.core.files import content_hash, read_json, write_atomically
+from fleetfit.core.progress import silent
+from fleetfit.core.randomness import named_generator
+from fleetfit.core.records import BackboneShape
 from fleetfit.data.partition import FleetData, Split, cut_rows, share_out
 from fleetfit.data.samples import Samples
 from fleetfit.data.shifts import shifted
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceState, shipped_model
-from fleetfit.edge import HeaderResult, find_header
+from fleetfit.device import device
+from fleetfit.device.device import DeviceState, shipped_model
+from fleetfit.edge.header import HeaderResult, find_header
+from fleetfit.edge.messages import BackboneAssignment, ClusterReport
+from fleetfit.edge.run import gather_stats, refine_cluster
 from fleetfit.engines.whole_fleet import LocalLink
-from fleetfit.files import content_hash, read_json, write_atomically
-from fleetfit.messages import BackboneAssignment, ClusterReport, silent, take
 from fleetfit.models.elastic import Backbone, backbone_from_state
 from fleetfit.models.features import Features
 from fleetfit.models.header import header_from_state
-from fleetfit.pipeline import gather_stats, refine_cluster
-from fleetfit.randomness import named_generator
-from fleetfit.records import BackboneShape
-from fleetfit.reference import Reference, train_reference
+from fleetfit.runs.adapt import estimate
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("runs/benchmark-collaboration")

@@ -29,7 +29,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 def load(source: str, cache: str, images: int, devices: int) -> dict[str, Any]:
     """One load and all splits, measured in this process."""
     begin = time.perf_counter()
-    from fleetfit.config import make_job
+    from fleetfit.config.job import make_job
     from fleetfit.data.partition import share_out
     from fleetfit.data.sources import load_samples
 

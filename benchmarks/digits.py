@@ -38,29 +38,12 @@ from digits_tables import (
 )
 from scipy.stats import spearmanr
 
-from fleetfit import device
-from fleetfit.artifacts import Ledger, StepFolder
-from fleetfit.cloud import (
-    Candidates,
-    ClusterChoice,
-    Elastic,
-    cut_and_specialise,
-    elastic_of,
-    evaluate_candidates,
-    make_elastic,
-    match,
-)
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, make_job
-from fleetfit.data.augmentation import Augmentation
-from fleetfit.data.partition import FleetData, share_out
-from fleetfit.data.samples import Samples
-from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.edge import HeaderResult, cached_features, find_header, with_views
-from fleetfit.elastic_training import (
+from fleetfit.cloud.candidates import Candidates, ClusterChoice, evaluate_candidates, match
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.cloud.elastic import Elastic, cut_and_specialise, elastic_of, make_elastic
+from fleetfit.cloud.elastic_training import evaluate_shape
+from fleetfit.cloud.importance import (
     LayerImportance,
-    evaluate_shape,
     gate_series,
     random_importance,
     removal_importance,
@@ -68,29 +51,34 @@ from fleetfit.elastic_training import (
     second_order,
     taylor_importance,
 )
+from fleetfit.cloud.reference import Reference, classifier_of, shape_grid, train_reference
+from fleetfit.config.job import Job, make_job
+from fleetfit.config.presets import PAPER
+from fleetfit.core.checkpoints import Ledger, StepFolder
+from fleetfit.core.encoding import Message
+from fleetfit.core.files import content_hash, write_atomically
+from fleetfit.core.link import Handler
+from fleetfit.core.progress import silent
+from fleetfit.core.randomness import named_generator
+from fleetfit.core.records import BackboneShape, DeviceAttributes, Way
+from fleetfit.data.augmentation import Augmentation
+from fleetfit.data.partition import FleetData, share_out
+from fleetfit.data.samples import Samples
+from fleetfit.data.sources import load_samples
+from fleetfit.device import device
+from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.ways import kind_of
+from fleetfit.edge.header import HeaderResult, cached_features, find_header, with_views
+from fleetfit.edge.header_proof import make_folds
+from fleetfit.edge.header_search import search_header
+from fleetfit.edge.messages import BackboneAssignment, ClusterReport, ClusterStats
+from fleetfit.edge.run import gather_stats, refine_cluster
 from fleetfit.engines.whole_fleet import LocalLink, counted
-from fleetfit.files import content_hash, write_atomically
-from fleetfit.header_proof import make_folds
-from fleetfit.header_search import search_header
-from fleetfit.members import Handler
-from fleetfit.messages import (
-    BackboneAssignment,
-    ClusterReport,
-    ClusterStats,
-    Message,
-    silent,
-)
 from fleetfit.method.aggregation import distance_from_uniform
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.features import Features
 from fleetfit.models.header import Header
-from fleetfit.pipeline import gather_stats, refine_cluster
-from fleetfit.presets import PAPER
-from fleetfit.randomness import named_generator
-from fleetfit.records import BackboneShape, DeviceAttributes, Way
-from fleetfit.reference import Reference, classifier_of, shape_grid, train_reference
-from fleetfit.shipping import kind_of
-from fleetfit.training import evaluate
+from fleetfit.models.training import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 WORK = Path("runs/benchmark-digits")

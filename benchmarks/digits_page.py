@@ -35,7 +35,7 @@ from digits_tables import (
     tuned,
 )
 
-from fleetfit.records import Record
+from fleetfit.core.records import Record
 
 
 class Row(Record):

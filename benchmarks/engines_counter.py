@@ -15,9 +15,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
-from fleetfit.engines.flower.certificates import client_context
-from fleetfit.engines.flower.greeting import PATH
-from fleetfit.engines.flower.kit import Kit
+from fleetfit.engines.deployment.certificates import client_context
+from fleetfit.engines.deployment.handshake import PATH
+from fleetfit.engines.deployment.kit import Kit
 
 CHUNK = 2**16
 EMPTY_BYTES = 200  # an answer to pull-messages that has no message is shorter

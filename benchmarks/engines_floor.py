@@ -25,13 +25,13 @@ from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.supercore.control import ControlHttpClient
 
-from fleetfit.engines.flower.certificates import client_context, public_pem
+from fleetfit.engines.deployment.certificates import client_context, public_pem
+from fleetfit.engines.deployment.flower_api import TASK_POLL_SECONDS, Api, NodeTasks, RunCarrier, register
+from fleetfit.engines.deployment.kit import Kit, write_secret
+from fleetfit.engines.deployment.server import free_port
+from fleetfit.engines.deployment.start import POLL_SECONDS
+from fleetfit.engines.deployment.subprocesses import Daemon
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack
-from fleetfit.engines.flower.daemons import Daemon
-from fleetfit.engines.flower.hub import free_port
-from fleetfit.engines.flower.kit import Kit, write_secret
-from fleetfit.engines.flower.participants import POLL_SECONDS
-from fleetfit.engines.flower.runtime import TASK_POLL_SECONDS, Api, NodeTasks, RunCarrier, register
 
 EDGE = "phones"
 PATIENCE_SECONDS = 300.0

@@ -12,9 +12,9 @@ from typing import Any
 
 import tomli_w
 
-from fleetfit.engines.flower.hub import free_port
-from fleetfit.engines.flower.kit import Kit, kit_toml, read_kit
-from fleetfit.engines.flower.provision import provision
+from fleetfit.engines.deployment.kit import Kit, kit_toml, read_kit
+from fleetfit.engines.deployment.provision import provision
+from fleetfit.engines.deployment.server import free_port
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BELOW = {"cloud": ("phones", "boxes"), "phones": ("phones-1", "phones-2"), "boxes": ("boxes-1", "boxes-2")}

@@ -20,11 +20,11 @@ from datasets import Dataset
 from engines_loopback import SHORT, Fleet, leftovers
 from engines_page import setting, table, verdict
 
-from fleetfit.config import load_job
-from fleetfit.engines.flower.certificates import Authority, make_authority, make_member_key, make_server
-from fleetfit.engines.flower.gate import REPEATED_SECONDS
-from fleetfit.engines.flower.kit import kit_toml, read_kit
-from fleetfit.files import write_atomically
+from fleetfit.config.job import load_job
+from fleetfit.core.files import write_atomically
+from fleetfit.engines.deployment.certificates import Authority, make_authority, make_member_key, make_server
+from fleetfit.engines.deployment.kit import kit_toml, read_kit
+from fleetfit.engines.deployment.proxy import REPEATED_SECONDS
 
 TARGET_SECONDS = 30.0
 PATIENCE_SECONDS = 120.0

@@ -11,7 +11,7 @@ import safetensors.torch
 from engines_loopback import DEVICES, SHORT, Fleet, leftovers
 from engines_page import setting, table, verdict
 
-from fleetfit.files import write_atomically
+from fleetfit.core.files import write_atomically
 
 TOLERANCE = 1e-5
 ENGINES = ("local", "simulation", "deployment")

@@ -13,7 +13,7 @@ from engines_floor import Floor
 from engines_loopback import BELOW, DEVICES, SHORT, Fleet, leftovers
 from engines_page import setting, table, verdict
 
-from fleetfit.files import write_atomically
+from fleetfit.core.files import write_atomically
 
 REPLIED = re.compile(r"(\S+) replied to a (\w+) after ([\d.]+) s")
 ANSWERED = re.compile(r"a (\w+) is answered in ([\d.]+) s")

@@ -24,7 +24,7 @@ import tomli_w
 from engines_loopback import MARK, leftovers
 from engines_page import setting, table, verdict
 
-from fleetfit.files import write_atomically
+from fleetfit.core.files import write_atomically
 
 CLUSTERS = 20
 PER_DEVICE = 8

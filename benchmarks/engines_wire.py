@@ -11,7 +11,7 @@ from engines_counter import DOWN, GREETING, UP, CountingDoor
 from engines_loopback import BELOW, SHORT, Fleet, leftovers
 from engines_page import setting, table, verdict
 
-from fleetfit.files import read_json, write_atomically
+from fleetfit.core.files import read_json, write_atomically
 
 TARGET = 0.10
 JOBS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fleetfit.files import write_atomically
+from fleetfit.core.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 TESTS = Path(__file__).parent.parent / "tests" / "engines"

@@ -23,15 +23,15 @@ import torch
 from digits import HEADER_SHAPES, bench
 from digits_tables import gain, machine, table
 
-from fleetfit.cloud import elastic_of
+from fleetfit.cloud.elastic import elastic_of
+from fleetfit.core.files import write_atomically
+from fleetfit.core.randomness import named_generator
+from fleetfit.core.records import BackboneShape
 from fleetfit.data.augmentation import Augmentation
-from fleetfit.edge import cached_features, with_views
-from fleetfit.files import write_atomically
-from fleetfit.header_proof import make_folds
-from fleetfit.header_search import search_header
-from fleetfit.randomness import named_generator
-from fleetfit.records import BackboneShape
-from fleetfit.training import evaluate
+from fleetfit.edge.header import cached_features, with_views
+from fleetfit.edge.header_proof import make_folds
+from fleetfit.edge.header_search import search_header
+from fleetfit.models.training import evaluate
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = (48, 300)

@@ -24,17 +24,17 @@ import torch
 from digits import Transient, bench, in_memory
 from digits_tables import machine, table
 
-from fleetfit.artifacts import Ledger
-from fleetfit.cloud import class_shares
-from fleetfit.clusters import fleet_of
-from fleetfit.config import make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.cloud.elastic import class_shares
+from fleetfit.config.job import make_job
+from fleetfit.core.checkpoints import Ledger
+from fleetfit.core.files import write_atomically
+from fleetfit.core.progress import silent
+from fleetfit.core.randomness import named_generator
 from fleetfit.data.partition import FleetData, Split
 from fleetfit.data.shifts import shifted
+from fleetfit.edge.run import gather_stats, refine_cluster
 from fleetfit.engines.whole_fleet import LocalLink
-from fleetfit.files import write_atomically
-from fleetfit.messages import silent
-from fleetfit.pipeline import gather_stats, refine_cluster
-from fleetfit.randomness import named_generator
 
 RESULTS = Path(__file__).parent / "results"
 GROUPS, OWN = 10, 30

@@ -30,24 +30,16 @@ from members_fuzz import TINY, Crossing
 from members_page import markdown
 from scipy.stats import beta, norm
 
-from fleetfit.clusters import fleet_of
-from fleetfit.config import PrivacyConfig, make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.config.job import make_job
+from fleetfit.config.sections import PrivacyConfig
+from fleetfit.core.encoding import encode, put, take
+from fleetfit.core.files import own_version, write_atomically
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.files import own_version, write_atomically
-from fleetfit.messages import (
-    AttributesRequest,
-    CoarseModel,
-    DeviceMessage,
-    Finish,
-    Propose,
-    RefineRound,
-    encode,
-    put,
-    take,
-)
-from fleetfit.privacy import DevicePrivacy, promise, releases
+from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.messages import AttributesRequest, CoarseModel, DeviceMessage, Finish, Propose, RefineRound
+from fleetfit.device.privacy import DevicePrivacy, promise, releases
 
 RESULTS = Path(__file__).parent / "results"
 # -- an edge that wants to know ---------------------------------------------------------------------------------------
@@ -213,11 +205,11 @@ while True:
 
 def connections() -> dict[str, Any]:
     """Members' requests beside callers that hold connections, and how long their traces last."""
-    from fleetfit.engines.flower.certificates import read_member_key
-    from fleetfit.engines.flower.greeting import Greeter
-    from fleetfit.engines.flower.hub import Hub, free_port
-    from fleetfit.engines.flower.kit import kit_toml, read_kit
-    from fleetfit.engines.flower.provision import provision
+    from fleetfit.engines.deployment.certificates import read_member_key
+    from fleetfit.engines.deployment.handshake import Greeter
+    from fleetfit.engines.deployment.kit import kit_toml, read_kit
+    from fleetfit.engines.deployment.provision import provision
+    from fleetfit.engines.deployment.server import Hub, free_port
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

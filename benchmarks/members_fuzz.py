@@ -28,32 +28,24 @@ import numpy as np
 import torch
 from members_page import markdown
 
-from fleetfit.bounds import FROM_ABOVE, from_edge
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, make_job
+from fleetfit.cloud.checks import check_cluster_report, check_stats
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.config.job import Job, make_job
+from fleetfit.core.bounds import FROM_ABOVE, from_edge
+from fleetfit.core.encoding import Declined, Message, Request, decode
+from fleetfit.core.files import own_version, write_atomically
+from fleetfit.core.link import Refused
+from fleetfit.core.progress import silent
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory
+from fleetfit.device.device import DeviceMemory
+from fleetfit.device.handler import declining, device_handler
+from fleetfit.device.messages import CoarseModel, DeviceMessage
+from fleetfit.edge.checks import check_reply, expected_of, reply_bounds
+from fleetfit.edge.messages import BackboneAssignment, ClusterReport, ClusterStats, decode_any, read_reply
+from fleetfit.edge.run import edge_handler
 from fleetfit.engines import local
 from fleetfit.engines.whole_fleet import LocalLink
-from fleetfit.files import own_version, write_atomically
-from fleetfit.members import declining, device_handler, edge_handler
-from fleetfit.messages import (
-    BackboneAssignment,
-    ClusterReport,
-    ClusterStats,
-    CoarseModel,
-    Declined,
-    DeviceMessage,
-    Message,
-    Refused,
-    Request,
-    decode,
-    decode_any,
-    read_reply,
-    silent,
-)
-from fleetfit.replies import check_cluster_report, check_reply, check_stats, expected_of, reply_bounds
 
 RESULTS = Path(__file__).parent / "results"
 TINY: dict[str, Any] = {
@@ -292,7 +284,13 @@ def guided(seconds: int, out: Path) -> None:
     import atheris
 
     for name in [n for n in sys.modules if n.startswith("fleetfit")]:
-        if name in ("fleetfit.bounds", "fleetfit.messages", "fleetfit.replies"):
+        if name in (
+            "fleetfit.core.bounds",
+            "fleetfit.core.encoding",
+            "fleetfit.edge.messages",
+            "fleetfit.edge.checks",
+            "fleetfit.cloud.checks",
+        ):
             for thing in vars(sys.modules[name]).values():
                 if getattr(thing, "__module__", "") == name and hasattr(thing, "__code__"):
                     atheris.instrument_func(thing)

@@ -24,30 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fleetfit.artifacts import Ledger
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, MembersConfig, make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.config.job import Job, make_job
+from fleetfit.config.sections import MembersConfig
+from fleetfit.core.checkpoints import Ledger
+from fleetfit.core.encoding import Message, take
+from fleetfit.core.files import write_atomically
+from fleetfit.core.link import Handler
+from fleetfit.core.progress import silent
+from fleetfit.core.randomness import named_generator
+from fleetfit.core.records import DeviceAttributes
 from fleetfit.data.partition import FleetData, share_out
-from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.edge import HeaderResult
+from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.messages import AttributesReply, CoarseModel, ProposeReply, RoundReply
+from fleetfit.device.ways import ways_to_ship
+from fleetfit.edge.header import HeaderResult
+from fleetfit.edge.messages import BackboneAssignment, ClusterReport
+from fleetfit.edge.run import gather_stats, refine_cluster
 from fleetfit.engines.whole_fleet import LocalLink, counted
-from fleetfit.files import write_atomically
-from fleetfit.members import Handler
-from fleetfit.messages import (
-    AttributesReply,
-    BackboneAssignment,
-    ClusterReport,
-    CoarseModel,
-    Message,
-    ProposeReply,
-    RoundReply,
-    silent,
-    take,
-)
-from fleetfit.pipeline import gather_stats, refine_cluster
-from fleetfit.randomness import named_generator
-from fleetfit.records import DeviceAttributes
-from fleetfit.shipping import ways_to_ship
 
 RESULTS = Path(__file__).parent / "results"
 CLUSTER = "boxes"

@@ -19,7 +19,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from fleetfit.files import write_atomically
+from fleetfit.core.files import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 PHASES = {"refine": ("refine", "propose", "finish")}  # of the estimate -> of the run

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fleetfit.files import read_json, write_atomically
+from fleetfit.core.files import read_json, write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 NOT_COMPARED = ("seconds", "cpu_seconds", "peak_memory_bytes")

@@ -28,26 +28,29 @@ from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.metrics import roc_auc_score
 from sklearn.neural_network import MLPRegressor
 
-from fleetfit.artifacts import Ledger
-from fleetfit.config import Job, PrivacyConfig, make_job
+from fleetfit.cloud.reference import classifier_of
+from fleetfit.config.job import Job, make_job
+from fleetfit.config.sections import PrivacyConfig
+from fleetfit.core.checkpoints import Ledger
+from fleetfit.core.encoding import Message, put, take
+from fleetfit.core.files import content_hash, write_atomically
+from fleetfit.core.progress import silent
+from fleetfit.core.randomness import named_generator
+from fleetfit.core.records import DeviceAttributes
 from fleetfit.data.partition import FleetData, Split, share_out
 from fleetfit.data.samples import Samples
-from fleetfit.device import SKETCH_PROJECTIONS, DeviceMemory, DeviceState, handle
-from fleetfit.edge import HeaderResult, cached_features
+from fleetfit.device.device import SKETCH_PROJECTIONS, DeviceMemory, DeviceState, handle
+from fleetfit.device.messages import AttributesRequest, CoarseModel, RoundReply
+from fleetfit.device.privacy import DevicePrivacy, promise, releases
+from fleetfit.edge.header import HeaderResult, cached_features
+from fleetfit.edge.run import gather_stats, refine_cluster
 from fleetfit.engines.local import LocalLink
-from fleetfit.files import content_hash, write_atomically
-from fleetfit.messages import AttributesRequest, CoarseModel, Message, RoundReply, put, silent, take
-from fleetfit.method.privacy import clipped, flat
+from fleetfit.method.noise import clipped, flat
 from fleetfit.method.similarity import random_projections, sketch_quantiles
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.features import Features
 from fleetfit.models.header import header_from_state
-from fleetfit.pipeline import gather_stats, refine_cluster
-from fleetfit.privacy import DevicePrivacy, promise, releases
-from fleetfit.randomness import named_generator
-from fleetfit.records import DeviceAttributes
-from fleetfit.reference import classifier_of
 
 RESULTS = Path(__file__).parent / "results"
 COST_SETTINGS = ("iid", "C2 (5 classes)")

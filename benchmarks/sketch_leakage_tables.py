@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from digits_tables import spread, table
 from scipy.stats import norm
 
-from fleetfit.config import PrivacyConfig
-from fleetfit.method.privacy import epsilon_of
+from fleetfit.config.sections import PrivacyConfig
+from fleetfit.method.noise import epsilon_of
 
 DELTA = PrivacyConfig().delta
 

@@ -22,13 +22,13 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from fleetfit.files import write_atomically
-from fleetfit.hardware import torch_device_of
+from fleetfit.core.files import write_atomically
+from fleetfit.core.hardware import torch_device_of
+from fleetfit.core.randomness import seeded_init
+from fleetfit.core.records import BackboneShape, HeaderSpec
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.header import build_header
-from fleetfit.randomness import seeded_init
-from fleetfit.records import BackboneShape, HeaderSpec
 
 RESULTS = Path(__file__).parent / "results"
 VIT_S = {

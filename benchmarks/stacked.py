@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from fleetfit.models.features import Features
 from fleetfit.models.header import Header
-from fleetfit.training import rate_share
+from fleetfit.models.training import rate_share
 
 Stack = dict[str, Tensor]  # name -> [device ...]
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

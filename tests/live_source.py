@@ -2,7 +2,7 @@
 
 import torch
 
-from fleetfit.header_trials import CachedFeatures
+from fleetfit.edge.header_trials import CachedFeatures
 from fleetfit.models.features import Features
 
 

@@ -25,10 +25,12 @@ from tiny_job import TINY_VIT, tiny_fields
 from typer.testing import CliRunner
 
 import fleetfit
-from fleetfit import artifacts, cli, files
-from fleetfit.config import Job, load_job, make_job
+from fleetfit import cli
+from fleetfit.config.job import Job, load_job, make_job
+from fleetfit.core import files
+from fleetfit.core.progress import Progress
 from fleetfit.engines import local
-from fleetfit.messages import Progress
+from fleetfit.runs import folder as runs_folder
 
 GO_ON = "the same command goes on from the last finished step"
 
@@ -371,7 +373,7 @@ def test_a_folder_is_gone_on_with_under_other_run_settings(ran: Shell) -> None:
 
 
 def test_two_runs_in_one_folder(shell: Shell, cache: Path) -> None:
-    with artifacts.RunFolder(shell.out, make_job(fields(cache))):
+    with runs_folder.RunFolder(shell.out, make_job(fields(cache))):
         assert "is in use by another fleetfit process" in shell.error()
     shell.fine()
 

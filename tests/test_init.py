@@ -10,9 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fleetfit.cli import app
-from fleetfit.config import load_job
-from fleetfit.plan import make_plan
+from fleetfit.config.job import load_job
 from fleetfit.recipes import FOLDER
+from fleetfit.runs.plan import make_plan
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from fleetfit.config import Job, make_job
-from fleetfit.presets import PAPER
+from fleetfit.config.job import Job, make_job
+from fleetfit.config.presets import PAPER
 
 ROOT = Path(__file__).parent.parent
 MAP = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fleetfit.cli import app
-from fleetfit.config import load_job, make_job
-from fleetfit.job_text import explained_toml
+from fleetfit.config.explain import explained_toml
+from fleetfit.config.job import load_job, make_job
 from fleetfit.recipes import FOLDER, headline, job_path, noted, recipe_names
 
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from fleetfit.config import Job as Job
-    from fleetfit.config import load_job as load_job
-    from fleetfit.messages import Progress
+    from fleetfit.config.job import Job as Job
+    from fleetfit.config.job import load_job as load_job
+    from fleetfit.core.progress import Progress
 
     __version__: str
 
@@ -41,10 +41,10 @@ def run(
         ValueError: a bad job or bad data, limits that nothing fits, a damaged run folder, a loss that is not finite.
         OSError: the job cannot be read, or the folder cannot be written.
     """
-    from fleetfit.config import Job, load_job, make_job
+    from fleetfit.config.job import Job, load_job, make_job
+    from fleetfit.core.files import content_hash
+    from fleetfit.core.progress import silent
     from fleetfit.engines import local
-    from fleetfit.files import content_hash
-    from fleetfit.messages import silent
 
     if isinstance(job, (str, Path)):
         name, resolved = Path(job).stem, load_job(job)
@@ -68,11 +68,11 @@ def load(device_folder: str | Path) -> "nn.Module":
         ValueError: no such folder, or a file in it is missing or corrupt.
         ImportError: the model is in ONNX, and ONNX Runtime is not installed.
     """
-    from fleetfit.model_folder import ONNX_FILE, load_model
+    from fleetfit.runs.device_folder import ONNX_FILE, load_model
 
     exported = Path(device_folder) / ONNX_FILE
     if exported.exists():
-        from fleetfit.onnx_module import OnnxModule
+        from fleetfit.runs.onnx_module import OnnxModule
 
         return OnnxModule(exported).eval()
     return load_model(device_folder)
@@ -88,9 +88,9 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # run from a source tree that was never installed
             return "0+unknown"
     if name in ("Job", "load_job"):
-        from fleetfit import config
+        from fleetfit.config import job
 
-        return getattr(config, name)
+        return getattr(job, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

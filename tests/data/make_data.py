@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fleetfit.config import Job, make_job
+from fleetfit.config.job import Job, make_job
 
 NAMES = ("cat", "dog", "owl")
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import beta, kstest
 
+from fleetfit.core.randomness import named_generator
 from fleetfit.data.augmentation import (
     CUTOUT_VALUE,
     Augmentation,
@@ -17,7 +18,6 @@ from fleetfit.data.augmentation import (
     random_shift,
     views_of,
 )
-from fleetfit.randomness import named_generator
 
 torch.set_num_threads(1)
 

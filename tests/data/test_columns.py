@@ -6,10 +6,10 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
+from fleetfit.core.randomness import named_generator
 from fleetfit.data.columns import Kind, draw_by_class, find_columns, read_users
 from fleetfit.data.tables import Table
-from fleetfit.randomness import named_generator
 
 TYPES = {
     "image": Image(),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.image_folder import files_below, is_picture, read_image_folder, without_sidecars
 from fleetfit.data.tables import Table, open_table
 

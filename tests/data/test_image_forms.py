@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
-from fleetfit.config import ModelConfig
+from fleetfit.config.sections import ModelConfig
 from fleetfit.data.image_forms import image_form, image_processor
 from fleetfit.data.pixels import decode
 from fleetfit.data.preprocessing import Preprocessing

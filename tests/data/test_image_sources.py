@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fleetfit.config import Job
+from fleetfit.config.job import Job
 from fleetfit.data import pixel_store, tables
 from fleetfit.data.partition import share_out
 from fleetfit.data.samples import Samples

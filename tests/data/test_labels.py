@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.labels import Labels, read_known_labels, read_labels
 from fleetfit.data.tables import Table
 

@@ -10,10 +10,10 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fleetfit.config import ModelConfig
+from fleetfit.config.sections import ModelConfig
+from fleetfit.core.randomness import seeded_init
 from fleetfit.data.padding import choose_padding
 from fleetfit.data.text_forms import text_form, untrained_backbone
-from fleetfit.randomness import seeded_init
 
 torch.set_num_threads(1)
 

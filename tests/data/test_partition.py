@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
+from fleetfit.core.randomness import named_generator
 from fleetfit.data.partition import FleetData, Split, cut_rows, partition_rows, share_out
 from fleetfit.data.samples import Inputs, Samples
-from fleetfit.randomness import named_generator
 
 torch.set_num_threads(1)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fleetfit.config import make_job
+from fleetfit.config.job import make_job
 from fleetfit.data import pixel_store as module
-from fleetfit.data.owned import load_owned
+from fleetfit.data.participant import load_owned
 from fleetfit.data.pixel_store import PixelStore, pixel_store
 from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.sample_files import read_samples

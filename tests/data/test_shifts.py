@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.config.job import Job, make_job
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.samples import Samples
 from fleetfit.data.shifts import classes_of_groups, hidden_groups, swapped_classes
 from fleetfit.data.sources import load_samples
-from fleetfit.engines.flower.handover import SimulatedDevice, read_device, write_handover
+from fleetfit.engines.simulation.device_files import SimulatedDevice, read_device, write_handover
 
 
 def shared_out(**data: object) -> tuple[Job, Samples, FleetData]:

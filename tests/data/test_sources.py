@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
-from fleetfit.config import Job
+from fleetfit.config.job import Job
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.sources import load_samples
 

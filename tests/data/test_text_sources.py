@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from fleetfit.config import Job, make_job
+from fleetfit.config.job import Job, make_job
 from fleetfit.data.partition import cut_tiers, share_out
 from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.data.samples import Samples

@@ -14,40 +14,28 @@ import torch
 from tiny_job import tiny_fields
 from torch import Tensor
 
-from fleetfit import edge, members, rounds
-from fleetfit.artifacts import Ledger
-from fleetfit.config import Job, make_job
+from fleetfit.cloud.reference import classifier_of, train_reference
+from fleetfit.config.job import Job, make_job
+from fleetfit.core.checkpoints import Ledger
+from fleetfit.core.encoding import Declined, Message, decode, encode
+from fleetfit.core.progress import silent
+from fleetfit.core.records import DeviceAttributes, EnergyModel, Way
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory, DeviceState, handle
-from fleetfit.edge import HeaderResult
+from fleetfit.device import handler
+from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.handler import device_handler
+from fleetfit.device.messages import AttributesReply, Finish, FinishReply, ProposeReply, RefineRound, RoundReply
+from fleetfit.edge import header as edge
+from fleetfit.edge import rounds
+from fleetfit.edge.header import HeaderResult
+from fleetfit.edge.messages import BackboneAssignment, ClusterReport, ClusterStats, StatsRequest, decode_any
+from fleetfit.edge.polling import ATTEMPTS, NO_REPLY
+from fleetfit.edge.rounds import EdgeState
+from fleetfit.edge.run import gather_stats, refine_cluster
 from fleetfit.engines import local
 from fleetfit.engines.local import LocalLink
-from fleetfit.members import device_handler
-from fleetfit.messages import (
-    AttributesReply,
-    BackboneAssignment,
-    ClusterReport,
-    ClusterStats,
-    Declined,
-    Finish,
-    FinishReply,
-    Message,
-    ProposeReply,
-    RefineRound,
-    RoundReply,
-    StatsRequest,
-    decode,
-    decode_any,
-    encode,
-    silent,
-)
-from fleetfit.pipeline import gather_stats, refine_cluster
-from fleetfit.quorum import ATTEMPTS, NO_REPLY
-from fleetfit.records import DeviceAttributes, EnergyModel, Way
-from fleetfit.reference import classifier_of, train_reference
-from fleetfit.report import build_report
-from fleetfit.rounds import EdgeState
+from fleetfit.runs.report import build_report
 
 torch.set_num_threads(1)
 
@@ -192,7 +180,7 @@ def _each_answer_is_computed_once() -> Iterator[None]:
         return after_ or state, reply
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(members, "handle", remembering)
+        patch.setattr(handler, "handle", remembering)
         yield
 
 

@@ -9,34 +9,24 @@ import pytest
 import torch
 from tiny_job import tiny_fields
 
-from fleetfit import members
-from fleetfit.artifacts import Ledger, MemoryFolder
-from fleetfit.bounds import Bounds
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.config.job import Job, make_job
+from fleetfit.config.profiles import ready_profiles
+from fleetfit.core.bounds import Bounds
+from fleetfit.core.checkpoints import Ledger, MemoryFolder
+from fleetfit.core.encoding import Message, Request, encode
+from fleetfit.core.link import Refused
+from fleetfit.core.records import DeviceAttributes, EnergyModel, ValidationScores
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory
+from fleetfit.device import handler
+from fleetfit.device.device import DeviceMemory
+from fleetfit.device.handler import device_handler
+from fleetfit.device.messages import AttributesReply, AttributesRequest, Propose, RefineRound, RoundReply
+from fleetfit.edge.messages import ClusterStats, StatsRequest, decode_any
 from fleetfit.engines import local, whole_fleet
 from fleetfit.engines.whole_fleet import LocalLink
-from fleetfit.members import device_handler
-from fleetfit.messages import (
-    AttributesReply,
-    AttributesRequest,
-    ClusterStats,
-    Message,
-    Propose,
-    RefineRound,
-    Refused,
-    Request,
-    RoundReply,
-    StatsRequest,
-    decode_any,
-    encode,
-)
-from fleetfit.model_folder import read_card
-from fleetfit.profiles import ready_profiles
-from fleetfit.records import DeviceAttributes, EnergyModel, ValidationScores
+from fleetfit.runs.device_folder import read_card
 
 torch.set_num_threads(1)
 
@@ -138,7 +128,7 @@ def test_a_finished_run_is_read_back_without_a_message_to_a_device(run: Run, mon
     def never(*_: object) -> None:
         raise AssertionError("a device was asked again")
 
-    monkeypatch.setattr(members, "handle", never)
+    monkeypatch.setattr(handler, "handle", never)
     again = local.run(run.job, run.out)
     for summary in (again, run.summary):
         summary = dict(summary)

@@ -14,11 +14,11 @@ from tiny_job import tiny_fields
 from typer.testing import CliRunner
 
 from fleetfit.cli import app
-from fleetfit.config import make_job
-from fleetfit.data.owned import load_owned
+from fleetfit.config.job import make_job
+from fleetfit.data.participant import load_owned
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tables import open_table
-from fleetfit.export import check_data
+from fleetfit.runs.export import check_data
 
 torch.set_num_threads(1)
 

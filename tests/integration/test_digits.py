@@ -10,30 +10,21 @@ import pytest
 import torch
 
 import fleetfit
-from fleetfit.cloud import Elastic
-from fleetfit.clusters import fleet_of
-from fleetfit.config import Job, load_job, make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.cloud.elastic import Elastic
+from fleetfit.config.job import Job, load_job, make_job
+from fleetfit.config.presets import PAPER
+from fleetfit.core.encoding import Message, decode, encode, take
+from fleetfit.core.records import Way
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
+from fleetfit.device.messages import CoarseModel, CoarseReply, RefineRound, RoundReply
+from fleetfit.edge.messages import BackboneAssignment, decode_any
+from fleetfit.edge.rounds import EdgeState
+from fleetfit.edge.shipping import Decision
 from fleetfit.engines import whole_fleet
-from fleetfit.messages import (
-    BackboneAssignment,
-    CoarseModel,
-    CoarseReply,
-    Message,
-    RefineRound,
-    RoundReply,
-    decode,
-    decode_any,
-    encode,
-    take,
-)
-from fleetfit.model_folder import read_card
-from fleetfit.presets import PAPER
-from fleetfit.records import Way
-from fleetfit.report import build_report
-from fleetfit.rounds import EdgeState
-from fleetfit.shipping import Decision
+from fleetfit.runs.device_folder import read_card
+from fleetfit.runs.report import build_report
 
 torch.set_num_threads(1)
 

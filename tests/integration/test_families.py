@@ -8,25 +8,28 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import fleetfit
-from fleetfit import edge
-from fleetfit.config import BackboneConfig, HeaderConfig, ModelConfig, RefineConfig, make_job
+from fleetfit.cloud.elastic_training import train_elastic
+from fleetfit.cloud.importance import reorder_by, taylor_importance
+from fleetfit.config.job import make_job
+from fleetfit.config.presets import SMALL_CONFIGS
+from fleetfit.config.sections import BackboneConfig, HeaderConfig, ModelConfig, RefineConfig
+from fleetfit.core.encoding import Message, decode, encode, put
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import BackboneShape, DeviceAttributes, EnergyModel, HeaderSpec, Way
 from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory, DeviceState, handle, shipped_model
-from fleetfit.elastic_training import reorder_by, taylor_importance, train_elastic
+from fleetfit.device.device import DeviceMemory, DeviceState, handle, shipped_model
+from fleetfit.device.messages import AttributesRequest, CoarseModel, Finish, Propose, RefineRound
+from fleetfit.edge import header as edge
+from fleetfit.edge.header_search import search_header
 from fleetfit.engines import local
-from fleetfit.header_search import search_header
-from fleetfit.messages import AttributesRequest, CoarseModel, Finish, Message, Propose, RefineRound, decode, encode, put
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.families import FAMILIES
 from fleetfit.models.header import build_header
-from fleetfit.presets import SMALL_CONFIGS
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape, DeviceAttributes, EnergyModel, HeaderSpec, Way
-from fleetfit.training import evaluate, fit
+from fleetfit.models.training import evaluate, fit
 
 torch.set_num_threads(1)
 
@@ -198,8 +201,8 @@ def test_a_pretrained_model_runs_through_a_whole_job(tmp_path: Path) -> None:
     assert len(summary["devices"]) == 4
 
     # With a learning rate of next to nothing the reference still is what was loaded.
-    from fleetfit.artifacts import Ledger, StepFolder
-    from fleetfit.reference import Reference, classifier_of
+    from fleetfit.cloud.reference import Reference, classifier_of
+    from fleetfit.core.checkpoints import Ledger, StepFolder
 
     def not_again() -> Reference:
         raise AssertionError
@@ -215,7 +218,7 @@ def test_a_pretrained_model_runs_through_a_whole_job(tmp_path: Path) -> None:
 
 
 def test_other_weights_in_the_same_folder_are_another_reference(tmp_path: Path) -> None:
-    from fleetfit.pipeline import reference_key
+    from fleetfit.cloud.run import reference_key
 
     job = make_job(fields(tmp_path, pretrained=str(folder_of_a_vit(tmp_path / "vit"))))
     public = share_out(load_samples(job), job.data, {"all": ["all-1"]}, 0).public
@@ -238,7 +241,7 @@ def test_a_model_that_does_not_take_the_data_is_told_before_training(
         model: dict[str, Any] = {"pretrained": str(folder_of_a_vit(tmp_path / "vit", **keys))}
     else:
         model = {"family": family, "config": SIZES | keys}
-    monkeypatch.setattr("fleetfit.reference.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
+    monkeypatch.setattr("fleetfit.cloud.reference.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
     said = rf"takes inputs of {takes} \(channels x rows x columns\), but data\.source = 'digits' has 1 x 8 x 8"
     with pytest.raises(ValueError, match=said):
         local.run(make_job(fields(tmp_path / "cache", **model)), tmp_path / "run")
@@ -249,6 +252,6 @@ def test_a_depth_that_a_pretrained_model_does_not_have_is_told_before_training(
 ) -> None:
     job = fields(tmp_path / "cache", pretrained=str(folder_of_a_vit(tmp_path / "vit")))
     job["backbone"]["depths"] = [1, 3]
-    monkeypatch.setattr("fleetfit.reference.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
+    monkeypatch.setattr("fleetfit.cloud.reference.fit", lambda *args, **kwargs: pytest.fail("it was trained"))
     with pytest.raises(ValueError, match=r"backbone\.depths must be <= the reference's 2 layers, got 3"):
         local.run(make_job(job), tmp_path / "run")

@@ -15,15 +15,17 @@ import torch
 from tiny_job import tiny_fields
 from torch import Tensor
 
-from fleetfit import members
-from fleetfit.clusters import fleet_of
-from fleetfit.config import make_job
+from fleetfit.cloud.clusters import fleet_of
+from fleetfit.config.job import make_job
+from fleetfit.core.encoding import Message, decode, encode
+from fleetfit.core.records import HeaderKept
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device import DeviceMemory, DeviceState
+from fleetfit.device import handler
+from fleetfit.device.device import DeviceMemory, DeviceState
+from fleetfit.device.messages import AttributesReply, CoarseReply, FinishReply, RoundReply
+from fleetfit.edge.messages import decode_any
 from fleetfit.engines import local, whole_fleet
-from fleetfit.messages import AttributesReply, CoarseReply, FinishReply, Message, RoundReply, decode, decode_any, encode
-from fleetfit.records import HeaderKept
 
 torch.set_num_threads(1)
 
@@ -410,13 +412,13 @@ def test_what_leaks_is_caught(name: str, runs: dict[str, Caught]) -> None:
 
 
 def test_a_device_that_leaks_is_caught(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = members.handle
+    real = handler.handle
 
     def leaking(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         state, reply = real(state, message)
         return state, LEAKS["inputs"][0](state, reply) if state.attributes.device_id == "large-2" else reply
 
-    monkeypatch.setattr(members, "handle", leaking)
+    monkeypatch.setattr(handler, "handle", leaking)
     run = Caught(folder / "leak", monkeypatch)
     for check in (check_image_bytes, check_image_values):
         with pytest.raises(AssertionError):

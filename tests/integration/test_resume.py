@@ -17,7 +17,10 @@ import torch
 from tiny_job import tiny_fields
 
 import fleetfit
-from fleetfit import artifacts, files, members, model_folder
+from fleetfit.core import checkpoints, files
+from fleetfit.device import handler
+from fleetfit.runs import device_folder as model_folder
+from fleetfit.runs import folder as runs_folder
 
 torch.set_num_threads(1)
 
@@ -119,7 +122,7 @@ class Writes:
 
 
 def stopped_by(writes: Writes, patched: pytest.MonkeyPatch) -> None:
-    for module in (artifacts, model_folder):
+    for module in (checkpoints, runs_folder, model_folder):
         patched.setattr(module, "write_atomically", writes)
 
 
@@ -167,7 +170,7 @@ def test_killed_in_a_round_the_devices_do_not_train_twice(
     tmp_path: Path, whole: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One device of two has answered when the edge dies: it is asked again, and starts from where it was then."""
-    real, seen = members.handle, []
+    real, seen = handler.handle, []
 
     def dies(state: Any, message: Any) -> Any:
         if (state.attributes.device_id, message.step) == ("small-2", 3):
@@ -176,7 +179,7 @@ def test_killed_in_a_round_the_devices_do_not_train_twice(
         return real(state, message)
 
     with monkeypatch.context() as patched:
-        patched.setattr(members, "handle", dies)
+        patched.setattr(handler, "handle", dies)
         with pytest.raises(Killed):
             run(tmp_path)
     assert seen[-1] == ("small-1", 3)
@@ -189,7 +192,7 @@ def test_killed_in_a_round_the_devices_do_not_train_twice(
 SCRIPT = """
 import os, signal, sys
 import fleetfit
-from fleetfit import files
+from fleetfit.core import files
 
 real = os.replace
 

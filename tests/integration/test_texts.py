@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 import fleetfit
 from fleetfit import cli
-from fleetfit.adapt import adapt_folder, undo
-from fleetfit.config import DataConfig, make_job
+from fleetfit.config.job import make_job
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.data.sources import load_samples
-from fleetfit.export import Export, export_devices
-from fleetfit.model_folder import read_card
-from fleetfit.predict import predict
+from fleetfit.runs.adapt import adapt_folder, undo
+from fleetfit.runs.device_folder import read_card
+from fleetfit.runs.export import Export, export_devices
+from fleetfit.runs.predict import predict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from make_data import INTENTS, text_csv, text_fields, text_rows

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleetfit.core.records import BackboneShape, EnergyModel
 from fleetfit.method.energy import (
     cluster_energy_joules,
     energy_joules,
@@ -13,7 +14,6 @@ from fleetfit.method.energy import (
     split_power,
     worst_relative_error,
 )
-from fleetfit.records import BackboneShape, EnergyModel
 
 PAPER = EnergyModel(
     power_watts=100,

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetfit.core.records import BackboneShape, EnergyModel
 from fleetfit.method.aggregation import aggregate, average_weights, unit_sum
+from fleetfit.method.choices import energy_efficiency_ratio, size_efficiency_ratio, trade_off_score
 from fleetfit.method.class_prior import class_prior
 from fleetfit.method.energy import energy_joules, r_squared, split_power, worst_relative_error
-from fleetfit.method.matching import energy_efficiency_ratio, size_efficiency_ratio, trade_off_score
+from fleetfit.method.noise import clearly_lowest, clipped, epsilon_of
 from fleetfit.method.pareto_grid import MOST_CELLS, choose, make_grid, pareto_front_grid
 from fleetfit.method.policy_gradient import update_baseline
-from fleetfit.method.privacy import clearly_lowest, clipped, epsilon_of
 from fleetfit.method.similarity import (
     calibrated_weights,
     js_divergence,
@@ -23,7 +24,6 @@ from fleetfit.method.similarity import (
     sliced_wasserstein,
     wasserstein,
 )
-from fleetfit.records import BackboneShape, EnergyModel
 
 torch.set_num_threads(1)
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from fleetfit.core.records import OPERATIONS, Block
 from fleetfit.method.search_space import loose_ends, num_headers, sample_blocks, validate_blocks
-from fleetfit.records import OPERATIONS, Block
 
 
 def block(input_1, input_2):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fleetfit.core.records import BackboneShape
 from fleetfit.method.size import SAFETENSORS_DTYPES, safetensors_size_bytes, zeta
-from fleetfit.records import BackboneShape
 
 # Valid Unicode without lone surrogates, which no JSON file can hold.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -5,10 +5,10 @@ import math
 
 import torch
 
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import Block
 from fleetfit.method.search_space import num_headers, validate_blocks
 from fleetfit.models.controller import TANH_CONSTANT, Controller
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import Block
 
 torch.set_num_threads(1)
 

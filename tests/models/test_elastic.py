@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import ViTConfig, ViTModel
 
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import BackboneShape, HeaderSpec
 from fleetfit.models.classifier import Classifier, num_parameters
-from fleetfit.models.elastic import (
-    Backbone,
-    DepthOrder,
-    ElasticBackbone,
-    kept_heads,
-    kept_layers,
-    kept_neurons,
-)
+from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone, kept_heads, kept_layers, kept_neurons
 from fleetfit.models.header import build_header
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape, HeaderSpec
 
 torch.set_num_threads(1)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import BackboneShape
 from fleetfit.models.elastic import Backbone, DepthOrder, ElasticBackbone, kept_heads, kept_layers, kept_neurons
 from fleetfit.models.families import FAMILIES, family_of
 from fleetfit.models.features import Features, FeatureShape, tokens_to_grid
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape
 
 torch.set_num_threads(1)
 

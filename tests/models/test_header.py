@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import FIXED_HEADERS, OPERATIONS, Block, HeaderSpec
 from fleetfit.method.search_space import sample_blocks
 from fleetfit.models.features import Features, FeatureShape, concatenated
 from fleetfit.models.fixed_headers import TransformerBody, pool
 from fleetfit.models.header import build_header, count_parameters, header_from_state
 from fleetfit.models.header_supernet import HeaderSupernet
 from fleetfit.models.pruning import extract, prunable_layers
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import FIXED_HEADERS, OPERATIONS, Block, HeaderSpec
 
 torch.set_num_threads(1)
 

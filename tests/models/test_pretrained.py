@@ -14,13 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import BackboneShape, HeaderSpec
 from fleetfit.data.preprocessing import TextPreprocessing
 from fleetfit.models.elastic import Backbone, ElasticBackbone
 from fleetfit.models.pretrained import fingerprint, load_pretrained
 from fleetfit.models.pretrained_header import load_header
 from fleetfit.models.vocabulary import trim_vocabulary
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape, HeaderSpec
 
 torch.set_num_threads(1)
 

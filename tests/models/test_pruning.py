@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import FIXED_HEADERS, OPERATIONS, HeaderSpec
 from fleetfit.method.search_space import sample_blocks
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import Header, build_header, header_from_state
 from fleetfit.models.pruning import ConvOp, apply_masks, extract, prunable_layers
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import FIXED_HEADERS, OPERATIONS, HeaderSpec
 
 torch.set_num_threads(1)
 

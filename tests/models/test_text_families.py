@@ -9,14 +9,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fleetfit.config.presets import SMALL_CONFIGS
+from fleetfit.core.randomness import named_generator, seeded_init
+from fleetfit.core.records import BackboneShape, HeaderSpec
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import Backbone, BackboneOutput, DepthOrder, ElasticBackbone
 from fleetfit.models.families import FAMILIES, family_of, text_config
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import build_header
-from fleetfit.presets import SMALL_CONFIGS
-from fleetfit.randomness import named_generator, seeded_init
-from fleetfit.records import BackboneShape, HeaderSpec
 
 torch.set_num_threads(1)
 

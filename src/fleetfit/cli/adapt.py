@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, expect_file, named, percent, stdout
-from fleetfit.terminal import Phases, reporting
+from fleetfit.cli.terminal import Phases, reporting
 
 if TYPE_CHECKING:
-    from fleetfit.adapt import Adapted, ClassShare
+    from fleetfit.runs.adapt import Adapted, ClassShare
 
 MOST_SHOWN = 12
 
@@ -56,9 +56,9 @@ def adapt(
         with Phases(signals, enabled=not as_json and not undo) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.adapt import adapt_folder
-                from fleetfit.adapt import undo as undo_in
-                from fleetfit.config import DataConfig
+                from fleetfit.config.sections import DataConfig
+                from fleetfit.runs.adapt import adapt_folder
+                from fleetfit.runs.adapt import undo as undo_in
 
             phases("libraries", 1, 1)
             if data:
@@ -80,8 +80,8 @@ def adapt(
 
 
 def _print(found: "Adapted", folder: Path) -> None:
-    from fleetfit.messages import printable
-    from fleetfit.predict import unseen_classes
+    from fleetfit.core.encoding import printable
+    from fleetfit.runs.predict import unseen_classes
 
     console = stdout()
     for note in found.notes:
@@ -113,7 +113,7 @@ def _table(classes: "Sequence[ClassShare]") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fleetfit.messages import printable
+    from fleetfit.core.encoding import printable
 
     if not classes:
         return

@@ -5,7 +5,7 @@ import json
 import typer
 
 from fleetfit.cli.options import AsJson, Debug
-from fleetfit.terminal import reporting
+from fleetfit.cli.terminal import reporting
 
 
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
@@ -22,7 +22,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     with reporting(debug):
         from rich.console import Console
 
-        from fleetfit.doctor import examine
+        from fleetfit.cli.machine_checks import examine
 
         with Console(stderr=True).status("looking ...") as status:
             checks = list(examine(lambda name: status.update(f"looking at {name} ...")))

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, expect_file, percent, stdout
-from fleetfit.terminal import Phases, reporting
+from fleetfit.cli.terminal import Phases, reporting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fleetfit.evaluate import Evaluation
+    from fleetfit.runs.evaluate import Evaluation
 
 MOST_CONFUSED = 10
 
@@ -47,8 +47,8 @@ def evaluate(
         with Phases(signals, enabled=not as_json) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.config import DataConfig
-                from fleetfit.evaluate import evaluate_folder
+                from fleetfit.config.sections import DataConfig
+                from fleetfit.runs.evaluate import evaluate_folder
 
             phases("libraries", 1, 1)
             reading = DataConfig(input_column=input_column, label_column=label_column, splits=(split,) if split else ())
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def _print(found: "Evaluation") -> None:
-    from fleetfit.messages import printable
+    from fleetfit.core.encoding import printable
 
     console = stdout()
     if found.data:
@@ -87,7 +87,7 @@ def _classes(found: "Evaluation") -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    from fleetfit.messages import printable
+    from fleetfit.core.encoding import printable
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("class", overflow="fold")

@@ -8,14 +8,14 @@ import typer
 from click import Choice
 
 from fleetfit.cli.options import AsJson, Debug, RunFolder, expect_run, percent, stdout
-from fleetfit.terminal import Phases, format_bytes, reporting
+from fleetfit.cli.terminal import Phases, format_bytes, reporting
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from rich.table import Table
 
-    from fleetfit.export import Export, Format
+    from fleetfit.runs.export import Export, Format
 
 FEW_SAMPLES = 100  # below which a share of them is known to several points only
 
@@ -82,7 +82,7 @@ def export(
         with Phases(signals, f"run folder {folder}") as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.export import Int8, device_ids, export_devices
+                from fleetfit.runs.export import Int8, device_ids, export_devices
 
             phases("libraries", 1, 1)
             chosen = list(dict.fromkeys(device or device_ids(folder)))

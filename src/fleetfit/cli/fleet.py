@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, expect_file
-from fleetfit.terminal import Phases, reporting
+from fleetfit.cli.terminal import Phases, reporting
 
 
 def provision(
@@ -36,7 +36,7 @@ def provision(
       fleetfit start kits/phones-1
     """
     with reporting(debug) as signals:
-        from fleetfit.engines.flower.fleet_file import load_fleet_file
+        from fleetfit.engines.deployment.fleet_file import load_fleet_file
         from fleetfit.recipes import job_path
 
         fleet = job_path(fleet)
@@ -44,7 +44,7 @@ def provision(
         with Phases(signals, f"kits in {out}", enabled=not as_json) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.engines.flower.provision import provision as make
+                from fleetfit.engines.deployment.provision import provision as make
 
             phases("libraries", 1, 1)
             made = make(fleet, out, split_data, insecure, phases)
@@ -90,8 +90,8 @@ def start(
             f"{kit} is no kit: {kit / 'kit.toml'} is missing; `fleetfit provision` makes kits",
         )
         with signals.after_this():
-            from fleetfit.engines.flower.kit import read_kit
-            from fleetfit.engines.flower.participants import start as take_part
+            from fleetfit.engines.deployment.kit import read_kit
+            from fleetfit.engines.deployment.start import start as take_part
         take_part(read_kit(kit), once, _tell, signals.check, allow_code)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, Debug
-from fleetfit.terminal import Phases, reporting
+from fleetfit.cli.terminal import Phases, reporting
 
 
 def init(
@@ -66,7 +66,7 @@ def init(
         with Phases(signals, enabled=not as_json) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.new_job import write_first_job
+                from fleetfit.runs.new_job import write_first_job
 
             phases("libraries", 1, 1)
             found, plan = write_first_job(job, data, model or "", inventory or "", phases)

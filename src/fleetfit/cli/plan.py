@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, JobFile, Overrides, Quiet, stdout
-from fleetfit.terminal import Phases, format_bytes, format_duration, reporting
+from fleetfit.cli.terminal import Phases, format_bytes, format_duration, reporting
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from fleetfit.plan import Plan
+    from fleetfit.runs.plan import Plan
 
 MOST_DEVICES = 30  # in a table; all are in --json
 
@@ -42,13 +42,13 @@ def plan(
       fleetfit plan my-job.toml --json > plan.json
     """
     with reporting(debug) as signals:
-        from fleetfit.config import load_job
+        from fleetfit.config.job import load_job
 
         resolved = load_job(job, tuple(overrides or ()))
         with Phases(signals, enabled=not quiet and not as_json) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.plan import make_plan
+                from fleetfit.runs.plan import make_plan
 
             phases("libraries", 1, 1)
             found = make_plan(resolved, phases, estimate)

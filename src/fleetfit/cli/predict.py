@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, expect_file, named, percent
-from fleetfit.terminal import reporting
+from fleetfit.cli.terminal import reporting
 
 
 def predict(
@@ -37,9 +37,9 @@ def predict(
         if not (folder / "model.onnx").exists():
             card = folder / "model.json"
             expect_file(card, f"{folder} is no device folder: {card} is missing")
-        from fleetfit.messages import printable
-        from fleetfit.predict import predict as label
-        from fleetfit.predict import unseen_classes
+        from fleetfit.core.encoding import printable
+        from fleetfit.runs.predict import predict as label
+        from fleetfit.runs.predict import unseen_classes
 
         predictions = label(folder, inputs)
         if as_json:

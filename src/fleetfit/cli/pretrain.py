@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, JobFile, Overrides, Quiet, percent, stdout
-from fleetfit.terminal import Phases, format_bytes, reporting
+from fleetfit.cli.terminal import Phases, format_bytes, reporting
 
 
 def pretrain(
@@ -41,7 +41,7 @@ def pretrain(
     with reporting(
         debug, resumable=True, go_on="the same command goes on from the last epoch that was kept"
     ) as signals:
-        from fleetfit.config import load_job
+        from fleetfit.config.job import load_job
 
         resolved = load_job(job, tuple(overrides or ()))
         folder = out if out is not None else Path("models", job.stem)
@@ -50,7 +50,7 @@ def pretrain(
         with Phases(signals, f"checkpoint folder {folder}", enabled=not quiet) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit.pretrain import pretrain as make
+                from fleetfit.cloud.pretrain import pretrain as make
 
             phases("libraries", 1, 1)
             card = make(resolved, folder, phases, shlex.join(words))

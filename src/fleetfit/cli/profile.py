@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, Overrides, stdout
-from fleetfit.presets import SMALL_CONFIGS
-from fleetfit.terminal import Phases, reporting
+from fleetfit.cli.terminal import Phases, reporting
+from fleetfit.config.presets import SMALL_CONFIGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.table import Table
 
-    from fleetfit.profiling import Profiling
+    from fleetfit.device.profiling import Profiling
 
 N = TypeVar("N", int, float)
 POOR_FIT = 0.9  # of R², below which the formula says a machine's latencies badly
@@ -90,14 +90,14 @@ def profile(
         if ready:
             _print_ready_profiles(as_json)
             return
-        from fleetfit.config import Job, load_job
+        from fleetfit.config.job import Job, load_job
 
         resolved = load_job(job, tuple(overrides or ())) if job is not None else Job()
         with Phases(signals) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():
-                from fleetfit import profiling as measuring
-                from fleetfit.profiled_models import make_reference
+                from fleetfit.device import profiling as measuring
+                from fleetfit.device.profiled_models import make_reference
 
             phases("libraries", 1, 1)
             measuring.check_target(out)
@@ -125,7 +125,7 @@ def _numbers(text: str, kind: "Callable[[str], N]", option: str) -> "tuple[N, ..
 
 
 def _print_ready_profiles(as_json: bool) -> None:
-    from fleetfit.profiles import ready_profiles
+    from fleetfit.config.profiles import ready_profiles
 
     profiles = ready_profiles()
     if as_json:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from fleetfit.cli.options import AsJson, stdout
-from fleetfit.terminal import reporting
+from fleetfit.cli.terminal import reporting
 
 
 def recipes(

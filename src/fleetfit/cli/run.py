@@ -9,13 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from click import Choice
 
-from fleetfit.cli.options import AsJson, Debug, JobFile, Overrides, Quiet, RunFolder, expect_run, percent, stdout
-from fleetfit.terminal import Phases, format_bytes, reporting
+from fleetfit.cli.options import (
+    AsJson,
+    Debug,
+    JobFile,
+    Overrides,
+    Quiet,
+    RunFolder,
+    expect_run,
+    percent,
+    stdout,
+)
+from fleetfit.cli.terminal import Phases, format_bytes, reporting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fleetfit.config import Job
+    from fleetfit.config.job import Job
 
 
 def run(
@@ -123,11 +133,11 @@ def run(
     if (engine == "flower") != (cloud is not None):
         raise typer.BadParameter("--engine flower and --cloud KIT go together", param_hint="--cloud")
     with reporting(debug, resumable=not dry_run) as signals:
-        from fleetfit.config import load_job
+        from fleetfit.config.job import load_job
 
         resolved = load_job(job, tuple(overrides or ()))
         if dry_run:
-            from fleetfit.job_text import explained_toml
+            from fleetfit.config.explain import explained_toml
 
             typer.echo(resolved.model_dump_json(indent=2) if as_json else explained_toml(resolved), nl=as_json)
             if not as_json and not quiet:
@@ -138,10 +148,10 @@ def run(
             phases("libraries", 0, 1)
             with signals.after_this():
                 if engine == "simulation":
-                    from fleetfit.engines.flower import simulation
-                    from fleetfit.engines.flower.nodes import Resources
+                    from fleetfit.engines.simulation import run as simulation
+                    from fleetfit.engines.simulation.ray_nodes import Resources
                 elif cloud is not None:
-                    from fleetfit.engines.flower import cloud_run
+                    from fleetfit.engines.deployment import run as cloud_run
                 else:
                     from fleetfit.engines import local
             phases("libraries", 1, 1)
@@ -174,7 +184,7 @@ def _show_plan(job: "Job") -> None:
     from rich.console import Console
 
     from fleetfit.cli.plan import print_plan
-    from fleetfit.plan import make_plan
+    from fleetfit.runs.plan import make_plan
 
     sys.stdout.flush()
     print_plan(make_plan(job, estimate=False), Console(stderr=True, highlight=False, markup=False, emoji=False))
@@ -186,7 +196,7 @@ def _opening(folder: Path) -> str:
 
 
 def _build_report(folder: Path) -> Path:
-    from fleetfit.report import build_report
+    from fleetfit.runs.report import build_report
 
     return build_report(folder)
 
@@ -194,9 +204,9 @@ def _build_report(folder: Path) -> Path:
 def _print_summary(summary: Mapping[str, Any], folder: Path, page: Path | None, models_here: bool) -> None:
     from rich.text import Text
 
-    from fleetfit.messages import printable
-    from fleetfit.report.summary import read_summary
-    from fleetfit.report.verdict import next_commands, verdict
+    from fleetfit.core.encoding import printable
+    from fleetfit.runs.report.summary import read_summary
+    from fleetfit.runs.report.verdict import next_commands, verdict
 
     console, read = stdout(), read_summary(summary)
     console.print()

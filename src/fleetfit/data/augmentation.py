@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fleetfit.hardware import moved
+from fleetfit.core.hardware import moved
 
 CUTOUT_VALUE = 0.0  # the middle of normalised pixel values
 

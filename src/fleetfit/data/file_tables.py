@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.file_rows import FileRows, shown
 from fleetfit.data.image_folder import (
     METADATA,

@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fleetfit.config import ModelConfig
+from fleetfit.config.sections import ModelConfig
+from fleetfit.core.encoding import first_problem
+from fleetfit.core.records import JsonDict
 from fleetfit.data.preprocessing import Preprocessing, Resample, Side
-from fleetfit.messages import first_problem
 from fleetfit.models.pretrained import read_config_of
-from fleetfit.records import JsonDict
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.file_rows import FileRows, shown
 from fleetfit.data.image_folder import SESSION, ImageFiles, count_others, read_image_folder, readable_endings
 from fleetfit.data.label_text import tidy

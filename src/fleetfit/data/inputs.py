@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fleetfit.config import Job
+from fleetfit.config.job import Job
 from fleetfit.data.columns import Column, as_texts
 from fleetfit.data.pixel_store import pixel_store
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.file_rows import shown
 from fleetfit.data.label_text import tidy
 from fleetfit.data.tables import Table

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
+from fleetfit.core.randomness import derive_seed, named_generator
+from fleetfit.core.records import DataSummary
 from fleetfit.data.samples import Samples
 from fleetfit.data.shifts import classes_of_groups, hidden_groups, shifted
-from fleetfit.randomness import derive_seed, named_generator
-from fleetfit.records import DataSummary
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 from pydantic import Field
 
+from fleetfit.core.records import Record
 from fleetfit.data.pixels import FLAT, Decoded
-from fleetfit.records import Record
 
 SHOWN = 3
 NEARLY_ALL = 0.99

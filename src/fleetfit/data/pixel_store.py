@@ -23,13 +23,13 @@ from jaxtyping import UInt8
 from pydantic import ValidationError
 from torch import Tensor
 
+from fleetfit.core.encoding import first_problem
+from fleetfit.core.files import others_may_write
 from fleetfit.data.named_files import locate
 from fleetfit.data.pixel_facts import PictureFacts, Place, Tally, digest_of, place_of
 from fleetfit.data.pixels import Decoded, as_image, decode, open_image
 from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.tables import Table
-from fleetfit.files import others_may_write
-from fleetfit.messages import first_problem
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from jaxtyping import Float32, Int64, Shaped
 from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
-from fleetfit.hardware import moved
-from fleetfit.records import Record
+from fleetfit.core.hardware import moved
+from fleetfit.core.records import Record
 
 Side = Annotated[int, Field(ge=1)]
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.delimited import read_delimited
 from fleetfit.data.file_rows import FileRows, LeftOut
 from fleetfit.data.image_folder import SPLIT_WORDS

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from fleetfit.core.hardware import fits_on, moved
+from fleetfit.core.records import DataSummary
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
-from fleetfit.hardware import fits_on, moved
-from fleetfit.records import DataSummary
 
 BATCH = 256
 

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
+from fleetfit.core.randomness import derive_seed, named_generator
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.data.samples import Inputs, Samples
-from fleetfit.randomness import derive_seed, named_generator
 
 SWAPPED = 2 / 3  # of the classes, in each group but the first
 MOST_KINDS = 3  # of shifts of inputs; groups beyond them combine two or three

@@ -13,7 +13,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fleetfit.config import Job
+from fleetfit.config.job import Job
+from fleetfit.core.files import content_hash
+from fleetfit.core.progress import Progress, silent
+from fleetfit.core.randomness import named_generator
+from fleetfit.core.records import DataSummary, counted
 from fleetfit.data.columns import Column, Kind, draw_by_class, find_columns, read_users
 from fleetfit.data.image_forms import image_form
 from fleetfit.data.inputs import CHUNK, Made, make_images, make_texts, read_texts
@@ -23,12 +27,8 @@ from fleetfit.data.preprocessing import Preprocessing
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.tables import Table, open_table
 from fleetfit.data.text_forms import text_form
-from fleetfit.files import content_hash
-from fleetfit.messages import Progress, silent
 from fleetfit.models.families import family_of
 from fleetfit.models.pretrained import read_config_of
-from fleetfit.randomness import named_generator
-from fleetfit.records import DataSummary, counted
 
 log = logging.getLogger(__name__)
 

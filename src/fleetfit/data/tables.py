@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fleetfit.config import DataConfig
+from fleetfit.config.sections import DataConfig
 from fleetfit.data.file_tables import as_written, check_alike, first_line, is_plain_csv, read_files
 from fleetfit.data.named_files import digest_of_files
 from fleetfit.data.row_files import READERS, Read, as_dataset

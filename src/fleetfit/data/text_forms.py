@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fleetfit.config import ModelConfig
+from fleetfit.config.sections import ModelConfig
 from fleetfit.data.padding import choose_padding
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
 from fleetfit.models.elastic import Backbone

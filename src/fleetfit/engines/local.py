@@ -5,15 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fleetfit.artifacts import RunFolder
-from fleetfit.clusters import Fleet
-from fleetfit.config import Job
+from fleetfit.cloud.clusters import Fleet
+from fleetfit.config.job import Job
+from fleetfit.core.hardware import torch_device_of
+from fleetfit.core.link import Link
+from fleetfit.core.progress import Progress, silent
 from fleetfit.data.partition import FleetData
+from fleetfit.device.handler import device_handler
+from fleetfit.device.privacy_ledger import ledger_of
 from fleetfit.engines.whole_fleet import LocalLink, run_whole_fleet
-from fleetfit.hardware import torch_device_of
-from fleetfit.members import device_handler
-from fleetfit.messages import Link, Progress, silent
-from fleetfit.privacy_ledger import ledger_of
+from fleetfit.runs.folder import RunFolder
 
 
 def run(job: Job, out: str | Path, progress: Progress = silent) -> dict[str, Any]:

@@ -10,20 +10,25 @@ from typing import Any
 
 import torch
 
-from fleetfit.artifacts import Ledger, RunFolder, StepFolder
-from fleetfit.bounds import FROM_ABOVE, FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
-from fleetfit.clusters import Fleet, fleet_notes, fleet_of
-from fleetfit.config import Job, LinksConfig
+from fleetfit.cloud.clusters import Fleet, fleet_notes, fleet_of
+from fleetfit.cloud.run import FleetResult, run_cloud
+from fleetfit.config.job import Job
+from fleetfit.config.sections import LinksConfig
+from fleetfit.core.bounds import FROM_ABOVE, FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
+from fleetfit.core.checkpoints import Ledger, StepFolder
+from fleetfit.core.encoding import Message, Request, encode
+from fleetfit.core.hardware import torch_device_of
+from fleetfit.core.link import Handler, Link, Refused
+from fleetfit.core.progress import Progress
+from fleetfit.core.records import DeviceAttributes
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.hardware import torch_device_of
-from fleetfit.members import Handler, edge_handler
-from fleetfit.messages import Link, Message, Progress, Refused, Request, decode_any, encode, read_reply
-from fleetfit.outcome import raw_bytes, summarise, write_devices, write_front, write_models
-from fleetfit.pipeline import FleetResult, run_cloud
-from fleetfit.privacy import tell_promise
-from fleetfit.records import DeviceAttributes
-from fleetfit.tracking import tracking
+from fleetfit.device.privacy import tell_promise
+from fleetfit.edge.messages import decode_any, read_reply
+from fleetfit.edge.run import edge_handler
+from fleetfit.runs.folder import RunFolder
+from fleetfit.runs.summary import raw_bytes, summarise, write_devices, write_front, write_models
+from fleetfit.runs.tracking import tracking
 
 Connect = Callable[[RunFolder, Fleet, FleetData], AbstractContextManager[Mapping[str, Link]]]
 

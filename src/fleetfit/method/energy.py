@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import nnls
 
-from fleetfit.records import BackboneShape, EnergyModel, Record
+from fleetfit.core.records import BackboneShape, EnergyModel, Record
 
 
 def energy_joules(shape: BackboneShape, energy: EnergyModel, num_patches: int, num_epochs: int) -> float:

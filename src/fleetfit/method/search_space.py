@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-from fleetfit.records import Block, Operation
+from fleetfit.core.records import Block, Operation
 
 
 def num_headers(num_blocks: int, num_operations: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fleetfit.records import BackboneShape
+from fleetfit.core.records import BackboneShape
 
 # In the order in which safetensors lays tensors out, all of one dtype together, then by name.
 SAFETENSORS_DTYPES: dict[torch.dtype, str] = {

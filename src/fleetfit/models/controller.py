@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fleetfit.records import Block, Operation
+from fleetfit.core.records import Block, Operation
 
 TANH_CONSTANT = 1.10
 

@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from fleetfit.core.records import BackboneShape, JsonDict
 from fleetfit.models.families import Family, family_of, own_config
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.weights import first_few
-from fleetfit.records import BackboneShape, JsonDict
 
 DepthOrder = Literal["spread", "first"]
 

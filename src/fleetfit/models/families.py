@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fleetfit.core.records import MAX_LAYERS, JsonDict
 from fleetfit.models.features import FeatureShape
-from fleetfit.records import MAX_LAYERS, JsonDict
 
 # Sizes that Transformers does not check: some below 1 build a model that fails, or fails to run, in obscure ways.
 LARGEST_SIZE = 2**24  # of any of them but layers; a vocabulary is the largest that there is

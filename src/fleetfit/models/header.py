@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 
+from fleetfit.core.records import Block, HeaderSpec, Operation
 from fleetfit.method.search_space import loose_ends, validate_blocks
 from fleetfit.models.features import Features, FeatureShape, tokens_to_grid
 from fleetfit.models.fixed_headers import (
@@ -23,7 +24,6 @@ from fleetfit.models.fixed_headers import (
 )
 from fleetfit.models.pruning import MLP, ConvOp, prunable_layers
 from fleetfit.models.weights import first_few
-from fleetfit.records import Block, HeaderSpec, Operation
 
 Grid = Float[Tensor, "batch channel _ _"]  # blocks may halve the rows and columns
 

@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fleetfit.core.records import Block, HeaderSpec, Operation
 from fleetfit.models.features import Features, FeatureShape
 from fleetfit.models.header import BlocksBody, Header, build_header
-from fleetfit.records import Block, HeaderSpec, Operation
 
 
 class HeaderSupernet(nn.Module):

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from fleetfit.core.records import JsonDict
 from fleetfit.models.elastic import Backbone
 from fleetfit.models.families import FAMILIES, family_of, own_keys, text_config
 from fleetfit.models.weights import all_zero, first_few, not_finite
-from fleetfit.records import JsonDict
 
 log = logging.getLogger(__name__)
 

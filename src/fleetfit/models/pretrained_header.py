@@ -7,10 +7,10 @@ from pathlib import Path
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
+from fleetfit.core.records import HeaderSpec
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import Header, header_from_state
 from fleetfit.models.weights import first_few, not_finite
-from fleetfit.records import HeaderSpec
 
 HEADER_FILE = "header.safetensors"
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from fleetfit.records import JsonDict
+from fleetfit.core.records import JsonDict
 
 # Rows left free for words of one's own, which no text is cut into: of BERT, and of RoBERTa.
 PLACEHOLDER = re.compile(r"\[unused\d+\]|madeupword\d+")

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from fleetfit.bounds import FewLines
+from fleetfit.core.bounds import FewLines
+from fleetfit.engines.deployment.proxy import MAX_TOLD, _read
 from fleetfit.engines.flower import door as module
 from fleetfit.engines.flower.door import Door
-from fleetfit.engines.flower.gate import MAX_TOLD, _read
 
 
 @pytest.fixture
@@ -125,10 +125,10 @@ class Slow:
 
 
 def test_a_body_comes_in_time_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleetfit.engines.flower.gate.CHUNK_SECONDS", 0.2)
+    monkeypatch.setattr("fleetfit.engines.deployment.proxy.CHUNK_SECONDS", 0.2)
     assert asyncio.run(_read(Slow(20, 0.0), 10**6)) == b"x" * 20_000  # type: ignore[arg-type]
     assert asyncio.run(_read(Slow(20, 0.0), 19_999)) is None  # type: ignore[arg-type]
     assert asyncio.run(_read(Slow(3, 0.1), 10**6)) == b"x" * 3000  # slow, but at the least rate  # type: ignore[arg-type]
     assert asyncio.run(_read(Slow(1, 30.0), 10**6)) is None  # type: ignore[arg-type]
-    monkeypatch.setattr("fleetfit.engines.flower.gate.LEAST_RATE", 10**9)
+    monkeypatch.setattr("fleetfit.engines.deployment.proxy.LEAST_RATE", 10**9)
     assert asyncio.run(_read(Slow(1000, 0.05), 10**9)) is None  # a trickle  # type: ignore[arg-type]

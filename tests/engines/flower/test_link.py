@@ -11,24 +11,16 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 from httpx import ConnectError
 
-from fleetfit.artifacts import Ledger
+from fleetfit.core.checkpoints import Ledger
+from fleetfit.core.encoding import Declined, Message, Request, encode
+from fleetfit.core.link import Refused
+from fleetfit.core.records import DeviceAttributes, EnergyModel, ValidationScores
+from fleetfit.device.messages import AttributesReply, AttributesRequest, RefineRound, RoundReply
+from fleetfit.edge.messages import decode_any
 from fleetfit.engines.flower import link as link_module
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
 from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.link import MAX_CRASHES, CarrierFailed, FlowerLink, Heard
-from fleetfit.messages import (
-    AttributesReply,
-    AttributesRequest,
-    Declined,
-    Message,
-    RefineRound,
-    Refused,
-    Request,
-    RoundReply,
-    decode_any,
-    encode,
-)
-from fleetfit.records import DeviceAttributes, EnergyModel, ValidationScores
 
 NODES = {"far-2": 22, "far-1": 11, "far-3": 33}
 SCORES = ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)

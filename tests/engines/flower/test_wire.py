@@ -12,15 +12,16 @@ import pytest
 import torch
 from ports import reserved_port
 
-from fleetfit.artifacts import Ledger
+from fleetfit.core.checkpoints import Ledger
+from fleetfit.core.encoding import Message
+from fleetfit.core.records import ValidationScores
+from fleetfit.device.messages import RefineRound, RoundReply
+from fleetfit.engines.deployment.client import Member
+from fleetfit.engines.deployment.kit import hold, kit_toml, read_kit
+from fleetfit.engines.deployment.server import Hub
+from fleetfit.engines.deployment.start import Nodes
 from fleetfit.engines.flower.door import Passed
-from fleetfit.engines.flower.hub import Hub
-from fleetfit.engines.flower.kit import hold, kit_toml, read_kit
 from fleetfit.engines.flower.link import FlowerLink
-from fleetfit.engines.flower.member import Member
-from fleetfit.engines.flower.participants import Nodes
-from fleetfit.messages import Message, RefineRound, RoundReply
-from fleetfit.records import ValidationScores
 
 pytestmark = pytest.mark.long
 

@@ -15,11 +15,15 @@ from flwr.app import RecordDict
 from flwr.common.constant import ErrorCode
 from httpx import HTTPError
 
-from fleetfit.artifacts import AT_THE_DOOR, Ledger
-from fleetfit.bounds import FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
+from fleetfit.core.bounds import FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
+from fleetfit.core.checkpoints import Ledger
+from fleetfit.core.encoding import MAX_REASON, Message, Request, encode
+from fleetfit.core.link import Refused
+from fleetfit.core.progress import Progress
+from fleetfit.edge.messages import read_reply
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
 from fleetfit.engines.flower.door import Passed
-from fleetfit.messages import MAX_REASON, Message, Progress, Refused, Request, encode, read_reply
+from fleetfit.runs.folder import AT_THE_DOOR
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The cloud: reference, elastic backbone, candidates, and one backbone for each cluster."""

@@ -1,0 +1,1 @@
+"""The job: sections, defaults, presets, profiles, errors."""

@@ -1,0 +1,1 @@
+"""What everything stands on: records, encoding, checkpoints, files, hardware, randomness."""

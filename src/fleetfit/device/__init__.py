@@ -1,0 +1,1 @@
+"""A device: the only code that sees private data."""

@@ -1,0 +1,1 @@
+"""Real machines: kits, certificates, and the programs that each participant starts."""

@@ -1,0 +1,1 @@
+"""A run as files: its folder, summary, models, exports, predictions, report."""
