@@ -133,7 +133,7 @@ class Figures(Message):
 class Transient:
     """Checkpoints that keep nothing."""
 
-    def step(self, name: str, result: type[Message], compute: Callable[[], Any]) -> Any:
+    def step(self, name: str, result: type[Message], compute: Callable[[], Any], reads: object = None) -> Any:
         """Compute."""
         return compute()
 

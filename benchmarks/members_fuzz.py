@@ -157,7 +157,7 @@ class Memories:
 class Transient:
     """Steps that are not kept."""
 
-    def step(self, name: str, result: type[Message], compute: Callable[[], Any]) -> Any:
+    def step(self, name: str, result: type[Message], compute: Callable[[], Any], reads: object = None) -> Any:
         """Compute."""
         return compute()
 

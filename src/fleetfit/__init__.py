@@ -25,7 +25,10 @@ __all__ = ["Job", "__version__", "load", "load_job", "run"]
 
 
 def run(
-    job: "str | Path | Mapping[str, Any] | Job", out: str | Path | None = None, progress: "Progress | None" = None
+    job: "str | Path | Mapping[str, Any] | Job",
+    out: str | Path | None = None,
+    progress: "Progress | None" = None,
+    again: bool = False,
 ) -> dict[str, Any]:
     """Run a job on this machine: every device of its fleet gets a model. A run that was stopped is gone on with.
 
@@ -33,6 +36,8 @@ def run(
         job: A job file, its fields as nested mappings, or a resolved job.
         out: The run folder. Default: ``runs/<name of the job file>``; for a job without a file, ``runs/<its hash>``.
         progress: Called as (phase, done, total, note), often; raise from it to stop.
+        again: Begin anew: a run that is in the folder is moved to ``<out>.before-1`` (or ``-2``, ...). What did not
+            change is taken from the cache.
 
     Returns:
         The summary, as in ``summary.json``; models are in ``<out>/devices/``.
@@ -45,13 +50,17 @@ def run(
     from fleetfit.core.files import content_hash
     from fleetfit.core.progress import silent
     from fleetfit.engines import local
+    from fleetfit.runs.folder import set_aside
 
     if isinstance(job, (str, Path)):
         name, resolved = Path(job).stem, load_job(job)
     else:
         resolved = job if isinstance(job, Job) else make_job(dict(job))
         name = content_hash(resolved.model_dump(exclude={"run"}))
-    return local.run(resolved, Path("runs", name) if out is None else out, progress or silent)
+    folder = Path("runs", name) if out is None else Path(out)
+    if again:
+        set_aside(folder)
+    return local.run(resolved, folder, progress or silent)
 
 
 def load(device_folder: str | Path) -> "nn.Module":

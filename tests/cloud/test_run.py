@@ -79,7 +79,7 @@ class FakeSteps:
         self.done = dict(done or {})
         self.asked: list[str] = []
 
-    def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
+    def step(self, name: str, result: type[M], compute: Callable[[], M], reads: object = None) -> M:
         self.asked.append(name)
         if name not in self.done:
             self.done[name] = compute()

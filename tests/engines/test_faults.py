@@ -151,7 +151,7 @@ class Steps:
     def __init__(self) -> None:
         self.done: dict[str, Any] = {}
 
-    def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
+    def step(self, name: str, result: type[M], compute: Callable[[], M], reads: object = None) -> M:
         if name not in self.done:
             self.done[name] = compute()
         value = self.done[name]
@@ -497,7 +497,7 @@ class OneStep(Steps):
         super().__init__()
         self.done, self.name = dict(done), name
 
-    def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
+    def step(self, name: str, result: type[M], compute: Callable[[], M], reads: object = None) -> M:
         if name == self.name:
             raise Done(compute())
         return super().step(name, result, compute)

@@ -109,7 +109,7 @@ def test_a_run_whose_data_changed_is_not_answered_from_old_steps(folder: Path) -
             assert (
                 "changed since it began: no longer the classes '01', '1', '<b>é</b>', 'NA', new class" in result.stderr
             )
-            assert "put it back, or choose another --out, or delete the folder, to begin anew" in result.stderr
+            assert "put it back, or choose another --out, or begin anew here with --again" in result.stderr
             (folder / "run" / "summary.json").unlink(missing_ok=True)
             (folder / "run" / "steps" / "finish" / "small.safetensors").unlink(missing_ok=True)
         export = CliRunner().invoke(app, ["export", str(folder / "run"), "--all"])

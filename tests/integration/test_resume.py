@@ -51,6 +51,7 @@ def outcome(folder: Path) -> Outcome:
     assert summary.pop("seconds").keys() >= {"reference", "refine", "finish"}
     summary.pop("cpu_seconds")
     summary.pop("peak_memory_bytes")
+    summary.pop("from_cache")
     models = {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.glob("devices/*/model.*"))}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:

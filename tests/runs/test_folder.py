@@ -18,6 +18,7 @@ from fleetfit.core.checkpoints import Ledger, MemoryFolder, StepFolder
 from fleetfit.core.encoding import encode
 from fleetfit.core.files import read_json
 from fleetfit.core.records import DataSummary, HeaderSpec, ValidationScores
+from fleetfit.core.step_cache import StepCache
 from fleetfit.edge.messages import ClusterReport, ClusterStats, StatsRequest
 from fleetfit.edge.rounds import EdgeState
 from fleetfit.runs import folder as runs_folder
@@ -274,27 +275,6 @@ def test_asking_devices_what_they_are_is_no_beginning(tmp_path: Path) -> None:
     assert not asked.exists()  # of devices that the job had before
 
 
-@pytest.mark.parametrize(
-    ("fields", "stays"),
-    [
-        ({"refine": {"rounds": 5}}, "{reference,elastic,candidates,specialise,header_search}"),
-        ({"fleet": {"devices": [{"storage_limit": "9 MB"}]}}, "{reference,elastic,candidates}"),
-        ({"backbone": {"steps": 7}}, "reference"),
-        ({"header": {"channels": 8}}, None),
-        ({"seed": 9}, None),
-    ],
-)
-def test_it_is_told_what_is_the_same_in_another_job(tmp_path: Path, fields: dict[str, Any], stays: str | None) -> None:
-    RunFolder(tmp_path, Job()).close()
-    for phase in ("attributes", "reference", "elastic", "candidates", "specialise", "header_search", "refine"):
-        (tmp_path / "steps" / phase).mkdir(parents=True)
-        (tmp_path / "steps" / phase / "cloud.safetensors").touch()
-    with pytest.raises(ValueError, match="holds the run of another job") as error:
-        RunFolder(tmp_path, make_job(fields))
-    assert (f"{tmp_path}/steps/{stays} NEW/steps" in str(error.value)) == (stays is not None)
-    assert ("need not be computed again" in str(error.value)) == (stays is not None)
-
-
 def test_another_jobs_folder_names_the_keys_and_frees_the_lock(tmp_path: Path) -> None:
     begin(tmp_path, Job())
     saved = (tmp_path / "job.toml").read_bytes()
@@ -413,7 +393,7 @@ def test_a_run_whose_data_changed_is_refused_once_it_has_begun(tmp_path: Path, n
         with pytest.raises(ValueError, match=r"the data of .*run changed since it began: ") as caught:
             folder.claim_data(now)
     assert says in str(caught.value)
-    assert "put it back, or choose another --out, or delete the folder, to begin anew" in str(caught.value)
+    assert "put it back, or choose another --out, or begin anew here with --again" in str(caught.value)
 
 
 def test_a_damaged_note_of_the_data_is_named(tmp_path: Path) -> None:
@@ -428,7 +408,7 @@ def test_a_damaged_note_of_the_data_is_named(tmp_path: Path) -> None:
 
 
 def cached(folder: Path, name: str, value: float) -> float:
-    steps = StepFolder(folder, Ledger(), is_cache=True)
+    steps = StepCache(folder)
     return steps.step(name, EdgeState, lambda: reply(value)).scores.loss_sum
 
 

@@ -16,6 +16,7 @@ try:
 
     from fleetfit.cli import (
         adapt,
+        cache,
         doctor,
         evaluate,
         export,
@@ -50,6 +51,7 @@ app.command(no_args_is_help=True)(evaluate.evaluate)
 app.command(no_args_is_help=True)(adapt.adapt)
 app.command(no_args_is_help=True)(pretrain.pretrain)
 app.command()(recipes.recipes)
+app.command()(cache.cache)
 app.command()(init.init)
 app.command()(profile.profile)
 app.command(no_args_is_help=True)(fleet.provision)

@@ -57,6 +57,10 @@ def run(
         Path | None,
         typer.Option("--cloud", metavar="KIT", help="Flower: the cloud's kit."),
     ] = None,
+    again: Annotated[
+        bool,
+        typer.Option("--again", help="Begin anew: a run that is in DIR is kept as DIR.before-1; see below."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print every key, explained, and what a run would do; run nothing.")
     ] = False,
@@ -99,6 +103,11 @@ def run(
     [bold]To go on[/bold] after Ctrl-C, a crash or a full disk, give the same command again:
     what was finished is read back, not computed again.
 
+    [bold]To change something[/bold], choose another --out, or give --again: what the cloud
+    trains and headers that edges find are kept in run.cache by what they are made
+    of, so only what changed is computed. It is told what was taken and why the
+    rest was not; [bold]fleetfit cache[/bold] lists and clears.
+
     [bold]The keys that matter most[/bold] (all of them, explained: --dry-run)
 
       method                  fleetfit; paper: every choice as the paper makes it
@@ -124,7 +133,7 @@ def run(
       refine.epochs           a device's training epochs in a round
       run.threads             CPU threads
       run.torch_device        auto, cpu, cuda, mps
-      run.cache               where trained references are kept
+      run.cache               where results of steps are kept, for all runs
     """
     given = {"--num-cpus": num_cpus, "--num-gpus": num_gpus, "--address": address}
     if engine != "simulation" and any(value is not None for value in given.values()):
@@ -144,6 +153,11 @@ def run(
                 _show_plan(resolved)
             return
         folder = out if out is not None else Path("runs", job.stem)
+        if again:
+            from fleetfit.runs.folder import set_aside
+
+            if (moved := set_aside(folder)) and not quiet:
+                typer.echo(f"the earlier run is now {moved}", err=True)
         with Phases(signals, _opening(folder), enabled=not quiet) as phases:
             phases("libraries", 0, 1)
             with signals.after_this():

@@ -1,5 +1,6 @@
 """The elastic backbone: made from the reference, kept, and cut to a shape for a cluster (Phase 1)."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from fleetfit.cloud.reference import (
     tensors_of,
 )
 from fleetfit.config.job import Job
+from fleetfit.core.checkpoints import Bookmark
 from fleetfit.core.hardware import torch_device_of
 from fleetfit.core.randomness import named_generator
 from fleetfit.core.records import BackboneShape
@@ -44,18 +46,10 @@ class Elastic(Checkpoint):
     curve: tuple[float, ...] = ()
 
 
-class CurveKeeper:
-    """Passes progress on, and keeps about fifty points of the loss."""
-
-    def __init__(self, progress: ProgressOf) -> None:
-        self.progress = progress
-        self.points: list[float] = []
-
-    def __call__(self, step: int, steps: int, loss: float) -> None:
-        """A training step is done."""
-        if step % max(1, steps // 50) == 0:
-            self.points.append(round(loss, 5))
-        self.progress(step, steps, f"loss {loss:.3f}")
+def some_points(losses: Sequence[float]) -> tuple[float, ...]:
+    """About fifty points of the loss."""
+    every = max(1, len(losses) // 50)
+    return tuple(round(loss, 5) for loss in losses[every - 1 :: every])
 
 
 def label_keeping(job: Job) -> Augmentation:
@@ -70,8 +64,17 @@ def elastic_of(job: Job, result: Elastic, num_classes: int) -> tuple[ElasticBack
     return elastic, Classifier(elastic.backbone, model.header)
 
 
-def make_elastic(job: Job, reference: Reference, public: Split, progress: ProgressOf) -> Elastic:
+def make_elastic(
+    job: Job, reference: Reference, public: Split, progress: ProgressOf, bookmark: Bookmark | None = None
+) -> Elastic:
     """Importance, reordering, depth order, and elastic training with distillation (Eqs. 6-9).
+
+    Args:
+        job: The resolved job.
+        reference: The teacher.
+        public: D_c.
+        progress: Told how far it is.
+        bookmark: Where a long training is kept, to be resumed; for distillation in one stage.
 
     Raises:
         TrainingDiverged: the loss is not finite.
@@ -98,15 +101,25 @@ def make_elastic(job: Job, reference: Reference, public: Split, progress: Progre
     else:
         elastic.depth_order = config.depth_order
     elastic.backbone.train()
-    curve = CurveKeeper(progress)
     depths = sorted({shape.depth for shape in shapes})
-    train_elastic(elastic, header, public.train, config, depths, label_keeping(job), job.seed, curve, job.run.precision)
+    losses = train_elastic(
+        elastic,
+        header,
+        public.train,
+        config,
+        depths,
+        label_keeping(job),
+        job.seed,
+        lambda step, steps, loss: progress(step, steps, f"loss {loss:.3f}"),
+        job.run.precision,
+        bookmark,
+    )
     return Elastic(
         config=elastic.backbone.config,
         depth_order=elastic.depth_order,
         head_importance=tuple(tuple(i.tolist()) for i in importance.heads),
         neuron_importance_mean=tuple(float(i.mean()) for i in importance.neurons),
-        curve=tuple(curve.points),
+        curve=some_points(losses),
         tensors=tensors_of(Classifier(elastic.backbone, header)),
     )
 
@@ -119,6 +132,7 @@ def cut_and_specialise(
     cluster: str,
     shape: BackboneShape,
     progress: ProgressOf,
+    bookmark: Bookmark | None = None,
 ) -> BackboneAssignment:
     """Cut the chosen sub-network out, train it briefly alone, and address it to its cluster."""
     num_classes = public.train.num_classes
@@ -139,6 +153,7 @@ def cut_and_specialise(
             name,
             lambda step, steps, loss: progress(step, steps, f"{cluster}: {name}"),
             job.run.precision,
+            bookmark,
         )
     return BackboneAssignment(
         cluster=cluster,

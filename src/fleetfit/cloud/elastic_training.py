@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fleetfit.config.sections import BackboneConfig
+from fleetfit.core.checkpoints import Bookmark
 from fleetfit.core.hardware import autocast
 from fleetfit.core.randomness import named_generator
 from fleetfit.core.records import BackboneShape
@@ -76,8 +77,9 @@ def train_elastic(
     seed: int,
     after_step: StepCallback | None = None,
     precision: str = "float32",
-) -> None:
-    """Distil the reference into all its sub-networks, in place.
+    bookmark: Bookmark | None = None,
+) -> tuple[float, ...]:
+    """Distil the reference into all its sub-networks, in place; returns the loss of every step.
 
     ``joint`` (Beyond): one stage; the teacher is the full reference, the loss MSE on logits plus cross-entropy.
     ``paper`` (Eq. 9): stage 1 width-elastic with the reference as teacher; stage 2 width- and depth-elastic with the
@@ -87,8 +89,10 @@ def train_elastic(
         TrainingDiverged: the loss is not finite.
     """
     if config.distillation == "joint":
-        _stage(elastic, header, train, config, depths, augmentation, config.steps, seed, "joint", after_step, precision)
-        return
+        return _stage(
+            *(elastic, header, train, config, depths, augmentation, config.steps, seed, "joint"),
+            *(after_step, precision, bookmark),
+        )
     first = max(1, config.steps // 2)
     second = max(1, config.steps - first)
 
@@ -98,8 +102,11 @@ def train_elastic(
         return lambda step, _, loss: after_step(start + step, first + second, loss)
 
     full_depth = (elastic.num_layers,)
-    _stage(elastic, header, train, config, full_depth, augmentation, first, seed, "width", counted_from(0), precision)
-    _stage(
+    wide = _stage(
+        *(elastic, header, train, config, full_depth, augmentation, first, seed, "width"),
+        *(counted_from(0), precision, None),
+    )
+    deep = _stage(
         elastic,
         header,
         train,
@@ -111,7 +118,9 @@ def train_elastic(
         "width-depth",
         counted_from(first),
         precision,
+        None,  # its teacher is the first stage's result, so it is resumed with that
     )
+    return (*wide, *deep)
 
 
 def _stage(
@@ -126,7 +135,8 @@ def _stage(
     stage: str,
     after_step: StepCallback | None,
     precision: str,
-) -> None:
+    bookmark: Bookmark | None,
+) -> tuple[float, ...]:
     there = train.labels.device
     teacher = copy.deepcopy(Classifier(elastic.backbone, header)).eval()
     shapes = named_generator(seed, "elastic", stage, "shapes")
@@ -159,7 +169,7 @@ def _stage(
             total += loss.detach()
         return total / len(drawn)
 
-    fit(
+    return fit(
         loss_of,
         [*elastic.backbone.parameters(), *header.parameters()],
         len(train),
@@ -170,8 +180,10 @@ def _stage(
         weight_decay=WEIGHT_DECAY,
         generator=named_generator(seed, "elastic", stage, "order"),
         after_step=after_step,
+        bookmark=bookmark,
+        also_drawn_from=(shapes, shifts),
         name=f"elastic training ({stage})",
-    )
+    ).losses
 
 
 def specialise(
@@ -184,6 +196,7 @@ def specialise(
     name: str,
     after_step: StepCallback | None = None,
     precision: str = "float32",
+    bookmark: Bookmark | None = None,
 ) -> None:
     """Train one cut sub-network alone on the public set before it is sent, in place (Beyond).
 
@@ -210,5 +223,7 @@ def specialise(
         weight_decay=WEIGHT_DECAY,
         generator=named_generator(seed, "specialise", name, "order"),
         after_step=after_step,
+        bookmark=bookmark,
+        also_drawn_from=(shifts,),
         name=f"specialising {name}",
     )

@@ -19,11 +19,12 @@ from fleetfit.cloud.clusters import fleet_of
 from fleetfit.cloud.reference import Reference, classifier_of, scores_of
 from fleetfit.cloud.run import cached_reference
 from fleetfit.config.job import Job
-from fleetfit.core.checkpoints import Ledger, StepFolder
+from fleetfit.core.checkpoints import Ledger
 from fleetfit.core.files import check_replaceable, own_version, whole_folder, write_atomically
 from fleetfit.core.hardware import torch_device_of
 from fleetfit.core.progress import Progress, silent
 from fleetfit.core.records import JsonDict, Record
+from fleetfit.core.step_cache import StepCache
 from fleetfit.data.image_forms import image_processor
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.preprocessing import Preprocessing, TextPreprocessing
@@ -77,7 +78,7 @@ def pretrain(job: Job, out: Path, progress: Progress = silent, command: str = ""
     public = share_out(samples, job.data, devices, job.seed).public
     progress("data", 1, 1, f"{len(public.train)} samples to train on")
     ledger = Ledger()
-    cache = StepFolder(Path(job.run.cache).expanduser(), ledger, is_cache=True)
+    cache = StepCache(job.run.cache_folder, ledger, progress, job.run.cache_limit)
     reference = cached_reference(job, public, cache, lambda done, total, note: progress("reference", done, total, note))
     progress("checkpoint", 0, 1)
     with whole_folder(out, CARD_FILE) as folder:

@@ -12,7 +12,7 @@ from fleetfit.cloud.candidates import Candidates, ClusterChoice
 from fleetfit.cloud.checks import check_cluster_report, check_stats
 from fleetfit.cloud.elastic import Elastic
 from fleetfit.cloud.reference import ProgressOf, Reference, train_reference
-from fleetfit.config.job import Job
+from fleetfit.config.job import Job, narrowed, reads_of
 from fleetfit.core.bounds import from_edge
 from fleetfit.core.checkpoints import Checkpoints
 from fleetfit.core.encoding import Message, Request
@@ -23,6 +23,7 @@ from fleetfit.core.records import (
     BackboneShape,
     LeftOut,
 )
+from fleetfit.core.step_cache import cached, code_of, content_of
 from fleetfit.data.partition import Split
 from fleetfit.edge.messages import BackboneAssignment, ClusterReport, ClusterStats, StatsRequest
 from fleetfit.edge.polling import ATTEMPTS, NO_REPLY
@@ -52,7 +53,7 @@ def run_cloud(
         public: D_c.
         edges: One member per cluster.
         steps: Finished steps of this run.
-        cache: Trained references of all runs.
+        cache: Results of the cloud's steps, of all runs.
         progress: Told how far each phase is.
     """
     if told := other_split(job.model.pretrained, job.data.model_dump(mode="json"), job.seed):
@@ -69,12 +70,10 @@ def run_cloud(
 
     reference = steps.step("reference/cloud", Reference, lambda: cached_reference(job, public, cache, of("reference")))
     elastic = steps.step(
-        "elastic/cloud", Elastic, lambda: cloud_elastic.make_elastic(job, reference, public, of("elastic training"))
+        "elastic/cloud", Elastic, lambda: cached_elastic(job, reference, public, cache, of("elastic training"))
     )
     candidates = steps.step(
-        "candidates/cloud",
-        Candidates,
-        lambda: cloud_candidates.evaluate_candidates(job, elastic, public, of("candidates")),
+        "candidates/cloud", Candidates, lambda: cached_candidates(job, elastic, public, cache, of("candidates"))
     )
     num_patches = _num_patches(job, reference)
     choices = {
@@ -94,7 +93,7 @@ def run_cloud(
     def specialised(cluster: str, shape: BackboneShape) -> BackboneAssignment:
         if same := by_shape.get(shape):  # nothing about the cluster goes into it but its name
             return same.model_copy(update={"cluster": cluster})
-        return cloud_elastic.cut_and_specialise(job, reference, elastic, public, cluster, shape, of("specialise"))
+        return cached_specialised(job, reference, elastic, public, cluster, shape, cache, of("specialise"))
 
     for cluster, choice in choices.items():
         shape = candidates.candidates[choice.chosen].shape
@@ -110,20 +109,100 @@ def run_cloud(
     return FleetResult(reference, elastic, candidates, choices, reports, left_out)
 
 
+OF_PUBLIC_DATA = ("data.public_share", "data.test_share", "data.edge_share", "data.validation_share")
+OF_MODEL = ("model.family", "model.header", "header.channels")
+OF_ELASTIC = (
+    *("seed", *OF_MODEL, "model.shift_pixels", "model.flip", "backbone.widths", "backbone.depths"),
+    *("backbone.importance", "backbone.importance_samples", "backbone.depth_order", "backbone.distillation"),
+    *("backbone.steps", "backbone.batch_size", "backbone.learning_rate"),
+    *("backbone.weight_logits", "backbone.weight_embeddings", "run.precision"),
+)
+OF_CANDIDATES = ("seed", *OF_MODEL, "backbone.widths", "backbone.depths")
+OF_SPECIALISED = (
+    *("seed", *OF_MODEL, "model.shift_pixels", "model.flip", "backbone.specialise_steps"),
+    *("backbone.batch_size", "backbone.learning_rate", "backbone.weight_logits", "run.precision"),
+)
+CODE = ("cloud", "models", "method")
+
+
 def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: ProgressOf) -> Reference:
-    """The trained reference, from the cache or into it; a training that was stopped is gone on with."""
-    key = reference_key(job, public)
-    return cache.step(key, Reference, lambda: train_reference(job, public, progress, cache.bookmark(key)))
+    """The trained reference, from the cache or into it; a training that was stopped is resumed."""
+    return cached(
+        cache,
+        "reference",
+        reference_reads(job, public),
+        Reference,
+        lambda bookmark: train_reference(job, public, progress, bookmark),
+    )
+
+
+def reference_reads(job: Job, public: Split) -> dict[str, object]:
+    """What the reference depends on: its own settings, its start, the public samples, the seed."""
+    start = fingerprint(job.model.pretrained) if job.model.pretrained else ""
+    own = {f"model.{name}": value for name, value in job.model.model_dump(mode="json").items()}
+    if job.model.header == "pooled":  # its own header has them
+        own["header.channels"] = job.header.channels
+    samples = {"public samples": public.train.fingerprint}
+    return own | samples | reads_of(job, ("seed", *OF_PUBLIC_DATA)) | {"pretrained weights": start}
 
 
 def reference_key(job: Job, public: Split) -> str:
-    """Changes with what the reference depends on: its own settings, its start, the public samples, the seed."""
-    start = fingerprint(job.model.pretrained) if job.model.pretrained else ""
-    channels = job.header.channels if job.model.header == "pooled" else None  # of its own header
-    shares = job.data.model_dump(include={"public_share", "test_share", "edge_share", "validation_share"})
-    return (
-        f"reference/{content_hash(job.model.model_dump(), channels, start, public.train.fingerprint, shares, job.seed)}"
+    """Its name in the cache."""
+    return f"reference/{content_hash(reference_reads(job, public))}"
+
+
+def cached_elastic(job: Job, reference: Reference, public: Split, cache: Checkpoints, progress: ProgressOf) -> Elastic:
+    """The elastic backbone, from the cache or into it."""
+    reads = reads_of(job, OF_ELASTIC) | {"reference": content_of(reference), "public samples": public.fingerprint}
+    own = narrowed(job, OF_ELASTIC)
+    return cached(
+        cache,
+        "elastic",
+        reads | {"fleetfit's code": code_of(*CODE)},
+        Elastic,
+        lambda bookmark: cloud_elastic.make_elastic(own, reference, public, progress, bookmark),
     )
+
+
+def cached_candidates(
+    job: Job, elastic: Elastic, public: Split, cache: Checkpoints, progress: ProgressOf
+) -> Candidates:
+    """All candidates with their losses, from the cache or into it."""
+    reads = reads_of(job, OF_CANDIDATES) | {"elastic backbone": content_of(elastic)}
+    own = narrowed(job, OF_CANDIDATES)
+    return cached(
+        cache,
+        "candidates",
+        reads | {"public samples": public.fingerprint, "fleetfit's code": code_of(*CODE)},
+        Candidates,
+        lambda _: cloud_candidates.evaluate_candidates(own, elastic, public, progress),
+    )
+
+
+def cached_specialised(
+    job: Job,
+    reference: Reference,
+    elastic: Elastic,
+    public: Split,
+    cluster: str,
+    shape: BackboneShape,
+    cache: Checkpoints,
+    progress: ProgressOf,
+) -> BackboneAssignment:
+    """A cluster's backbone, from the cache or into it; nothing about the cluster goes into it but its name."""
+    inputs: dict[str, object] = {"reference": content_of(reference), "elastic backbone": content_of(elastic)}
+    inputs |= {"public samples": public.fingerprint, "width": shape.width, "depth": shape.depth}
+    own = narrowed(job, OF_SPECIALISED)
+    found = cached(
+        cache,
+        "specialise",
+        reads_of(job, OF_SPECIALISED) | inputs | {"fleetfit's code": code_of(*CODE)},
+        BackboneAssignment,
+        lambda bookmark: cloud_elastic.cut_and_specialise(
+            own, reference, elastic, public, cluster, shape, progress, bookmark
+        ),
+    )
+    return found.model_copy(update={"cluster": cluster})
 
 
 def _num_patches(job: Job, reference: Reference) -> int:

@@ -7,6 +7,7 @@ to the paper's own; a key that a job states itself wins over both.
 import json
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +99,34 @@ def make_job(fields: dict[str, Any]) -> Job:
         return Job.model_validate(merged(preset_of(fields), fields))
     except ValidationError as error:
         raise ValueError(explain(error, Job)) from None
+
+
+def reads_of(job: Job, keys: Iterable[str]) -> dict[str, object]:
+    """The values of some keys (``seed``, ``backbone.steps``), as JSON has them."""
+    fields = job.model_dump(mode="json")
+    found: dict[str, object] = {}
+    for key in keys:
+        section, _, name = key.partition(".")
+        found[key] = fields[section][name] if name else fields[section]
+    return found
+
+
+def narrowed(job: Job, keys: Iterable[str]) -> Job:
+    """A job in which only these keys, and how it is run, are as in this one, and all others have their defaults.
+
+    What is computed with it cannot depend on anything else, so a hash of these keys stands for it.
+    """
+    base = Job()
+    sections: dict[str, dict[str, object]] = {}
+    whole: dict[str, object] = {"run": job.run}
+    for key in keys:
+        section, _, name = key.partition(".")
+        if not name:
+            whole[section] = getattr(job, section)
+        elif section != "run":
+            sections.setdefault(section, {})[name] = getattr(getattr(job, section), name)
+    whole |= {name: getattr(base, name).model_copy(update=values) for name, values in sections.items()}
+    return base.model_copy(update=whole)
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The job's other tables, with their defaults: fleetfit's own choices, made by measurement (benchmarks/results/)."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -367,7 +368,19 @@ class RunConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the cloud's training; auto: bfloat16 on a GPU that has it, and else float32"
     )
-    cache: str = Field("~/.cache/fleetfit", description="trained references and decoded images, by content hash")
+    cache: str = Field(
+        "~/.cache/fleetfit",
+        description="what the cloud trained, headers that edges found, and decoded images, each by what it was made of",
+    )
+    cache_limit: Bytes = Field(
+        20 * 10**9,
+        description="the most that results of steps in the cache take; what was used longest ago is cleared first",
+    )
     track: Literal["", "tensorboard", "mlflow", "trackio"] = Field(
         "", description="a program that follows runs is told losses and results; its files are in the run folder"
     )
+
+    @property
+    def cache_folder(self) -> Path:
+        """Of the cache."""
+        return Path(self.cache).expanduser()

@@ -55,8 +55,10 @@ class Bookmark(Protocol):
 class Checkpoints(Protocol):
     """Finished steps that survive a kill."""
 
-    def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
-        """The saved result of this step, or compute and save it."""
+    def step(
+        self, name: str, result: type[M], compute: Callable[[], M], reads: Mapping[str, object] | None = None
+    ) -> M:
+        """The saved result of this step, or compute and save it; a cache keeps with it what it ``reads``."""
 
     def bookmark(self, name: str) -> Bookmark:
         """Where the training inside this step is kept until the step is finished."""
@@ -175,19 +177,12 @@ class StepFolder:
         folder: Where the files go.
         ledger: Bytes and seconds of steps, also of those that are read back, are added to it.
         on_step: Called with (name, cost, result) for each step.
-        is_cache: It is of many runs, and its files may come from anywhere: one that somebody else could have written,
-            or that is of another step, is computed again.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        ledger: Ledger,
-        on_step: Callable[[str, Cost, Message], None] | None = None,
-        is_cache: bool = False,
+        self, folder: Path, ledger: Ledger, on_step: Callable[[str, Cost, Message], None] | None = None
     ) -> None:
         self.folder = folder
-        self.is_cache = is_cache
         self.ledger = ledger
         self.on_step = on_step
         self._told: set[str] = set()
@@ -195,10 +190,11 @@ class StepFolder:
 
     def bookmark(self, name: str) -> TrainingFile:
         """Where the training inside a step is kept until the step is finished; its seconds count as the step's."""
-        path = self.folder / f"{name}.training.safetensors"
-        return self._bookmarks.setdefault(name, TrainingFile(path, self.folder if self.is_cache else None))
+        return self._bookmarks.setdefault(name, self._training_file(name))
 
-    def step(self, name: str, result: type[M], compute: Callable[[], M]) -> M:
+    def step(
+        self, name: str, result: type[M], compute: Callable[[], M], reads: Mapping[str, object] | None = None
+    ) -> M:
         """The saved result of a step, or compute and save it. The phase is the name's first part.
 
         A step that is asked for again counts once.
@@ -207,14 +203,8 @@ class StepFolder:
             ValueError: the saved file is corrupt, truncated or foreign; names it.
         """
         path = self.folder / f"{name}.safetensors"
-        if path.exists() and not (self.is_cache and self._is_foreign(name, path)):
-            what = f"{path} (delete it to compute this step again)"
-            blob = path.read_bytes()
-            value = decode(blob, result, what)
-            try:
-                cost = Cost.read(read_header(blob, what).metadata["cost"])
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                raise ValueError(f"{what} is corrupt: it does not say what it cost") from error
+        if (found := self._found(name, path, result)) is not None:
+            value, cost = found
             if name in self._told:
                 return value
             self.ledger.traffic.update(cost.traffic)
@@ -228,7 +218,7 @@ class StepFolder:
                 cpu_seconds=time.process_time() - cpu_start + (training.earlier_cpu_seconds if training else 0.0),
                 traffic=self.ledger.since(before),
             )
-            write_atomically(path, encode(value, cost=cost.written, **({"key": name} if self.is_cache else {})))
+            self._keep(name, path, value, cost, reads)
             if training is not None:
                 training.forget()
         self._told.add(name)
@@ -239,20 +229,22 @@ class StepFolder:
             self.on_step(name, cost, value)
         return value
 
-    def _is_foreign(self, name: str, path: Path) -> bool:
-        """Whether a file of a cache is not to be used, and says why."""
-        if place := others_may_write(path, self.folder):
-            why = f"others may write {place}" if place != path else "others may write it"
-        else:
-            try:
-                key = read_header(path.read_bytes(), str(path)).metadata.get("key", name)
-            except ValueError as error:
-                key, why = "", str(error)
-            if key == name:
-                return False
-            why = f"it is of {key!r}" if key else why
-        logger.warning("%s is not used, but computed again: %s", path, why)
-        return True
+    def _training_file(self, name: str) -> TrainingFile:
+        return TrainingFile(self.folder / f"{name}.training.safetensors")
+
+    def _found(self, name: str, path: Path, result: type[M]) -> tuple[M, Cost] | None:
+        if not path.exists():
+            return None
+        what = f"{path} (delete it to compute this step again)"
+        blob = path.read_bytes()
+        value = decode(blob, result, what)
+        try:
+            return value, Cost.read(read_header(blob, what).metadata["cost"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{what} is corrupt: it does not say what it cost") from error
+
+    def _keep(self, name: str, path: Path, value: Message, cost: Cost, reads: Mapping[str, object] | None) -> None:
+        write_atomically(path, encode(value, cost=cost.written))
 
 
 class MemoryFolder:

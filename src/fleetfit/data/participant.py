@@ -206,7 +206,7 @@ def _of_source(job: Job, source: str, splits: tuple[str, ...]) -> DataConfig:
 
 
 def _opened(job: Job, config: DataConfig, labels: tuple[str, ...], progress: Progress) -> tuple[Path, Table]:
-    cache = Path(job.run.cache).expanduser()
+    cache = job.run.cache_folder
     return cache, open_table(config, cache, lambda words: progress("data", 0, 1, words), labels)
 
 

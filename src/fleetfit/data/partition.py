@@ -1,5 +1,7 @@
 """Who gets which samples: cloud (public), edges (shared), devices (private). They never overlap."""
 
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence, Sized
@@ -35,6 +37,16 @@ class Split:
     test: Samples
     summary: DataSummary | None = None
     unlabelled: Samples | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the content of the samples, with which of them these are, and with their labels."""
+        found = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            found.update(json.dumps([part.fingerprint, len(part), part.label_names]).encode())
+            for numbers in (part.inputs.index, part.labels):
+                found.update(numbers.cpu().numpy().tobytes())
+        return found.hexdigest()[:16]
 
     def to(self, torch_device: torch.device) -> "Split":
         """The same for a model on this hardware."""

@@ -82,7 +82,7 @@ def load_source(job: Job, progress: Progress = silent) -> tuple[Samples, Origin]
         return _some(digits, job), origin
     if job.model.pretrained:
         read_config_of(job.model.pretrained, job.model.family)  # is it there, and does it read what the family reads?
-    cache = Path(job.run.cache).expanduser()
+    cache = job.run.cache_folder
     table = open_table(job.data, cache, lambda words: progress("data", 0, 1, words))
     column, label_column = find_columns(table, job.data, kind)
     table = table.with_files_of(column.name) if kind == "image" else table

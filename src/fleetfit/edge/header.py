@@ -7,11 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fleetfit.config.job import Job
+from fleetfit.config.job import Job, narrowed, reads_of
+from fleetfit.core.checkpoints import Checkpoints
 from fleetfit.core.encoding import Message, put, take
 from fleetfit.core.hardware import CPU, fits_on, torch_device_of
 from fleetfit.core.randomness import derive_seed, named_generator
 from fleetfit.core.records import Fault, HeaderSpec, HeaderTrial, JsonDict
+from fleetfit.core.step_cache import cached, code_of, content_of
 from fleetfit.data.augmentation import Augmentation, is_images, views_of
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
@@ -125,6 +127,25 @@ def find_header(
         trials=result.trials,
         history=tuple(result.history),
         tensors={n: t.detach().cpu().clone() for n, t in tensors.items()},
+    )
+
+
+OF_HEADER = ("seed", "model.shift_pixels", "model.flip", "header")
+
+
+def cached_header(
+    job: Job, assignment: BackboneAssignment, data: Split, limit_bytes: int, cache: Checkpoints, progress: ProgressOf
+) -> HeaderResult:
+    """The header for a cluster's backbone, from the cache or into it."""
+    own = {f"header.{name}": value for name, value in job.header.model_dump(mode="json").items()}
+    inputs = {"backbone": content_of(assignment), "shared samples": data.fingerprint, "storage limit": limit_bytes}
+    narrow = narrowed(job, OF_HEADER)
+    return cached(
+        cache,
+        "header_search",
+        reads_of(job, OF_HEADER[:-1]) | own | inputs | {"fleetfit's code": code_of("edge", "models", "method")},
+        HeaderResult,
+        lambda _: find_header(narrow, assignment, data, limit_bytes, progress),
     )
 
 

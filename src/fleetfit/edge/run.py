@@ -86,7 +86,13 @@ def _as_known(said: DeviceAttributes, known: DeviceAttributes | None) -> tuple[D
 
 
 def run_edge(
-    job: Job, assignment: BackboneAssignment, data: Split, devices: Link, steps: Checkpoints, progress: Progress
+    job: Job,
+    assignment: BackboneAssignment,
+    data: Split,
+    devices: Link,
+    steps: Checkpoints,
+    progress: Progress,
+    cache: Checkpoints | None = None,
 ) -> ClusterReport:
     """Phase 2 on one edge: search the header, then refine it round by round with the devices.
 
@@ -97,8 +103,13 @@ def run_edge(
         devices: The cluster's devices.
         steps: Finished steps of this run.
         progress: Told how far each phase is.
+        cache: Results of header searches, of all runs; None: what is searched is kept with this run only.
     """
     cluster = assignment.cluster
+
+    def told(done: int, total: int, note: str) -> None:
+        progress("header search", done, total, note)
+
     stats = gather_stats(job, cluster, devices, steps)
     too_small = edge.too_small(job, assignment, stats)
     if len(too_small) == len(stats.devices):
@@ -108,8 +119,10 @@ def run_edge(
     found = steps.step(
         f"header_search/{cluster}",
         HeaderResult,
-        lambda: edge.find_header(
-            job, assignment, data, limit_bytes, lambda i, n, note: progress("header search", i, n, note)
+        lambda: (
+            edge.cached_header(job, assignment, data, limit_bytes, cache, told)
+            if cache
+            else edge.find_header(job, assignment, data, limit_bytes, told)
         ),
     )
 
@@ -260,6 +273,7 @@ def edge_handler(
     steps: Checkpoints,
     progress: Progress,
     known: Mapping[str, DeviceAttributes] | None = None,
+    cache: Checkpoints | None = None,
 ) -> Handler:
     """An edge that goes on from its finished steps: asked again after a kill, it does what is left.
 
@@ -271,13 +285,14 @@ def edge_handler(
         steps: Finished steps of this run.
         progress: Told how far each phase is.
         known: What is known of the devices' hardware, whatever they say.
+        cache: Results of header searches, of all runs.
     """
 
     def answer(message: Message) -> Message:
         if isinstance(message, StatsRequest):
             return gather_stats(job, cluster, devices, steps, known)
         if isinstance(message, BackboneAssignment):
-            return run_edge(job, message, data, devices, steps, progress)
+            return run_edge(job, message, data, devices, steps, progress, cache)
         raise ValueError(f"edge {cluster}: cannot answer a {message.kind!r}")
 
     return answer

@@ -15,7 +15,7 @@ from fleetfit.cloud.run import FleetResult, run_cloud
 from fleetfit.config.job import Job
 from fleetfit.config.sections import LinksConfig
 from fleetfit.core.bounds import FROM_ABOVE, FROM_DEVICE, MAX_MESSAGE_RULE, Bounds
-from fleetfit.core.checkpoints import Ledger, StepFolder
+from fleetfit.core.checkpoints import Ledger
 from fleetfit.core.encoding import Message, Request, encode
 from fleetfit.core.hardware import torch_device_of
 from fleetfit.core.link import Handler, Link, Refused
@@ -134,10 +134,10 @@ def counted(attributes: DeviceAttributes, data: FleetData) -> DeviceAttributes:
 def _run_tiers(
     job: Job, folder: RunFolder, links: Mapping[str, Link], data: FleetData, progress: Progress
 ) -> FleetResult:
+    cache = folder.cache(progress)
     edges = {
-        cluster: edge_handler(job, cluster, data.edges[cluster], devices, folder.steps, progress)
+        cluster: edge_handler(job, cluster, data.edges[cluster], devices, folder.steps, progress, cache=cache)
         for cluster, devices in links.items()
     }
     link = LocalLink(edges, folder.ledger, "cloud_to_edge", "edge_to_cloud", job.links)
-    cache = StepFolder(Path(job.run.cache).expanduser(), Ledger(), is_cache=True)
     return run_cloud(job, data.public, link, folder.steps, cache, progress)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from fleetfit.cloud import candidates as cloud_candidates
@@ -18,7 +17,6 @@ from fleetfit.cloud.reference import (
 )
 from fleetfit.cloud.run import reference_key
 from fleetfit.config.job import Job
-from fleetfit.core.checkpoints import Ledger, StepFolder
 from fleetfit.core.encoding import Message
 from fleetfit.core.hardware import torch_device_of
 from fleetfit.core.progress import Progress
@@ -186,8 +184,7 @@ def _middle(job: Job, members: Sequence[DeviceAttributes], shapes: Sequence[Size
 
 
 def _of_reference(job: Job, model: Any, is_fresh: bool, public: Split) -> dict[str, Any]:
-    cache = StepFolder(Path(job.run.cache).expanduser(), Ledger(), is_cache=True)
-    if (cache.folder / f"{reference_key(job, public)}.safetensors").exists():
+    if (job.run.cache_folder / f"{reference_key(job, public)}.safetensors").exists():
         return {"seconds": 0.0, "note": "trained before, in run.cache"}
     if not job.model.epochs:
         return {"seconds": 0.0, "note": "as it is"}

@@ -10,9 +10,11 @@ exports/<id>/       a device's model in another format (runs/export.py)
 
 import csv
 import io
+import itertools
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,8 +25,10 @@ from pydantic import ValidationError
 from fleetfit.config.job import Job, load_job
 from fleetfit.core.checkpoints import Cost, Ledger, MemoryFolder, StepFolder
 from fleetfit.core.encoding import Message, first_problem
-from fleetfit.core.files import differences, locked, write_atomically
+from fleetfit.core.files import differences, locked, read_json, write_atomically
+from fleetfit.core.progress import Progress
 from fleetfit.core.records import DataSummary
+from fleetfit.core.step_cache import StepCache
 from fleetfit.data.file_rows import shown
 from fleetfit.models.classifier import Classifier
 from fleetfit.runs.device_folder import ModelCard, write_model
@@ -32,6 +36,7 @@ from fleetfit.runs.device_folder import ModelCard, write_model
 logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 DATA_FILE = "data.json"
+CACHE_FILE = "from_cache.json"
 AT_THE_DOOR = "_wire"  # behind the name of a link: its bytes with all that carries them, where a server counts them
 HOW = {"run", "links"}  # sections of the job that say how to run, not what: they may change when a run is gone on with
 
@@ -75,14 +80,24 @@ def changed_data(before: DataSummary, now: DataSummary) -> str:
 
 
 ASKED = "attributes"
-_CLOUD = {"method", "seed", "data", "model"}
-READS = {  # the sections of the job that a phase's steps depend on, in the order of a run
-    "reference": _CLOUD,
-    "elastic": _CLOUD | {"backbone"},
-    "candidates": _CLOUD | {"backbone"},
-    "specialise": _CLOUD | {"backbone", "fleet", "header"},
-    "header_search": _CLOUD | {"backbone", "fleet", "header"},
-}
+ANEW = "choose another --out, or begin anew here with --again, which keeps what is there beside it"
+
+
+def set_aside(path: Path) -> Path | None:
+    """Move a run out of the way, so that another can begin in its folder; where it is now, None if there was none.
+
+    Raises:
+        ValueError: another process is writing to it.
+        OSError: it cannot be moved.
+    """
+    if not (path / "job.toml").exists():
+        return None
+    lock = locked(path / ".lock")
+    try:
+        number = next(n for n in itertools.count(1) if not os.path.lexists(path.with_name(f"{path.name}.before-{n}")))
+        return path.rename(path.with_name(f"{path.name}.before-{number}"))
+    finally:
+        lock.close()
 
 
 class RunFolder:
@@ -115,8 +130,7 @@ class RunFolder:
             differing = differences(before.model_dump(exclude=HOW), self.job.model_dump(exclude=HOW))
             if differing and self._begun():
                 raise ValueError(
-                    f"{self.path} holds the run of another job (differs in {', '.join(differing[:5])}); "
-                    f"choose another --out, or delete the folder{self._could_stay(differing)}"
+                    f"{self.path} holds the run of another job (differs in {', '.join(differing[:5])}); {ANEW}"
                 )
             if differing:
                 shutil.rmtree(self.path / "steps", ignore_errors=True)
@@ -126,25 +140,6 @@ class RunFolder:
         """Whether there is anything that took time: attributes of devices are asked for in a moment."""
         steps = (path for path in (self.path / "steps").rglob("*") if path.is_file() and path.parent.name != ASKED)
         return any(True for _ in (*steps, *self.path.glob("devices/*"), *self.path.glob("summary.json")))
-
-    def _could_stay(self, differing: Sequence[str]) -> str:
-        """Which finished steps are the same in the other job, for a person."""
-        changed = {key.partition(".")[0] for key in differing}
-        if "header.channels" in differing:  # the reference's own header has them too
-            changed.add("model")
-        same = []
-        for phase, reads in READS.items():
-            if changed & reads:
-                break
-            if (self.path / "steps" / phase).exists():
-                same.append(phase)
-        if not same:
-            return ""
-        names = same[0] if len(same) == 1 else "{" + ",".join(same) + "}"
-        return (
-            f"\nwhat is the same in both jobs need not be computed again: mkdir -p NEW/steps && cp -r "
-            f"{self.path}/steps/{names} NEW/steps, and --out NEW"
-        )
 
     def close(self) -> None:
         """Let others write here."""
@@ -162,9 +157,7 @@ class RunFolder:
         Raises:
             ValueError: it began with other data.
         """
-        claim_data(
-            self.path / DATA_FILE, data, self._begun(), "choose another --out, or delete the folder, to begin anew"
-        )
+        claim_data(self.path / DATA_FILE, data, self._begun(), ANEW)
 
     def _note(self, name: str, cost: Cost, value: Message) -> None:
         fields = json.loads(value.model_dump_json())
@@ -172,6 +165,21 @@ class RunFolder:
         line = {"step": name, "seconds": round(cost.seconds, 3), **known, "bytes": dict(cost.traffic), **fields}
         self._lines.append(json.dumps(line))
         write_atomically(self.path / "metrics.jsonl", "\n".join(self._lines) + "\n")
+
+    def took(self, phase: str, path: Path) -> None:
+        """Note that a step of this phase was taken from the cache."""
+        files = [*self.from_cache.get(phase, ()), str(path)]
+        self.write_json(CACHE_FILE, {**self.from_cache, phase: list(dict.fromkeys(files))})
+
+    @property
+    def from_cache(self) -> dict[str, list[str]]:
+        """By phase, the files of the cache that steps were taken from instead of being computed."""
+        return read_json(self.path / CACHE_FILE) if (self.path / CACHE_FILE).exists() else {}
+
+    def cache(self, progress: Progress) -> StepCache:
+        """Results of steps of all runs, as this one uses them."""
+        run = self.job.run
+        return StepCache(run.cache_folder, tell=progress, limit_bytes=run.cache_limit, taken=self.took, run=self.path)
 
     def memory_of(self, device_id: str) -> MemoryFolder:
         """Where one device keeps its memory in a local run."""

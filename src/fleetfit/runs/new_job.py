@@ -89,7 +89,7 @@ def look_at(data: str, model: str = "", progress: Progress = silent) -> Found:
             num_classes=10, num_samples=1797, config={},
         )  # fmt: skip
     reading = DataConfig(source=data)
-    table = open_table(reading, Path(Job().run.cache).expanduser(), lambda words: progress("data", 0, 1, words))
+    table = open_table(reading, Job().run.cache_folder, lambda words: progress("data", 0, 1, words))
     kind, (column, label_column) = _columns(table, reading, kinds)
     table = table.with_files_of(column.name) if kind == "image" else table
     labels = read_labels(table, label_column.name, reading)

@@ -249,6 +249,7 @@ def summarise(
             **{f"{link}_bytes": number for link, number in traffic.items() if link.endswith(AT_THE_DOOR)},
         },
         "privacy": promise(job),
+        "from_cache": sorted(folder.from_cache),
         "seconds": {phase: round(s, 3) for phase, s in folder.ledger.seconds.items()},
         "cpu_seconds": folder.ledger.known_cpu_seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale,

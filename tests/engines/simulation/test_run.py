@@ -114,7 +114,8 @@ def test_devices_on_ray_become_what_they_become_here(
 
     alive: list[str] = []
     folders: list[Path] = []
-    there = simulation.run(job, tmp_path / "there", progress)
+    given["run"]["cache"] = str(tmp_path / "another cache")  # all of it is computed there, too
+    there = simulation.run(make_job(given), tmp_path / "there", progress)
     assert any("raylet" in process for process in alive)
     assert len(folders) == 1
     assert not gone(mark)

@@ -12,7 +12,6 @@ import torch
 
 from fleetfit.cloud.run import FleetResult, run_cloud
 from fleetfit.config.job import Job
-from fleetfit.core.checkpoints import Ledger, StepFolder
 from fleetfit.core.encoding import take
 from fleetfit.core.files import differences, locked, write_atomically
 from fleetfit.core.hardware import torch_device_of
@@ -84,7 +83,7 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                     passed=server.passed,
                     booked=Passed() if isinstance(server, Hub) else None,  # a door of our own is open for this run only
                 )
-                cache = StepFolder(Path(job.run.cache).expanduser(), Ledger(), is_cache=True)
+                cache = folder.cache(progress)
                 result = run_cloud(job, public, edges, folder.steps, cache, progress)
             finally:
                 carrier.close()

@@ -60,7 +60,6 @@ NAVIGATION = {
     "glossary": "Glossary",
     "job": "Job",
 }
-CACHED_SECONDS = 0.1  # a reference that took less was not trained but read
 
 
 def render(run: Run) -> str:
@@ -242,8 +241,9 @@ def _cost(run: Run) -> Markup:
             "CPU time is that of all threads of the processes that ran the steps; of devices too, where they run in "
             "the same process."
         )
-    if seconds.get("reference", CACHED_SECONDS) < CACHED_SECONDS:
-        notes.append("Next to no time for the reference means that it was read from the cache of trained references.")
+    if taken := run.summary.from_cache:
+        names = ", ".join(PHASES.get(phase, phase).lower() for phase in taken)
+        notes.append(f"Taken from the cache, where an earlier run had computed the same: {names}.")
     if run.summary.peak_memory_bytes:
         notes.append(f"Peak memory of the process: {bytes_text(run.summary.peak_memory_bytes)}.")
     total, carried = seconds_text(sum(seconds.values())), _carried(traffic)

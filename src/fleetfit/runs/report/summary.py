@@ -75,6 +75,7 @@ class Summary(Row):
     privacy: dict[str, Any] | None = None
     cpu_seconds: dict[str, float] = {}
     peak_memory_bytes: int | None = None
+    from_cache: tuple[str, ...] = ()
 
 
 def read_summary(summary: Mapping[str, Any]) -> Summary:
