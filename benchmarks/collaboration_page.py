@@ -61,8 +61,8 @@ def markdown(cells: Cells, machine: str) -> str:
         "# How much devices help each other",
         "",
         "`python benchmarks/collaboration.py` (its head says how). Mean over twenty devices, ± standard error over "
-        "seeds; differences are paired by seed. digits, cifar10 and of in100-32 the settings Dirichlet 0.1, iid and "
-        "labels on 16 cores of another x86_64 machine with an H200 for the clouds of cifar10 (PyTorch 2.11), the others "
+        "seeds; differences are paired by seed. digits, cifar10 and of in100-32 the settings Dirichlet 0.1, iid, "
+        "and labels on another x86_64 machine, with an H200 for the clouds of cifar10 (PyTorch 2.11), the others "
         f"here: {machine}",
         "The best opponent of a row is the one with the highest mean on the test samples, so it is favoured. Oracle "
         "groups: FedAvg inside the true groups, with and without fine-tuning, the better by validation. Defaults "
