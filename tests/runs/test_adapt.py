@@ -179,6 +179,30 @@ def test_cards_with_shares_that_are_none_are_refused(device: Path, change: dict[
         fleetfit.load(device)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"expected_shares": [0.2] * 10}, "class shares must add up to 1, got 2"),
+        ({"expected_shares": [0.05] * 10}, "class shares must add up to 1, got 0.5"),
+        ({"shifts": [[10, 0]]}, "shifts must be pairs of numbers that are finite and > 0"),
+        ({"shifts": [[10, 1]] * 2000}, "at most 1000 items"),
+    ],
+)
+def test_a_card_that_asks_for_nonsense_is_refused(device: Path, change: dict[str, Any], says: str) -> None:
+    fields = json.loads((device / "model.json").read_text()) | change
+    (device / "model.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=says) as error:
+        fleetfit.load(device)
+    assert ": :" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", ["adapt", "evaluate"])
+def test_what_is_wrong_is_told_by_the_option_that_said_it(device: Path, command: str) -> None:
+    result = CliRunner().invoke(app, [command, str(device), "--data", "/no/such/place"])
+    assert result.exit_code == 1
+    assert "--data = '/no/such/place' is no file or folder here" in result.stderr
+
+
 def test_a_run_that_is_gone_on_with_keeps_what_its_devices_were_adapted_to(tmp_path: Path) -> None:
     job = fields(tmp_path / "cache")
     fleetfit.run(job, tmp_path / "run")

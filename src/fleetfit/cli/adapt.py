@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fleetfit.cli.options import AsJson, Debug, expect_file, named, percent, stdout
+from fleetfit.cli.options import AsJson, Debug, expect_file, named, percent, stdout, told_as_options
 from fleetfit.cli.terminal import Phases, reporting
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def adapt(
 
             phases("libraries", 1, 1)
             if data:
-                found = adapt_folder(folder, data, DataConfig(input_column=input_column), phases)
+                with told_as_options():
+                    found = adapt_folder(folder, data, DataConfig(input_column=input_column), phases)
             else:
                 classes = undo_in(folder)
         if not data:

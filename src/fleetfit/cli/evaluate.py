@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fleetfit.cli.options import AsJson, Debug, expect_file, percent, stdout
+from fleetfit.cli.options import AsJson, Debug, expect_file, percent, stdout, told_as_options
 from fleetfit.cli.terminal import Phases, reporting
 
 if TYPE_CHECKING:
@@ -52,7 +52,8 @@ def evaluate(
 
             phases("libraries", 1, 1)
             reading = DataConfig(input_column=input_column, label_column=label_column, splits=(split,) if split else ())
-            found = evaluate_folder(folder, data, reading, phases)
+            with told_as_options():
+                found = evaluate_folder(folder, data, reading, phases)
         if as_json:
             typer.echo(json.dumps(found.model_dump(mode="json"), indent=2))
             return

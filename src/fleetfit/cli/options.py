@@ -1,6 +1,8 @@
 """What commands share: arguments and options of the same name, and how results are printed."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +12,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MOST_NAMED = 10
+OPTIONS = {
+    "data.source": "--data",
+    "data.input_column": "--input-column",
+    "data.label_column": "--label-column",
+    "data.splits": "--split",
+}
 
 # Hidden from the panel, not from the usage line: click 8.5 loses the help of typer 0.20's arguments. The text says it.
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", hidden=True)]
@@ -21,6 +29,18 @@ Overrides = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, warnings and log lines.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
+
+
+@contextmanager
+def told_as_options() -> Iterator[None]:
+    """A job's keys in an error, as the options that they were given by."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        for key, option in OPTIONS.items():
+            said = re.sub(rf"\b{re.escape(key)}\b", option, said)
+        raise ValueError(said) from error
 
 
 def expect_file(path: Path, otherwise: str) -> None:

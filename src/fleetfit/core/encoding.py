@@ -111,7 +111,8 @@ def first_problem(error: ValidationError) -> str:
     if error.error_count() > MAX_PROBLEMS:
         return f"{error.error_count()} fields are wrong"
     problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"]
 
 
 def take(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

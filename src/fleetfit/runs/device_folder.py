@@ -38,6 +38,10 @@ class Adaptation(Record):
     gain_error: float = Field(description="standard error of the gain")
 
 
+MOST_SHIFTS = 1000  # each is tried when a model is adapted
+SUM_ERROR = 1e-3  # of shares, as people round
+
+
 class ModelCard(Record):
     """model.json: all that rebuilds and uses a device's model beside its tensors."""
 
@@ -61,6 +65,7 @@ class ModelCard(Record):
     )
     shifts: tuple[ShiftPrior, ...] = Field(
         (),
+        max_length=MOST_SHIFTS,
         description="with which they may be estimated anew on inputs alone, as known labels say; empty: not to trust",
     )
     adapted: Adaptation | None = Field(None, description="None: the model is as it was shipped")
@@ -71,6 +76,8 @@ class ModelCard(Record):
         for shares in (self.expected_shares, self.adapted.class_shares if self.adapted else ()):
             if shares and (len(shares) != len(self.labels) or not all(0 < share <= 1 for share in shares)):
                 raise ValueError(f"class shares must be {len(self.labels)} numbers in 0..1, one a label")
+            if shares and abs(sum(shares) - 1) > SUM_ERROR:
+                raise ValueError(f"class shares must add up to 1, got {sum(shares):.4g}")
         if not all(0 < number < math.inf for known in self.shifts for number in known):
             raise ValueError("shifts must be pairs of numbers that are finite and > 0")
         if self.adapted and not (self.adapted.class_shares and self.expected_shares):
