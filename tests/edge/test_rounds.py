@@ -288,6 +288,19 @@ def test_groups_stay_only_if_held_out_samples_say_that_they_are_better(came: flo
     assert "average.w" not in rounds.personal(state, "a")
 
 
+@pytest.mark.parametrize(
+    ("silhouette", "came", "grouping"), [(0.12, 0.5, "kept"), (0.12, None, "dropped"), (0.2, None, "kept")]
+)
+def test_groups_that_are_not_clear_stay_only_where_held_out_samples_were_looked_at(
+    silhouette: float, came: float | None, grouping: str
+) -> None:
+    state = step(fresh(), round_of(TWO_GROUPS)).model_copy(update={"silhouettes": {2: silhouette}})
+    looked = {} if came is None else {"came": came, "average": 1.0}
+    after = step(state, round_of(TWO_GROUPS, **looked))
+    assert after.grouping == {"kept": "kept" if came else "found", "dropped": "dropped"}[grouping]
+    assert len(set(after.groups.values())) == (1 if grouping == "dropped" else 2)
+
+
 def test_later_changes_do_not_regroup_and_who_comes_late_joins_the_nearest_group() -> None:
     state = step(fresh(), round_of({d: w for d, w in TWO_GROUPS.items() if d != "f"}))
     assert "f" not in state.groups

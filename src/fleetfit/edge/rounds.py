@@ -18,7 +18,7 @@ from fleetfit.core.encoding import Message, put, take
 from fleetfit.core.records import Fault, ValidationScores
 from fleetfit.device.messages import CoarseReply, RoundReply, header_of
 from fleetfit.method.aggregation import aggregate, alone_weights, average_weights, unit_sum
-from fleetfit.method.groups import cosine_of_changes, group_weights, groups_of
+from fleetfit.method.groups import CLEAR_SILHOUETTE, cosine_of_changes, group_weights, groups_of
 from fleetfit.method.noise import flat, noise_of_sum
 from fleetfit.method.robust import FACTOR, paired, shortened
 from fleetfit.method.similarity import (
@@ -217,7 +217,8 @@ def grouped(state: EdgeState, changes: Mapping[str, Float[Tensor, " value"]]) ->
 def groups_checked(state: EdgeState, replies: Mapping[str, RoundReply], ceiling: float) -> EdgeState:
     """Keep the groups that were found only if averages inside them do clearly better than the average over all.
 
-    Devices have scored both on their validation splits, paired. Where nobody has (``[privacy]``), the groups stay.
+    Devices have scored both on their validation splits, paired. Where nobody has (``[privacy]``), the groups stay if
+    they are clear.
 
     Args:
         state: After the round in which groups were found.
@@ -227,11 +228,13 @@ def groups_checked(state: EdgeState, replies: Mapping[str, RoundReply], ceiling:
     if state.grouping != "found":
         return state
     both = [r for r in replies.values() if r.average.num_samples and r.came.num_samples == r.average.num_samples]
-    if not both:
+    if not both and max(state.silhouettes.values(), default=1.0) >= CLEAR_SILHOUETTE:
         return state
-    numbers = torch.tensor([float(r.came.num_samples) for r in both])
-    sums = torch.tensor([r.came.loss_sum - r.average.loss_sum for r in both], dtype=torch.float64)
-    mean, error = paired(sums / numbers, numbers, ceiling)
+    mean, error = 0.0, math.inf
+    if both:
+        numbers = torch.tensor([float(r.came.num_samples) for r in both])
+        sums = torch.tensor([r.came.loss_sum - r.average.loss_sum for r in both], dtype=torch.float64)
+        mean, error = paired(sums / numbers, numbers, ceiling)
     without = {name: t for name, t in state.tensors.items() if "/average." not in name}
     state = state.model_copy(update={"tensors": without})
     if math.isfinite(error) and mean < -ERRORS_OF_GROUPS * error:
