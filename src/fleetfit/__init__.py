@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fleetfit.core.moved import find_moved_modules
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from fleetfit.core.progress import Progress
 
     __version__: str
+
+find_moved_modules()
 
 __all__ = ["Job", "__version__", "load", "load_job", "run"]
 
