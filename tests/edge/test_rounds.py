@@ -288,17 +288,36 @@ def test_groups_stay_only_if_held_out_samples_say_that_they_are_better(came: flo
     assert "average.w" not in rounds.personal(state, "a")
 
 
-@pytest.mark.parametrize(
-    ("silhouette", "came", "grouping"), [(0.12, 0.5, "kept"), (0.12, None, "dropped"), (0.2, None, "kept")]
-)
-def test_groups_that_are_not_clear_stay_only_where_held_out_samples_were_looked_at(
-    silhouette: float, came: float | None, grouping: str
+@pytest.mark.parametrize(("whole", "of_group", "kept"), [(1.0, 0.5, True), (1.0, 1.0, False), (0.5, 1.0, False)])
+def test_groups_that_are_not_clear_are_on_trial(
+    whole: float, of_group: float, kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    state = step(fresh(), round_of(TWO_GROUPS)).model_copy(update={"silhouettes": {2: silhouette}})
-    looked = {} if came is None else {"came": came, "average": 1.0}
-    after = step(state, round_of(TWO_GROUPS, **looked))
-    assert after.grouping == {"kept": "kept" if came else "found", "dropped": "dropped"}[grouping]
-    assert len(set(after.groups.values())) == (1 if grouping == "dropped" else 2)
+    monkeypatch.setattr(rounds, "CLEAR_SILHOUETTE", 1.0)
+    state = step(fresh(), round_of(TWO_GROUPS))
+    assert state.grouping == "found"
+    assert rounds.personal(state, "a")["header.w"].tolist() == pytest.approx([0.0, 0.25])  # all go on from this
+    assert rounds.personal(state, "a")["average.w"].tolist() == pytest.approx([-1.0, 0.2])
+    state = step(state, round_of(TWO_GROUPS, came=whole, average=of_group))
+    assert state.grouping == ("kept" if kept else "dropped")
+    expected = [-1.0, 0.2] if kept else [0.0, 0.25]
+    assert rounds.personal(state, "a")["header.w"].tolist() == pytest.approx(expected)
+    assert "average.w" not in rounds.personal(state, "a")
+
+
+@pytest.mark.parametrize(("clear", "grouping"), [(1.0, "dropped"), (0.15, "found")])
+def test_where_nobody_can_look_only_clear_groups_stay(
+    clear: float, grouping: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounds, "CLEAR_SILHOUETTE", clear)
+    nobody = {d: reply.model_copy(update={"came": NOTHING}) for d, reply in round_of(TWO_GROUPS).items()}
+    assert step(step(fresh(), round_of(TWO_GROUPS)), nobody).grouping == grouping
+
+
+def test_noised_changes_make_clear_groups_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    noised = {d: reply.model_copy(update={"noise": 0.1}) for d, reply in round_of(TWO_GROUPS).items()}
+    assert step(fresh(), noised).grouping == "found"
+    monkeypatch.setattr(rounds, "CLEAR_SILHOUETTE", 1.0)
+    assert step(fresh(), noised).grouping == "one"
 
 
 def test_later_changes_do_not_regroup_and_who_comes_late_joins_the_nearest_group() -> None:

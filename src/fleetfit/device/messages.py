@@ -93,7 +93,7 @@ class RoundReply(DeviceReply):
     kind: ClassVar[str] = "round_reply"
     scores: ValidationScores = Field(description="of its own header, right after training")
     came: ValidationScores = Field(NO_SCORES, description="of the header that it was sent, with its class prior")
-    average: ValidationScores = Field(NO_SCORES, description="of the whole cluster's average, if that was sent too")
+    average: ValidationScores = Field(NO_SCORES, description="of the other average, if that was sent too")
     noise: float = Field(0.0, ge=0, le=MAX_NOISE, description="standard deviation of the noise in header.*")
 
 
@@ -119,7 +119,7 @@ def header_of(reply: RoundReply, sent: Mapping[str, Tensor]) -> dict[str, Tensor
 class RefineRound(DeviceMessage):
     """Edge to device: do one round. Tensors, once there are any: the personal ``importance.*`` and ``header.*``.
 
-    Where groups were just found, ``average.*`` too: the whole cluster's average header, scored beside the group's.
+    Where groups were just found, ``average.*`` too: the other of the cluster's and the group's average, only scored.
     """
 
     kind: ClassVar[str] = "refine_round"

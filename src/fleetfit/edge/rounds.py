@@ -42,7 +42,7 @@ class EdgeState(Message):
 
     Tensors: ``<device>/importance.*`` and ``<device>/header.*``, personal; ``<device>/sketch.*``, as it came;
     ``<device>/change``, of its header in its first training; ``<device>/average.*``, of the whole cluster, while it is
-    not known whether groups are better.
+    not known whether groups are better; of groups that are not clear this is the groups', and the header the cluster's.
     """
 
     kind: ClassVar[str] = "edge_state"
@@ -183,10 +183,15 @@ def _change_distance(state: EdgeState) -> Float[Tensor, "device peer"]:
     return distance
 
 
-def grouped(state: EdgeState, changes: Mapping[str, Float[Tensor, " value"]]) -> EdgeState:
+def grouped(state: EdgeState, changes: Mapping[str, Float[Tensor, " value"]], noised: bool = False) -> EdgeState:
     """The state after devices' first changes have come: the first time groups are found, later ones join the nearest.
 
     Groups stay as they are from then on: a device's first training starts where all others' did, what follows does not.
+
+    Args:
+        state: Before.
+        changes: To the header, of each device.
+        noised: The changes are, and nobody will say on held-out samples what groups are worth: only clear ones count.
     """
     new = {d: change.float() for d, change in changes.items() if f"{d}/change" not in state.tensors}
     if not new:
@@ -195,7 +200,7 @@ def grouped(state: EdgeState, changes: Mapping[str, Float[Tensor, " value"]]) ->
     known = [d for d in state.devices if f"{d}/change" in state.tensors]
     if not state.groups:
         cosine = cosine_of_changes(torch.stack([state.tensors[f"{d}/change"] for d in known]))
-        found = groups_of(cosine)
+        found = groups_of(cosine, CLEAR_SILHOUETTE if noised else 0.0)
         update = {
             "groups": dict(zip(known, found.of_device, strict=True)),
             "silhouettes": found.silhouettes,
@@ -217,6 +222,9 @@ def grouped(state: EdgeState, changes: Mapping[str, Float[Tensor, " value"]]) ->
 def groups_checked(state: EdgeState, replies: Mapping[str, RoundReply], ceiling: float) -> EdgeState:
     """Keep the groups that were found only if averages inside them do clearly better than the average over all.
 
+    Groups that are not clear are on trial: devices go on from the average over all, and score that of their group
+    beside it, so that groups which are none cost nothing but that.
+
     Devices have scored both on their validation splits, paired. Where nobody has (``[privacy]``), the groups stay if
     they are clear.
 
@@ -228,18 +236,24 @@ def groups_checked(state: EdgeState, replies: Mapping[str, RoundReply], ceiling:
     if state.grouping != "found":
         return state
     both = [r for r in replies.values() if r.average.num_samples and r.came.num_samples == r.average.num_samples]
-    if not both and max(state.silhouettes.values(), default=1.0) >= CLEAR_SILHOUETTE:
+    if not both and _is_clear(state):
         return state
     mean, error = 0.0, math.inf
     if both:
         numbers = torch.tensor([float(r.came.num_samples) for r in both])
         sums = torch.tensor([r.came.loss_sum - r.average.loss_sum for r in both], dtype=torch.float64)
         mean, error = paired(sums / numbers, numbers, ceiling)
+        mean = mean if _is_clear(state) else -mean  # groups on trial are the other header
     without = {name: t for name, t in state.tensors.items() if "/average." not in name}
     state = state.model_copy(update={"tensors": without})
     if math.isfinite(error) and mean < -ERRORS_OF_GROUPS * error:
         return state.model_copy(update={"grouping": "kept"})
     return _weighed(state.model_copy(update={"grouping": "dropped", "groups": dict.fromkeys(state.groups, 0)}))
+
+
+def _is_clear(state: EdgeState) -> bool:
+    """Whether groups show so clearly that devices go on from their averages at once."""
+    return max(state.silhouettes.values(), default=1.0) > CLEAR_SILHOUETTE
 
 
 def weights_among(state: EdgeState, devices: Collection[str]) -> Float[Tensor, "device peer"]:
@@ -298,7 +312,8 @@ def next_state(
     if exchanged and refine.similarity == "updates":
         start = flat(sent)
         state = groups_checked(state, replies, 2 * math.log(max(num_classes, 2)))
-        state = grouped(state, {d: flat(one) - start for d, one in zip(replies, sets, strict=True)})
+        noised = any(r.noise for r in replies.values())
+        state = grouped(state, {d: flat(one) - start for d, one in zip(replies, sets, strict=True)}, noised)
     weights = weights_among(state, replies)
     tensors = dict(state.tensors)
     if refine.scores_importance:
@@ -306,12 +321,10 @@ def next_state(
         for device, of_importance in zip(replies, importance, strict=True):
             tensors |= put(f"{device}/importance", of_importance)
     if exchanged:
-        for device, of_header in zip(replies, aggregate(weights, sets), strict=True):
-            tensors |= put(f"{device}/header", of_header)
-        if state.grouping == "found":
-            whole = aggregate(average_weights(len(sets))[:1], sets)[0]
-            for device in replies:
-                tensors |= put(f"{device}/average", whole)
+        whole = aggregate(average_weights(len(sets))[:1], sets)[0] if state.grouping == "found" else None
+        for device, own in zip(replies, aggregate(weights, sets), strict=True):
+            first, beside = (own, whole) if whole is None or _is_clear(state) else (whole, own)
+            tensors |= put(f"{device}/header", first) | put(f"{device}/average", beside or {})
     noise = noise_of_sum(weights, [r.noise for r in replies.values()])
     if bool(noise.any()):
         tensors |= {f"{device}/noise.header": of_device for device, of_device in zip(replies, noise, strict=True)}

@@ -17,8 +17,7 @@ from torch import Tensor
 
 ALWAYS_TRIED = 8  # so many groups, in clusters of at least twice as many devices; more where devices are more
 MOST_GROUPS = 32  # each number costs time that grows as the square of the devices
-LEAST_SILHOUETTE = 0.1  # worth a look on held-out samples; where all data is alike, chance seldom gives more
-CLEAR_SILHOUETTE = 0.15  # taken at its word, where nobody has held-out samples to look at
+CLEAR_SILHOUETTE = 0.15  # where all data is alike, chance gives up to .1; benchmarks/results/collaboration.md
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,12 @@ def cosine_of_changes(changes: Float[Tensor, "device value"]) -> Float[Tensor, "
     return cosine.fill_diagonal_(1.0)
 
 
-def groups_of(cosine: Float[Tensor, "device device"]) -> Groups:
+def groups_of(cosine: Float[Tensor, "device device"], least: float = CLEAR_SILHOUETTE) -> Groups:
     """Groups by average linkage of 1 - cosine; their number is the one with the highest silhouette, or one.
 
     Average linkage needs no start by chance, and puts who is like nobody in a group of its own. There may be a third as
     many groups as devices, 32 at most, in small clusters 8 and half as many as devices; and one group where no grouping
-    has a mean silhouette of ``LEAST_SILHOUETTE``.
+    has a mean silhouette above ``least``.
     """
     number = len(cosine)
     if number < 4:
@@ -84,7 +83,7 @@ def groups_of(cosine: Float[Tensor, "device device"]) -> Groups:
             found[different] = score, tuple(labels.tolist())
     silhouettes = {count: score for count, (score, _) in found.items()}
     best = max(silhouettes, key=lambda count: (silhouettes[count], -count), default=1)
-    if silhouettes.get(best, -1.0) < LEAST_SILHOUETTE:
+    if silhouettes.get(best, -1.0) <= least:
         return Groups((0,) * number, silhouettes)
     names = list(dict.fromkeys(found[best][1]))
     return Groups(tuple(names.index(label) for label in found[best][1]), silhouettes)
