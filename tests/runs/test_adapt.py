@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 
 import fleetfit
 from fleetfit.cli import app
+from fleetfit.config.job import make_job
 from fleetfit.method.class_prior import SHIFT_PRIORS, ShiftPrior
+from fleetfit.runs import adapt as module
 from fleetfit.runs.adapt import adapt_folder, estimate, undo
 from fleetfit.runs.device_folder import read_card, write_model
 from fleetfit.runs.predict import predict
@@ -196,9 +198,8 @@ def test_a_card_that_asks_for_nonsense_is_refused(device: Path, change: dict[str
     assert ": :" not in str(error.value)
 
 
-@pytest.mark.parametrize("command", ["adapt", "evaluate"])
-def test_what_is_wrong_is_told_by_the_option_that_said_it(device: Path, command: str) -> None:
-    result = CliRunner().invoke(app, [command, str(device), "--data", "/no/such/place"])
+def test_what_is_wrong_is_told_by_the_option_that_said_it(device: Path) -> None:
+    result = CliRunner().invoke(app, ["evaluate", str(device), "--data", "/no/such/place"])
     assert result.exit_code == 1
     assert "--data = '/no/such/place' is no file or folder here" in result.stderr
 
@@ -280,3 +281,102 @@ def test_a_class_that_was_all_but_ruled_out_comes_back_where_the_model_still_kno
     found, _, _ = estimate(logits, shares, (ShiftPrior(10.0),))
     assert found is not None
     assert found.class_shares[2] == pytest.approx(0.6, abs=0.05)
+
+
+# -- found by an attack -----------------------------------------------------------------------------------------------
+
+
+def pictures(folder: Path, images: np.ndarray) -> Path:
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def adapted_by(device: Path, *options: str) -> Any:
+    return CliRunner().invoke(app, ["adapt", str(device), *options])
+
+
+@pytest.mark.parametrize("name", ["pictures", "array"])
+def test_inputs_that_are_all_alike_say_nothing(device: Path, tmp_path: Path, name: str) -> None:
+    before = (device / "model.json").read_bytes()
+    if name == "pictures":
+        source = pictures(tmp_path / "dark", np.zeros((30, 8, 8)))
+    else:
+        source = tmp_path / "dark.npy"
+        np.save(source, np.zeros((30, 8, 8), dtype=np.float32))
+    result = adapted_by(device, "--data", str(source))
+    assert result.exit_code == 1
+    assert "at least 20 inputs are needed to estimate class shares, got 30, of which 1 are different" in result.stderr
+    assert (device / "model.json").read_bytes() == before
+
+
+def test_a_place_that_is_not_there_is_asked_for_nowhere_else(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evilmod.py").write_text("open('ran', 'w')\ndef f(): return []\n")
+    for source in ("today.npy", "seen/today", "evilmod:f"):
+        result = adapted_by(device, "--data", source)
+        assert result.exit_code == 1
+        assert f"--data: {source}: no such file or folder" in result.stderr
+    assert not (tmp_path / "ran").exists()
+    assert "--data must name a file or a folder, got an empty name" in adapted_by(device, "--data", "").stderr
+
+
+def test_what_is_given_twice_counts_once_and_what_is_left_out_is_told(device: Path, tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (30, 8, 8))
+    folder = pictures(tmp_path / "seen", images)
+    (folder / "more.csv").write_text("a\n1\n")
+    once = adapt_folder(device, [str(folder)])
+    assert any("1 file beside these" in note or "1 files beside these" in note for note in once.notes)
+    twice = adapt_folder(device, [str(folder), str(folder / ".." / "seen" / "3.png")])
+    assert twice.num_inputs == once.num_inputs == 30
+    assert any("count once" in note for note in twice.notes)
+
+
+def test_a_model_that_was_replaced_in_the_meantime_is_not_written_over(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = pictures(tmp_path / "seen", np.random.default_rng(0).integers(0, 255, (30, 8, 8)))
+    real = module.estimate
+
+    def while_it_works(*arguments: Any) -> Any:
+        weights = device / "model.safetensors"
+        content = weights.read_bytes()
+        weights.unlink()
+        weights.write_bytes(content)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "estimate", while_it_works)
+    before = (device / "model.json").read_bytes()
+    with pytest.raises(ValueError, match="was replaced in the meantime; nothing was changed"):
+        adapt_folder(device, [str(source)])
+    assert (device / "model.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"expected_shares": [1e-50, *[1 / 9] * 9]},
+        {"labels": ["a"] * 10},
+        {"adapted": {"class_shares": [0.1] * 10, "num_inputs": -5, "strength": 1, "concentration": 1, "gain": 1}},
+        {"adapted": {"class_shares": [0.1] * 10, "num_inputs": 5, "strength": -1, "concentration": 1, "gain": 1}},
+    ],
+)
+def test_a_card_that_cannot_work_is_refused_as_what_it_is(device: Path, change: dict[str, Any]) -> None:
+    fields = json.loads((device / "model.json").read_text()) | change
+    (device / "model.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"model\.json is not a model card"):
+        fleetfit.load(device)
+
+
+def test_labels_are_not_thrown_away_for_what_nothing_looks_at() -> None:
+    for fields, rule in (
+        ({"refine": {"unlabelled": True, "class_prior": False}}, "refine.class_prior = true"),
+        ({"refine": {"unlabelled": True}, "privacy": {"noise_multiplier": 1.0}}, "privacy.noise_multiplier = 0"),
+    ):
+        with pytest.raises(ValueError, match=f"refine.unlabelled needs {rule}"):
+            make_job(fields)
+    with pytest.raises(ValueError, match=r"data\.unlabelled_share must be < 1"):
+        make_job({"data": {"unlabelled_share": 1.0}})

@@ -68,6 +68,13 @@ class Job(Section):
         return self
 
     @model_validator(mode="after")
+    def _unlabelled(self) -> "Job":
+        if self.refine.unlabelled and (self.privacy.on or not self.refine.class_prior):
+            rule = "privacy.noise_multiplier = 0" if self.privacy.on else "refine.class_prior = true"
+            raise ValueError(f"refine.unlabelled needs {rule}, got true: inputs say nothing but what the prior is")
+        return self
+
+    @model_validator(mode="after")
     def _groups(self) -> "Job":
         if self.refine.similarity == "oracle" and self.data.split != "groups" and self.data.shift == "none":
             raise ValueError(

@@ -133,8 +133,11 @@ class DataConfig(Section):
         description="what hidden groups have otherwise than the first. labels: pairs of classes mean each other; "
         "inputs: images are turned, inverted or otherwise coloured, texts are misspelt",
     )
-    unlabelled_share: Share = Field(
-        0.0, description="of each device's training samples, whose labels are taken away: for refine.unlabelled"
+    unlabelled_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="of each device's training samples, whose labels are taken away: for refine.unlabelled",
     )
     classes_per_device: int = Field(5, ge=1, description='with split = "classes"')
     alpha: float = Field(0.5, gt=0, description='with split = "dirichlet"')

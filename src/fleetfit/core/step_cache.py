@@ -107,7 +107,7 @@ class StepCache(StepFolder):
 
         def computed() -> M:
             if why := self._why_not(phase, reads or {}):
-                self.tell("cache", 1, 1, f"{phase.replace('_', ' ')}: computed, as what the cache has {why}")
+                self.tell("cache", 0, 0, f"{phase.replace('_', ' ')}: computed, as what the cache has {why}")
             return compute()
 
         return super().step(name, result, computed, reads)
@@ -135,7 +135,7 @@ class StepCache(StepFolder):
             phase = name.partition("/")[0]
             if self.taken is not None:
                 self.taken(phase, path)
-            self.tell("cache", 1, 1, f"{phase.replace('_', ' ')}: taken from the cache")
+            self.tell("cache", 0, 0, f"{phase.replace('_', ' ')}: taken from the cache")
         return found
 
     def _keep(self, name: str, path: Path, value: Message, cost: Cost, reads: Mapping[str, object] | None) -> None:

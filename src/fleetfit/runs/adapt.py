@@ -4,6 +4,8 @@ Only what the last bias takes for granted moves (label shift: classes look as in
 No label is needed and no weight is trained; the weights file stays as it is, and ``undo`` forgets the estimate.
 """
 
+import glob
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from fleetfit.data.preprocessing import Form, Preprocessing, TextPreprocessing
 from fleetfit.data.sample_files import read_samples, read_texts
 from fleetfit.method.class_prior import ShiftPrior, held_out_gain, new_shares
 from fleetfit.runs.device_folder import (
+    EXPORT_FILE,
     ONNX_FILE,
     TORCH_FILE,
     Adaptation,
@@ -78,7 +81,9 @@ def adapt_folder(
             others, too few inputs, or inputs that cannot be read.
         OSError: a file cannot be read or written.
     """
-    card = _card(folder)
+    card, weights = _card(folder), _stamp(folder)
+    if not all(sources):
+        raise ValueError("--data must name a file or a folder, got an empty name")
     if not card.expected_shares:
         raise ValueError(
             f"{folder / 'model.json'} does not say which class shares the model expects: a job with [privacy], or an "
@@ -92,13 +97,18 @@ def adapt_folder(
     logits_of, form = logits_of_model(load_model(folder, as_shipped=True)), need_form(card.preprocessing, folder)
     notes: list[str] = []
     job = Job(data=data or DataConfig())
-    logits = _logits(logits_of, _inputs(dict.fromkeys(sources), form, job, notes, progress), progress)
-    if len(logits) < FEWEST:
-        raise ValueError(f"--data: at least {FEWEST} inputs are needed to estimate class shares, got {len(logits)}")
+    logits, different = _logits(logits_of, _inputs(dict.fromkeys(sources), form, job, notes, progress), progress)
+    if different < FEWEST:
+        alike = f", of which {different} are different" if different < len(logits) else ""
+        raise ValueError(
+            f"--data: at least {FEWEST} inputs are needed to estimate class shares, got {len(logits)}{alike}"
+        )
     if not bool(logits.isfinite().all()):
         raise ValueError(f"{folder}: the model's output is not finite: its weights are damaged")
     shares = torch.tensor(card.expected_shares, dtype=logits.dtype)
     adapted, gain, error = estimate(logits, shares, card.shifts)
+    if _card(folder) != card or _stamp(folder) != weights:
+        raise ValueError(f"{folder}: the model there was replaced in the meantime; nothing was changed, adapt it again")
     if adapted != card.adapted:
         write_card(folder, card.model_copy(update={"adapted": adapted}))
     return Adapted(
@@ -130,7 +140,7 @@ def estimate(
     gains = {one: held_out_gain(logits, shares, one) for one in known}
     best = max(gains, key=lambda one: gains[one][0])
     gain, error = gains[best]
-    if not gain > ERRORS * error:
+    if not (error > 0 and gain > ERRORS * error):  # without any spread these are no samples of what is to come
         return None, gain, error
     now = (shares.log() + new_shares(logits, shares, best)).softmax(-1)
     found = Adaptation(
@@ -162,12 +172,18 @@ def undo(folder: Path) -> tuple[ClassShare, ...]:
 
 
 def _card(folder: Path) -> ModelCard:
-    for name in (ONNX_FILE, TORCH_FILE):
+    for name in (ONNX_FILE, TORCH_FILE, EXPORT_FILE):
         if (folder / name).exists():
             raise ValueError(
                 f"{folder / name} is an export, and stays as it is: adapt the device's folder, and export it"
             )
     return read_card(folder)
+
+
+def _stamp(folder: Path) -> tuple[int, ...]:
+    """Changes when the weights are written anew."""
+    status = (folder / "model.safetensors").stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _classes(card: ModelCard, adapted: Adaptation | None) -> tuple[ClassShare, ...]:
@@ -177,24 +193,38 @@ def _classes(card: ModelCard, adapted: Adaptation | None) -> tuple[ClassShare, .
     return tuple(ClassShare(label=name, shipped=s, before=b, now=n) for name, s, b, n in rows)
 
 
-def _logits(logits_of: Logits, batches: Iterator[np.ndarray], progress: Progress) -> Float[Tensor, "sample class"]:
+def _logits(
+    logits_of: Logits, batches: Iterator[np.ndarray], progress: Progress
+) -> tuple[Float[Tensor, "sample class"], int]:
+    """Of all inputs, and how many of these are different from each other."""
     parts, done = [], 0
+    different: set[bytes] = set()
     for batch in batches:
+        different.update(hashlib.sha256(one.tobytes()).digest() for one in batch)
         parts.append(torch.from_numpy(logits_of(batch)).double())
         done += len(batch)
         progress("adapt", 0, 1, f"{done:,} inputs")
     progress("adapt", 1, 1, "")
-    return torch.cat(parts) if parts else torch.empty(0, 1, dtype=torch.float64)
+    return torch.cat(parts) if parts else torch.empty(0, 1, dtype=torch.float64), len(different)
 
 
 def _inputs(
     sources: Sequence[str] | dict[str, None], form: Form, job: Job, notes: list[str], progress: Progress
 ) -> Iterator[np.ndarray]:
     """Prepared inputs in batches; what a person should know is noted."""
+    seen: set[Path] = set()
     for source in sources:
         path = Path(source).expanduser()
-        files = _loose(path, form)
-        if not files:
+        if not (path.exists() or glob.glob(str(path))):
+            raise ValueError(f"--data: {source}: no such file or folder")
+        found = _loose(path, form)
+        files = [file for file in found if file.resolve() not in seen]
+        seen.update(file.resolve() for file in files)
+        if found and path.is_dir() and (others := len(files_below(path)) - len(found)):
+            notes.append(f"{path}: {counted(others, 'files')} beside these are of another kind, and were not read")
+        if found and len(files) < len(found):
+            notes.append(f"{path}: {counted(len(found) - len(files), 'files')} were given before, and count once")
+        if not found:
             yield from _of_table(source, form, job, notes, progress)
         elif isinstance(form, TextPreprocessing):
             for file in files:
@@ -217,23 +247,31 @@ def _of_pictures(
     files: Sequence[Path], path: Path, form: Preprocessing, job: Job, notes: list[str]
 ) -> Iterator[np.ndarray]:
     unread: list[str] = []
+    told: list[str] = []
     waiting: list[np.ndarray] = []
     for file in files:
         try:
-            samples, _ = read_samples(file, form)
+            samples, done = read_samples(file, form)
         except ValueError as error:
             unread.append(str(error))
             continue
+        if done:
+            told.append(f"{file.name}: {done}")
         waiting.append(samples)
         if sum(map(len, waiting)) >= BATCH:
             yield form.apply(np.concatenate(waiting))
             waiting = []
     if len(unread) > job.data.bad_image_share * len(files):
         raise ValueError(
-            f"{path}: {counted(len(unread), 'files')} of {len(files):,} cannot be read, the first: {unread[0]}"
+            f"{path}: {counted(len(unread), 'files')} of {len(files):,} cannot be read, and the most is "
+            f"{job.data.bad_image_share:g} of all; the first: {unread[0]}"
         )
     if unread:
         notes.append(f"left out {counted(len(unread), 'files')} that cannot be read, the first: {unread[0]}")
+    if told:
+        notes.append(
+            f"{path}: {told[0]}" + (f"; so it is with {len(told):,} of {len(files):,}" if len(told) > 1 else "")
+        )
     if waiting:
         yield form.apply(np.concatenate(waiting))
 

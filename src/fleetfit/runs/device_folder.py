@@ -23,6 +23,7 @@ from fleetfit.models.weights import first_few, not_finite
 
 log = logging.getLogger(__name__)
 MODEL_FORMAT = 1
+EXPORT_FILE = "export.json"
 ONNX_FILE = "model.onnx"
 TORCH_FILE = "model.pt2"
 
@@ -31,14 +32,21 @@ class Adaptation(Record):
     """What ``fleetfit adapt`` found, on inputs without labels; the last bias moves by it when the model is loaded."""
 
     class_shares: tuple[float, ...] = Field(description="of the classes, in the data to come")
-    num_inputs: int
-    strength: float = Field(description="how many inputs the shares that were expected before are worth")
-    concentration: float = Field(description="below 1: classes that hardly any input speaks for are taken to be absent")
-    gain: float = Field(description="nats an input, on inputs that it was not estimated on")
-    gain_error: float = Field(description="standard error of the gain")
+    num_inputs: int = Field(ge=1)
+    strength: float = Field(
+        gt=0, allow_inf_nan=False, description="how many inputs the shares that were expected before are worth"
+    )
+    concentration: float = Field(
+        gt=0,
+        allow_inf_nan=False,
+        description="below 1: classes that hardly any input speaks for are taken to be absent",
+    )
+    gain: float = Field(allow_inf_nan=False, description="nats an input, on inputs that it was not estimated on")
+    gain_error: float = Field(ge=0, allow_inf_nan=False, description="standard error of the gain")
 
 
 MOST_SHIFTS = 1000  # each is tried when a model is adapted
+SMALLEST = 1e-9  # share of a class: its logarithm must be one in single precision
 SUM_ERROR = 1e-3  # of shares, as people round
 
 
@@ -74,10 +82,14 @@ class ModelCard(Record):
     def _shares(self) -> "ModelCard":
         """One share above 0 a label, and no adaptation from shares that are not known."""
         for shares in (self.expected_shares, self.adapted.class_shares if self.adapted else ()):
-            if shares and (len(shares) != len(self.labels) or not all(0 < share <= 1 for share in shares)):
+            if shares and (len(shares) != len(self.labels) or not all(SMALLEST <= share <= 1 for share in shares)):
                 raise ValueError(f"class shares must be {len(self.labels)} numbers in 0..1, one a label")
             if shares and abs(sum(shares) - 1) > SUM_ERROR:
                 raise ValueError(f"class shares must add up to 1, got {sum(shares):.4g}")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(
+                f"labels must be different from each other, got {len(self.labels)}, of which some are alike"
+            )
         if not all(0 < number < math.inf for known in self.shifts for number in known):
             raise ValueError("shifts must be pairs of numbers that are finite and > 0")
         if self.adapted and not (self.adapted.class_shares and self.expected_shares):

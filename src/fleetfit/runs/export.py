@@ -30,7 +30,7 @@ from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
 from fleetfit.data.tokenizer_files import TOKENIZER_FILE, tokenizer_files
 from fleetfit.models.classifier import Classifier
-from fleetfit.runs.device_folder import ONNX_FILE, TORCH_FILE, ModelCard, load_model, read_card
+from fleetfit.runs.device_folder import EXPORT_FILE, ONNX_FILE, TORCH_FILE, ModelCard, load_model, read_card
 from fleetfit.runs.folder import DATA_FILE, claim_data
 from fleetfit.runs.int8 import MOST_DROP, Int8Check, Int8Model, compare, quantizable, quantized, smallest_loss
 from fleetfit.runs.onnx_model import INPUT, OUTPUT, PACKAGES, OnnxCard, OnnxModel, need
@@ -40,7 +40,7 @@ TOLERANCE = 1e-4
 MOST_SAMPLES = 1000  # for a check; large images of more would fill the memory
 BATCHES = (1, 2, 7, None)  # None: all samples at once
 MOST_FOR_DAMAGE = 100  # samples, for each layer's
-MARK = "export.json"
+MARK = EXPORT_FILE
 
 Inputs = Shaped[np.ndarray, "sample ..."]
 Logits = Float32[np.ndarray, "sample class"]
