@@ -226,6 +226,22 @@ def test_of_a_given_cut_inputs_without_a_label_for_testing_are_left_out(tmp_path
     assert [len(part) for part in (split.train, split.validation, split.test)] == [2, 1, 2]
 
 
+@pytest.mark.parametrize("labels", [["cat", None, None, None], [None] * 4])
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_of_a_given_cut_any_number_of_labels_may_be_missing_but_in_training(
+    tmp_path: Path, part: str, labels: list[Any]
+) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    for name, own in (("train", ["cat", "dog", "cat", None, "dog"]), (part, labels)):
+        (pictures(tmp_path / name, own) / "rows.parquet").rename(folder / f"{name}.parquet")
+    split = load(tmp_path, folder, "given", unlabelled=True)
+    known = sum(label is not None for label in labels)
+    assert len(getattr(split, part)) == known
+    assert split.unlabelled is not None
+    assert len(split.unlabelled) == 1 + (4 - known if part == "validation" else 0)
+
+
 def test_a_device_without_any_label_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no label in column 'label', and some are needed"):
         load(tmp_path, pictures(tmp_path / "own", ["", "", ""]), unlabelled=True)

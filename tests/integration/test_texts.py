@@ -1,5 +1,6 @@
 """Texts through a whole job: from a table to models on devices, that read texts here, in ONNX and in Transformers."""
 
+import itertools
 import json
 import re
 import shutil
@@ -202,8 +203,9 @@ def test_a_text_model_is_adapted_to_lines_and_tables_and_keeps_its_tokenizer(run
     device = Path(shutil.copytree(run.device, tmp_path / "device"))
     card = json.loads((device / "model.json").read_text())
     (device / "model.json").write_text(json.dumps(card | {"shifts": [[10.0, 1.0]]}))  # whatever this tiny one may be
-    (tmp_path / "seen.txt").write_text("\n".join(["I lost my card today"] * 50) + "\n")
-    (tmp_path / "seen.csv").write_text("text,note\n" + "I lost my card today,new\n" * 50)
+    lines = [" ".join(words) for words in itertools.permutations("I lost my card today".split())][:50]
+    (tmp_path / "seen.txt").write_text("\n".join(lines) + "\n")
+    (tmp_path / "seen.csv").write_text("text,note\n" + "".join(f"{line},new\n" for line in lines))
     of_lines = adapt_folder(device, [str(tmp_path / "seen.txt")])
     of_table = adapt_folder(device, [str(tmp_path / "seen.csv")], DataConfig(input_column="text"))
     assert of_lines.num_inputs == 50

@@ -74,7 +74,9 @@ def load_owned(
     if "train" not in there:
         raise ValueError(f"data.source = {source!r} must have a split train, with data.cut = 'given'")
     read = {
-        name: with_inputs_alone(job, source, (name,), labels, form, progress, unlabelled and name != "test")
+        name: with_inputs_alone(
+            job, source, (name,), labels, form, progress, unlabelled and name != "test", unlabelled, name == "train"
+        )
         for name in PARTS
         if name in there
     }
@@ -149,16 +151,21 @@ def with_inputs_alone(
     form: Preprocessing | TextPreprocessing,
     progress: Progress,
     keep: bool,
+    any_number: bool | None = None,
+    some: bool = True,
 ) -> tuple[Samples, Samples | None]:
-    """The same, and beside them the samples without a label (-1 stands for it) where they are to be kept."""
+    """The same, and beside them the samples without a label (-1 stands for it) where they are to be kept.
+
+    ``any_number`` of them may be, by default where they are kept; ``some`` labels are needed.
+    """
     config = _of_source(job, source, splits)
     cache, table = _opened(job, config, labels, progress)
     kind: Kind = "text" if isinstance(form, TextPreprocessing) else "image"
     column, label_column = find_columns(table, config, kind)
     table = table.with_files_of(column.name) if kind == "image" else table
-    known = config.model_copy(update={"missing_label_share": 1.0}) if keep else config
+    known = config.model_copy(update={"missing_label_share": 1.0}) if keep or any_number else config
     found = read_known_labels(table, label_column.name, labels, known)
-    if keep and found.num_missing == len(found.numbers):
+    if keep and some and found.num_missing == len(found.numbers):
         raise ValueError(f"data.source = {table.origin}: no label in column {label_column.name!r}, and some are needed")
     rows = torch.arange(len(found.numbers)) if keep else (found.numbers >= 0).nonzero().flatten()
     made = _made(job, table, column, rows, form, cache, progress)
