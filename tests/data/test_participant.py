@@ -234,7 +234,7 @@ def test_of_a_given_cut_any_number_of_labels_may_be_missing_but_in_training(
     folder = tmp_path / "given"
     folder.mkdir()
     for name, own in (("train", ["cat", "dog", "cat", None, "dog"]), (part, labels)):
-        (pictures(tmp_path / name, own) / "rows.parquet").rename(folder / f"{name}.parquet")
+        (pictures(tmp_path / name, own, Value("string")) / "rows.parquet").rename(folder / f"{name}.parquet")
     split = load(tmp_path, folder, "given", unlabelled=True)
     known = sum(label is not None for label in labels)
     assert len(getattr(split, part)) == known

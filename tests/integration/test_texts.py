@@ -203,7 +203,7 @@ def test_a_text_model_is_adapted_to_lines_and_tables_and_keeps_its_tokenizer(run
     device = Path(shutil.copytree(run.device, tmp_path / "device"))
     card = json.loads((device / "model.json").read_text())
     (device / "model.json").write_text(json.dumps(card | {"shifts": [[10.0, 1.0]]}))  # whatever this tiny one may be
-    lines = [" ".join(words) for words in itertools.permutations("I lost my card today".split())][:50]
+    lines = [" ".join(words) for words in itertools.permutations(["I", "lost", "my", "card", "today"])][:50]
     (tmp_path / "seen.txt").write_text("\n".join(lines) + "\n")
     (tmp_path / "seen.csv").write_text("text,note\n" + "".join(f"{line},new\n" for line in lines))
     of_lines = adapt_folder(device, [str(tmp_path / "seen.txt")])
