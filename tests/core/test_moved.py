@@ -22,6 +22,7 @@ def test_new_places_are_there_and_old_ones_are_not_files(old: str) -> None:
     [
         ("from fleetfit.config import load_job", "fleetfit.config.job.load_job"),
         ("from fleetfit.config import RefineConfig", "fleetfit.config.sections.RefineConfig"),
+        ("from fleetfit.report.layout import section", "fleetfit.runs.report.layout.section"),
         ("from fleetfit.messages import take", "fleetfit.core.encoding.take"),
         ("from fleetfit.device import handle", "fleetfit.device.device.handle"),
         ("from fleetfit.engines.flower.kit import read_kit", "fleetfit.engines.deployment.kit.read_kit"),

@@ -104,13 +104,18 @@ def found(old: str, name: str) -> Any:
         AttributeError: it had nothing of that name.
     """
     if not name.startswith("__"):
-        for place in PLACES[old]:
+        for place in _places(old):
             module = importlib.import_module(f"fleetfit.{place}")
             if hasattr(module, name):
                 told = f"fleetfit.{old}.{name} is now fleetfit.{place}.{name}"
                 warnings.warn(told, DeprecationWarning, stacklevel=3)
                 return getattr(module, name)
     raise AttributeError(f"module 'fleetfit.{old}' has no attribute {name!r}")
+
+
+def _places(old: str) -> tuple[str, ...]:
+    """Where a module is now; nowhere, if it was never there."""
+    return (f"runs.{old}",) if old.startswith("report.") else PLACES.get(old, ())
 
 
 class _Moved(ModuleType):
@@ -125,10 +130,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package, _, old = fullname.partition(".")
-        return importlib.machinery.ModuleSpec(fullname, self) if package == "fleetfit" and old in PLACES else None
+        return importlib.machinery.ModuleSpec(fullname, self) if package == "fleetfit" and _places(old) else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _Moved(spec.name)
+        module = _Moved(spec.name)
+        module.__path__ = []  # so that what was below it is looked for, too
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         """Nothing: its names are looked up when they are asked for."""

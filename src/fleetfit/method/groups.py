@@ -17,7 +17,7 @@ from torch import Tensor
 
 ALWAYS_TRIED = 8  # so many groups, in clusters of at least twice as many devices; more where devices are more
 MOST_GROUPS = 32  # each number costs time that grows as the square of the devices
-CLEAR_SILHOUETTE = 0.15  # where all data is alike, chance gives up to .1; benchmarks/results/collaboration.md
+CLEAR_SILHOUETTE = 0.15  # where all data is alike, chance gave up to .1 on digits
 
 
 @dataclass(frozen=True)

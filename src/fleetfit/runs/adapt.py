@@ -224,6 +224,11 @@ def _inputs(
             notes.append(f"{path}: {counted(others, 'files')} beside these are of another kind, and were not read")
         if found and len(files) < len(found):
             notes.append(f"{path}: {counted(len(found) - len(files), 'files')} were given before, and count once")
+        if not found and path.exists():
+            if path.resolve() in seen:
+                notes.append(f"{path} was given before, and counts once")
+                continue
+            seen.add(path.resolve())
         if not found:
             yield from _of_table(source, form, job, notes, progress)
         elif isinstance(form, TextPreprocessing):
