@@ -65,8 +65,8 @@ def markdown(cells: Cells, machine: str) -> str:
         "and labels on another x86_64 machine, with an H200 for the clouds of cifar10 (PyTorch 2.11), the others "
         f"here: {machine}",
         "",
-        "Digits of seeds 25-27 and cifar10 of seeds 22 and 23 are of today's rule for groups; the others are of the rule "
-        "before it, which did not try groups with a silhouette of at most .15. Where that one kept groups, both do the "
+        "Digits of seeds 25-27 and cifar10 of seeds 22 and 23 are of today's rule for groups; the others are of the "
+        "rule before it, which did not try groups with a silhouette of at most .15. Where that one kept groups, both do the "
         "same. Not measured: in100-32 with labels swapped by 2, 3 and 6 groups. Rows may have fewer seeds than their "
         "table has: groups right says how many.",
         "",
