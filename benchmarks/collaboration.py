@@ -242,7 +242,7 @@ def cell(
             parts.append(padded([device._run(backbone, s) for s in own], [s.labels for s in own]))
     groups = [data.groups.get(d, 0) for d in data.devices]
     rows = baselines(Cluster(header, *parts), groups, seed)
-    rows["fleetfit"] = [float(d.accuracy or 0) for d in report.devices]
+    rows["fleetfit"] = [float("nan") if d.accuracy is None else d.accuracy for d in report.devices]
     if more:
         with_inputs, seconds, up = fleetfit(
             make_job(fields | {"refine": {"unlabelled": True}}), assignment, found, data, kept
@@ -250,9 +250,9 @@ def cell(
         rows["fleetfit, labels only"] = rows["fleetfit"]
         with features_once(kept):
             rows["fleetfit, adapted later"] = adapted(finished)
-        rows["fleetfit"] = [float(d.accuracy or 0) for d in with_inputs.devices]
+        rows["fleetfit"] = [float("nan") if d.accuracy is None else d.accuracy for d in with_inputs.devices]
         report = with_inputs
-    rows["defaults before"] = [float(d.accuracy or 0) for d in earlier.devices]
+    rows["defaults before"] = [float("nan") if d.accuracy is None else d.accuracy for d in earlier.devices]
     weights = torch.tensor(report.similarity)
     same = torch.tensor([[a == b for b in groups] for a in groups])
     return {
