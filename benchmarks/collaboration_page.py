@@ -61,13 +61,13 @@ def markdown(cells: Cells, machine: str) -> str:
         "# How much devices help each other",
         "",
         "`python benchmarks/collaboration.py` (its head says how). Mean over twenty devices, ± standard error over "
-        "seeds; differences are paired by seed. Digits of seeds 25-27, cifar10 of seeds 22 and 23, banking77 and most of "
+        "seeds; differences are paired by seed. Digits of seeds 25-27, cifar10 of 22 and 23, banking77 and most of "
         f"in100-32 here: {machine}",
         "The others, and of in100-32 Dirichlet 0.1, iid and labels, on another x86_64 machine, with an H200 for the "
         "clouds of cifar10 (PyTorch 2.11).",
         "",
         "Digits of seeds 25-27 and cifar10 of seeds 22 and 23 are of today's rule for groups; the others are of the "
-        "rule before it, which did not try groups with a silhouette of at most .15. Where that one kept groups, both do "
+        "rule before it, which did not try groups with a silhouette of at most .15. Where that kept groups, both do "
         "the same. Not measured: in100-32 with labels swapped by 2, 3 and 6 groups. Rows may have fewer seeds than "
         "their table has: groups right says how many. Where a device has no test sample, opponents have no mean, and "
         "the seed does not count.",
