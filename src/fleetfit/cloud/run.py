@@ -122,7 +122,7 @@ OF_SPECIALISED = (
     *("seed", *OF_MODEL, "model.shift_pixels", "model.flip", "backbone.specialise_steps"),
     *("backbone.batch_size", "backbone.learning_rate", "backbone.weight_logits", "run.precision"),
 )
-CODE = ("cloud", "models", "method")
+CODE = ("cloud", "models", "method", "data", "core")
 
 
 def cached_reference(job: Job, public: Split, cache: Checkpoints, progress: ProgressOf) -> Reference:

@@ -1,8 +1,9 @@
 """Results of steps kept by what they were computed from, for all runs of a user: what did not change is computed once.
 
-A key is a hash of everything that a step reads: its own part of the job, the content of its inputs, and the code that
-computes it. What is in the cache may come from anywhere, so nothing is used that somebody else could have written, that
-is of another step, or that is damaged; it is computed again, and said why.
+A key is a hash of everything that a step reads: its own part of the job, the content of its inputs, and fleetfit's
+code; of a reference, which may have taken days, without the code. What is in the cache may come from anywhere, so
+nothing is used that somebody else could have written, that is of another step, or that is damaged; it is computed
+again, and said why.
 """
 
 import fcntl
@@ -11,7 +12,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -203,15 +204,14 @@ class Entry:
     used: float  # seconds since the epoch
 
 
-def entries(folder: Path, phases: Sequence[str] = ()) -> Iterator[Entry]:
+def entries(folder: Path) -> Iterator[Entry]:
     """What a cache has of steps; trainings that were stopped count as their phase's."""
     for path in folder.glob(f"*/*{SUFFIX}"):
         try:
             status = path.stat()
         except OSError:
             continue  # gone since
-        if not phases or path.parent.name in phases:
-            yield Entry(path, path.parent.name, status.st_size, status.st_mtime)
+        yield Entry(path, path.parent.name, status.st_size, status.st_mtime)
 
 
 def shrink(folder: Path, limit_bytes: int) -> list[Entry]:

@@ -130,6 +130,7 @@ def find_header(
     )
 
 
+CODE = ("edge", "models", "method", "data", "core")
 OF_HEADER = ("seed", "model.shift_pixels", "model.flip", "header")
 
 
@@ -143,7 +144,7 @@ def cached_header(
     return cached(
         cache,
         "header_search",
-        reads_of(job, OF_HEADER[:-1]) | own | inputs | {"fleetfit's code": code_of("edge", "models", "method")},
+        reads_of(job, OF_HEADER[:-1]) | own | inputs | {"fleetfit's code": code_of(*CODE)},
         HeaderResult,
         lambda _: find_header(narrow, assignment, data, limit_bytes, progress),
     )
