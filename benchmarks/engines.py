@@ -1,7 +1,6 @@
 """What the engines cost beside one another and beside Flower alone: benchmarks/results/engines_*.md.
 
     python benchmarks/engines.py parity                         local, simulation, deployment: the same models?
-    python benchmarks/engines.py wire                           bytes that we count against bytes on the wire
     python benchmarks/engines.py rounds                         a round of refinement beside Flower's own floor
     python benchmarks/engines.py mistakes                       how soon a mistake is told, on both sides
     python benchmarks/engines.py simulation                     100, 200, 500 and 1,000 devices in 20 clusters
@@ -19,10 +18,9 @@ from engines_mistakes import mistakes
 from engines_parity import parity
 from engines_rounds import rounds
 from engines_simulation import simulation
-from engines_wire import JOBS, wire
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = {"parity": parity, "wire": wire, "rounds": rounds, "mistakes": mistakes, "simulation": simulation}
+PARTS = {"parity": parity, "rounds": rounds, "mistakes": mistakes, "simulation": simulation}
 
 
 def main() -> None:
@@ -31,7 +29,6 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--devices", type=int, nargs="+", default=[100, 200, 500, 1000], help="of simulation")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of parity")
-    parser.add_argument("--jobs", choices=JOBS, nargs="+", default=list(JOBS), help="of wire")
     parser.add_argument("--rounds", type=int, default=13, help="of rounds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the pages")
     options = parser.parse_args()

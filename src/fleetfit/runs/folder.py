@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 DATA_FILE = "data.json"
 CACHE_FILE = "from_cache.json"
-AT_THE_DOOR = "_wire"  # behind the name of a link: its bytes with all that carries them, where a server counts them
 HOW = {"run", "links"}  # sections of the job that say how to run, not what: they may change when a run is gone on with
 
 

@@ -15,7 +15,7 @@ from fleetfit.data.samples import Samples
 from fleetfit.device.device import DeviceMemory, shipped_model
 from fleetfit.device.privacy import promise
 from fleetfit.runs.device_folder import ModelCard
-from fleetfit.runs.folder import AT_THE_DOOR, RunFolder
+from fleetfit.runs.folder import RunFolder
 
 COLUMNS = (  # of devices.csv, behind who it is
     *("width", "depth", "header", "parameters", "size_bytes", "limit_bytes"),
@@ -168,7 +168,13 @@ def raw_bytes(data: FleetData) -> int:
 
 
 def summarise(
-    job: Job, folder: RunFolder, raw: int | None, result: FleetResult, data: DataSummary | None
+    job: Job,
+    folder: RunFolder,
+    raw: int | None,
+    result: FleetResult,
+    data: DataSummary | None,
+    *,
+    deployed: bool = False,
 ) -> dict[str, Any]:
     """Every figure of the run, as summary.json holds it; shares in 0..1, None where nothing was measured.
 
@@ -181,6 +187,7 @@ def summarise(
         raw: ``raw_bytes`` of the devices, where the data is at hand.
         result: What the cloud knows.
         data: What was read here: all of it, or in a deployment the cloud's own.
+        deployed: Edges and devices are machines of their own; their data and models are there.
     """
     traffic = folder.ledger.traffic
     clusters = []
@@ -219,6 +226,7 @@ def summarise(
     return {
         "method": job.method,
         "seed": job.seed,
+        "deployed": deployed,
         "data": data.model_dump(mode="json") if data else None,
         "reference": {"accuracy": _known(result.reference.accuracy), "parameters": result.reference.parameters},
         "clusters": [c.model_dump() for c in clusters],
@@ -246,7 +254,6 @@ def summarise(
             "cloud_to_edge_bytes": traffic["cloud_to_edge"],
             "raw_data_bytes": raw,
             "upload_ratio": traffic["device_to_edge"] / raw if raw else None,
-            **{f"{link}_bytes": number for link, number in traffic.items() if link.endswith(AT_THE_DOOR)},
         },
         "privacy": promise(job),
         "from_cache": sorted(folder.from_cache),

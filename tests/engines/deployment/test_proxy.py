@@ -495,38 +495,6 @@ def test_a_member_does_not_send_what_the_door_would_stop(insecure_kits: Path) ->
     assert told == [f"a reply is not sent: {reply.reason}"]
 
 
-def test_the_door_counts_all_bytes_of_all_connections(insecure: Kit, inside: Any) -> None:
-    address, _ = inside
-    asked = [
-        b"POST /v1/fleet/pull-messages HTTP/1.1\r\nhost: x\r\nflwr-public-key: mine\r\ncontent-length: 5\r\n\r\nabcde",
-        b"POST /nowhere HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
-        b"no HTTP at all\r\n\r\n",
-    ]
-    answered = b""
-    with opened(insecure, address) as (gate, _):
-        with socket.create_connection(("127.0.0.1", insecure.server.port)) as line:
-            line.sendall(asked[0])
-            while not answered.endswith(b"there"):
-                answered += line.recv(4096)
-            counts(gate, len(answered), len(asked[0]))
-            line.sendall(asked[1])
-            while more := line.recv(4096):
-                answered += more
-        with socket.create_connection(("127.0.0.1", insecure.server.port)) as line:
-            line.sendall(asked[2])
-            while more := line.recv(4096):
-                answered += more
-        counts(gate, len(answered), sum(map(len, asked)))
-
-
-def counts(gate: Gate, down: int, up: int) -> None:
-    """It does so after it has sent, so whoever was sent to may be there first."""
-    ends = time.monotonic() + 60
-    while gate.passed != (down, up) and time.monotonic() < ends:
-        time.sleep(0.01)
-    assert gate.passed == (down, up)
-
-
 def test_only_those_without_keys_may_register_themselves(insecure: Kit, kits: Path, inside: Any) -> None:
     address, asked = inside
     with opened(insecure, address):

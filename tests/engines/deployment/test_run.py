@@ -37,7 +37,6 @@ def test_a_fleet_gives_what_the_local_engine_gives_and_leaves_nothing(make: Any)
     found = fleet.summary()
     for link in ("device_to_edge_bytes", "edge_to_device_bytes", "cloud_to_edge_bytes"):
         assert found["traffic"][link] == summary["traffic"][link]
-        assert found["traffic"][link.replace("_bytes", "_wire_bytes")] > summary["traffic"][link]
     assert found["traffic"]["raw_data_bytes"] == summary["traffic"]["raw_data_bytes"]
     assert (fleet.folder / "run" / "report.html").exists()
     assert not list((fleet.folder / "run").rglob("model.safetensors"))  # the cloud has figures, not models

@@ -19,7 +19,6 @@ from fleetfit.device.messages import AttributesReply, AttributesRequest, RefineR
 from fleetfit.edge.messages import decode_any
 from fleetfit.engines.flower import link as link_module
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
-from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.link import MAX_CRASHES, CarrierFailed, FlowerLink, Heard
 
 NODES = {"far-2": 22, "far-1": 11, "far-3": 33}
@@ -111,29 +110,6 @@ def replied(node: int, asked: Request, times: int) -> Message:
 
 def rounds(*members: str) -> dict[str, Request]:
     return {member: RefineRound(step=2, round=1) for member in members or NODES}
-
-
-def test_what_passes_the_door_is_booked_once(clock: Clock) -> None:
-    """Also what passed before the first question; a door that was opened anew begins at nothing."""
-    totals = iter([(0, 0), (100, 10), (130, 30), (5, 1), (9, 3)])
-    link = linked(PretendedGrid(clock, replied), passed=lambda: Passed(*next(totals)))
-    for _ in range(4):
-        link.ask(rounds("far-1"))
-    assert (link.ledger.traffic["down_wire"], link.ledger.traffic["up_wire"]) == (130 + 4, 30 + 2)
-    assert "down_wire" not in linked(PretendedGrid(clock, replied)).ledger.traffic
-
-
-def test_what_passes_between_two_links_of_one_run_is_booked_too(clock: Clock) -> None:
-    """An edge makes a link for each question of the cloud; a door that is open for one run only is booked from 0."""
-    totals = iter([(50, 20)])
-    first = linked(PretendedGrid(clock, replied), passed=lambda: Passed(*next(totals)), booked=Passed())
-    first.ask(rounds("far-1"))
-    assert (first.ledger.traffic["down_wire"], first.ledger.traffic["up_wire"]) == (50, 20)
-    totals = iter([(100, 30), (130, 40)])
-    second = linked(PretendedGrid(clock, replied), passed=lambda: Passed(*next(totals)), booked=first.booked)
-    second.ask(rounds("far-1"))
-    second.book()
-    assert (second.ledger.traffic["down_wire"], second.ledger.traffic["up_wire"]) == (80, 20)
 
 
 def test_replies_come_in_the_order_of_the_messages_and_all_bytes_are_counted(clock: Clock) -> None:

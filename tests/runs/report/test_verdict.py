@@ -119,7 +119,7 @@ def test_next_commands_name_a_device_that_is_there_and_can_be_pasted():
         "fleetfit report 'my runs/x'",
         "fleetfit init my-job.toml",
     ]
-    deployed = [c.command for c in next_commands(summary(device("a"), traffic={"up_wire_bytes": 3}), Path("x"))]
+    deployed = [c.command for c in next_commands(summary(device("a"), deployed=True), Path("x"))]
     assert deployed[0] == "fleetfit predict KIT/model INPUT"
     assert not any("export" in command for command in deployed), "the models are on the devices"
     assert next_commands(summary(), Path("x"))[0].command.split()[1] == "report"

@@ -41,7 +41,7 @@ from fleetfit.engines.deployment.handshake import (
 )
 from fleetfit.engines.deployment.inside import HEADER, shown
 from fleetfit.engines.deployment.kit import Kit, bracketed
-from fleetfit.engines.flower.door import AT_ONCE, Door, Passed
+from fleetfit.engines.flower.door import AT_ONCE, Door
 
 log = logging.getLogger(__name__)
 
@@ -189,11 +189,6 @@ class Gate:
         with self._lock:
             return {m.name: p for m in self.kit.file.members if (p := self._present.get(m.name)) and p.is_there}
 
-    @property
-    def passed(self) -> Passed:
-        """Bytes between those outside and this door since it was opened, as they are on the wire."""
-        return self._door.passed
-
     def look(self) -> None:
         """Tell of those who went without a word; end connections of nobody. Called every second or so."""
         self._door.look()
@@ -212,7 +207,7 @@ class Gate:
         self._door.close()
 
     async def _serve(self) -> None:
-        """Under asyncio: uvloop, which uvicorn prefers, reads and writes past the door that counts."""
+        """Under asyncio: uvloop, which uvicorn prefers, would accept past the door, and its limits."""
         async with self._client:
             await self._server.serve(sockets=[self._door])
 

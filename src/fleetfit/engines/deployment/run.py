@@ -24,7 +24,6 @@ from fleetfit.engines.deployment.kit import RUN_ID, Kit, hold, job_fields, read_
 from fleetfit.engines.deployment.proxy import Tell
 from fleetfit.engines.deployment.server import Attached, Hub, Server
 from fleetfit.engines.deployment.start import POLL_SECONDS, Nodes, check_code, load_data
-from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.link import FlowerLink
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import backbone_from_state
@@ -80,15 +79,11 @@ def run(job: Job, cloud: Path, out: Path, progress: Progress, tell: Tell) -> dic
                     max_message_bytes=job.links.max_message_bytes,
                     poll_seconds=POLL_SECONDS,
                     replied=_Show(server, progress),
-                    passed=server.passed,
-                    booked=Passed() if isinstance(server, Hub) else None,  # a door of our own is open for this run only
                 )
                 cache = folder.cache(progress)
                 result = run_cloud(job, public, edges, folder.steps, cache, progress)
             finally:
                 carrier.close()
-        if isinstance(server, Hub):
-            edges.book()  # what passed until its door was shut
         summary = _results(job, kit, folder, result, public.summary)
         progress.finish(summary)
         return summary
@@ -168,7 +163,7 @@ def _results(job: Job, kit: Kit, folder: RunFolder, result: FleetResult, data: D
         folder.steps.step(f"finish/{cluster}", ClusterReport, _booked(folder, report))
         validation = int(report.rounds[0]["num_samples"]) if report.rounds else 0
         raw += (sum(d.num_train + d.num_test for d in report.devices) + validation) * kit.task.raw_bytes_per_sample
-    summary = summarise(job, folder, raw or None, result, data)
+    summary = summarise(job, folder, raw or None, result, data, deployed=True)
     write_front(folder, result)
     if job.links.send_models:
         _write_models(kit, folder, result)

@@ -21,7 +21,6 @@ from fleetfit.engines.deployment.handshake import Status
 from fleetfit.engines.deployment.kit import Kit, running, write_secret
 from fleetfit.engines.deployment.proxy import Gate, Tell, listen
 from fleetfit.engines.deployment.subprocesses import Daemon
-from fleetfit.engines.flower.door import Passed
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,6 @@ class HubFile(Record):
 
     inside: str
     members: dict[str, HubMember]
-    passed: Passed = Passed()
 
 
 class Server(Protocol):
@@ -57,9 +55,6 @@ class Server(Protocol):
 
     def carrier(self, run: str) -> RunCarrier:
         """What carries the messages of one run."""
-
-    def passed(self) -> Passed:
-        """Bytes that have passed its door, as they are on the wire."""
 
 
 class Hub:
@@ -118,10 +113,6 @@ class Hub:
     def carrier(self, run: str) -> RunCarrier:
         """What carries the messages of one run."""
         return RunCarrier(self._api, run)
-
-    def passed(self) -> Passed:
-        """Bytes that have passed its door, as they are on the wire."""
-        return self.gate.passed
 
     def check(self) -> None:
         """Raises ValueError if Flower's program has ended by itself."""
@@ -194,7 +185,7 @@ class Hub:
         while not self._stop.wait(LOOK_SECONDS):
             try:
                 self.gate.look()
-                now = HubFile(inside=self._inside, members=self.members(), passed=self.passed()).model_dump_json()
+                now = HubFile(inside=self._inside, members=self.members()).model_dump_json()
                 if now != before:
                     write_atomically(path, now)
                     before = now
@@ -228,10 +219,6 @@ class Attached:
         """What carries the messages of one run."""
         secret = (self.kit.state / "secret").read_bytes()
         return RunCarrier(Api(self._read().inside, secret, None if self.kit.file.insecure else self.kit.ca), run)
-
-    def passed(self) -> Passed:
-        """Bytes that have passed its door, as they are on the wire, up to a second ago."""
-        return self._read().passed
 
     def _read(self) -> HubFile:
         ends = time.monotonic() + START_SECONDS

@@ -27,7 +27,6 @@ from fleetfit.engines.deployment.handshake import Status
 from fleetfit.engines.deployment.kit import Kit, hold
 from fleetfit.engines.deployment.proxy import Tell
 from fleetfit.engines.deployment.server import Hub, Server
-from fleetfit.engines.flower.door import Passed
 from fleetfit.engines.flower.link import FlowerLink, Heard
 from fleetfit.runs.device_folder import write_model
 from fleetfit.runs.folder import DATA_FILE, claim_data
@@ -118,7 +117,6 @@ class _Edge:
         self._check = check
         self._told = ""
         self._carrier: RunCarrier | None = None
-        self._booked = Passed()
 
     def handle(self, run: str, message: Message) -> Message:
         """Answer the cloud, by asking the devices; from finished steps as far as there are any."""
@@ -136,16 +134,10 @@ class _Edge:
             deadline_seconds=links.deadline_seconds,
             poll_seconds=POLL_SECONDS,
             replied=self._replied(heard),
-            passed=self.hub.passed,
-            booked=self._booked,
         )
         steps = StepFolder(folder / "steps", ledger)
         cluster = self.kit.file.name
-        try:
-            known = self.kit.known_devices
-            reply = edge_handler(self.kit.job, cluster, self.data, link, steps, heard, known)(message)
-        finally:
-            self._booked = link.booked  # what passes until the cloud's next question is of this run too
+        reply = edge_handler(self.kit.job, cluster, self.data, link, steps, heard, self.kit.known_devices)(message)
         if isinstance(reply, ClusterReport):
             self.is_finished = True
             self._tell("finished; the cloud has the report")
@@ -162,7 +154,6 @@ class _Edge:
         if self._carrier is None or self._carrier.run != run:
             self.close()
             self._carrier = self.hub.carrier(run)
-            self._booked = self.hub.passed()  # what passed before is of no run
         return self._carrier
 
     def _replied(self, heard: Heard) -> Callable[[int, int], None]:

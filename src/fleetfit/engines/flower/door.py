@@ -1,6 +1,6 @@
-"""A listening socket that counts what passes it, and lets nobody fill it: who does not say who it is has to go soon.
+"""A listening socket that nobody can fill: who does not say who it is has to go soon.
 
-Counted is TCP payload, TLS and its handshakes included, whatever it is for.
+Its connections are Python's own sockets, so whatever serves at it must run under asyncio's own loop.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
 UNKNOWN_SECONDS = 10.0  # for the handshake and the head of a first request that says who calls
 MAX_UNKNOWN = 256  # connections of an address that have not said who they are, beside two of each member
@@ -21,15 +21,8 @@ PAUSE_SECONDS = 0.01
 Address = tuple[str, int]
 
 
-class Passed(NamedTuple):
-    """Bytes since a door was opened; down is away from it."""
-
-    down: int = 0
-    up: int = 0
-
-
 class Door(socket.socket):
-    """A socket to listen at; all connections that it accepts are counted together.
+    """A socket to listen at.
 
     Args:
         family: Of its address.
@@ -39,12 +32,11 @@ class Door(socket.socket):
 
     def __init__(self, family: socket.AddressFamily, num_members: int = 0, most: int = 4096) -> None:
         super().__init__(family, socket.SOCK_STREAM)
-        self.passed = Passed()
         self.most = most
         self.most_unknown = MAX_UNKNOWN + 2 * num_members
         self._lock = threading.Lock()
-        self._unknown: dict[Address, _Counted] = {}  # in the order in which they came
-        self._known: dict[Address, tuple[str, _Counted]] = {}
+        self._unknown: dict[Address, _Connection] = {}  # in the order in which they came
+        self._known: dict[Address, tuple[str, _Connection]] = {}
         self._of_address: Counter[str] = Counter()
 
     def listen(self, backlog: int = WAITING, /) -> None:
@@ -67,7 +59,7 @@ class Door(socket.socket):
                     _end(connection)
             time.sleep(PAUSE_SECONDS)  # asyncio would ask again at once, and write a page of log each time
             raise BlockingIOError from error
-        connection = _Counted(self, line, address[:2])
+        connection = _Connection(self, line, address[:2])
         with self._lock:
             self._unknown[connection.address] = connection
             self._of_address[connection.address[0]] += 1
@@ -100,17 +92,13 @@ class Door(socket.socket):
                 self._of_address[address[0]] -= 1
             self._known.pop(address, None)
 
-    def count(self, *, down: int = 0, up: int = 0) -> None:
-        """So much more has passed."""
-        self.passed = Passed(self.passed.down + down, self.passed.up + up)
-
     @property
     def num_connections(self) -> tuple[int, int]:
         """Members' connections, and those of nobody knows whom."""
         with self._lock:
             return len(self._known), len(self._unknown)
 
-    def _make_room(self, new: "_Counted") -> None:
+    def _make_room(self, new: "_Connection") -> None:
         host = new.address[0]
         going = self._first_to_go()
         if self._of_address[host] > self.most_unknown:
@@ -120,7 +108,7 @@ class Door(socket.socket):
         if len(going) + len(self._known) > self.most:
             _end(going[0])
 
-    def _first_to_go(self) -> list["_Counted"]:
+    def _first_to_go(self) -> list["_Connection"]:
         """Those that nobody knows: who has said next to nothing first, and of these the oldest.
 
         A member that comes among a thousand callers says who it is within milliseconds, if it is left the time to.
@@ -128,8 +116,8 @@ class Door(socket.socket):
         return sorted((c for c in self._unknown.values() if not c.is_ended), key=lambda c: c.received >= HELLO_BYTES)
 
 
-class _Counted(socket.socket):
-    """A connection that tells its door of all that it reads and writes, by the calls that asyncio makes."""
+class _Connection(socket.socket):
+    """A connection that knows how much it has read, by the calls that asyncio makes; its door hears of its end."""
 
     def __init__(self, door: Door, line: socket.socket, address: Address) -> None:
         super().__init__(line.family, line.type, line.proto, fileno=line.detach())
@@ -141,34 +129,20 @@ class _Counted(socket.socket):
 
     def recv(self, *arguments: Any) -> bytes:
         data = super().recv(*arguments)
-        self._has_received(len(data))
+        self.received += len(data)
         return data
 
     def recv_into(self, *arguments: Any) -> int:
         number = super().recv_into(*arguments)
-        self._has_received(number)
-        return number
-
-    def send(self, *arguments: Any) -> int:
-        number = super().send(*arguments)
-        self.door.count(down=number)
-        return number
-
-    def sendmsg(self, *arguments: Any) -> int:
-        number = super().sendmsg(*arguments)
-        self.door.count(down=number)
-        return number
-
-    def _has_received(self, number: int) -> None:
         self.received += number
-        self.door.count(up=number)
+        return number
 
     def close(self) -> None:
         super().close()
         self.door.left(self.address)
 
 
-def _end(connection: _Counted) -> None:
+def _end(connection: _Connection) -> None:
     """Both ends see that it is over; whoever has it closes it."""
     if not connection.is_ended:
         connection.is_ended = True

@@ -1,7 +1,6 @@
 """A link over Flower: our messages go to the members' nodes, their replies come back, errors are asked again.
 
-What crosses is counted as every engine counts it, in bytes of our encoded messages (what Flower adds is in codec.py);
-and, where there is a door, as it passes the door, with all that is said around them.
+What crosses is counted as every engine counts it, in bytes of our encoded messages (what Flower adds is in codec.py).
 """
 
 import logging
@@ -22,8 +21,6 @@ from fleetfit.core.link import Refused
 from fleetfit.core.progress import Progress
 from fleetfit.edge.messages import read_reply
 from fleetfit.engines.flower.codec import MESSAGE_TYPE, pack, unpack
-from fleetfit.engines.flower.door import Passed
-from fleetfit.runs.folder import AT_THE_DOOR
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +96,6 @@ class FlowerLink:
         deadline_seconds: How long one question waits for its replies; None: for ever.
         poll_seconds: The pause between two looks for replies.
         replied: Told (how many have replied, how many were asked) at every look.
-        passed: Bytes that have passed the door to the members, if there is one.
-        booked: What of it is in the books already, or belongs to no run; by default all until now.
     """
 
     def __init__(
@@ -115,8 +110,6 @@ class FlowerLink:
         deadline_seconds: float | None = None,
         poll_seconds: float = 1.0,
         replied: Callable[[int, int], None] = lambda number, asked: None,
-        passed: Callable[[], Passed] = Passed,
-        booked: Passed | None = None,
     ) -> None:
         self.carrier = carrier
         self.nodes = nodes
@@ -127,8 +120,6 @@ class FlowerLink:
         self.deadline_seconds = deadline_seconds
         self.poll_seconds = poll_seconds
         self.replied = replied
-        self._passed = passed
-        self.booked = passed() if booked is None else booked
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -162,15 +153,7 @@ class FlowerLink:
             if not waiting or (ends_at is not None and time.monotonic() >= ends_at):
                 break
             time.sleep(self.poll_seconds)
-        self.book()
         return {member: replies[member] for member in messages if member in replies}
-
-    def book(self) -> None:
-        """All that has passed the door since the last time, polls and greetings too; after each question by itself."""
-        before, self.booked = self.booked, self._passed()
-        for direction, now, then in zip((self.down, self.up), self.booked, before, strict=True):
-            if now > then:
-                self.ledger.traffic[f"{direction}{AT_THE_DOOR}"] += now - then
 
     def _send_what_is_due(
         self, waiting: Mapping[str, _Waiting], messages: Mapping[str, Request], ends_at: float | None

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 
 from fleetfit.core.files import own_version
-from fleetfit.runs.folder import AT_THE_DOOR
 from fleetfit.runs.report import cloud_story, data_story, edge_story, first_screen, rendering
 from fleetfit.runs.report.layout import bar_row, grid, note, panel, paragraph, section, table, table_row
 from fleetfit.runs.report.markup import (
@@ -246,17 +245,13 @@ def _cost(run: Run) -> Markup:
         notes.append(f"Taken from the cache, where an earlier run had computed the same: {names}.")
     if run.summary.peak_memory_bytes:
         notes.append(f"Peak memory of the process: {bytes_text(run.summary.peak_memory_bytes)}.")
-    total, carried = seconds_text(sum(seconds.values())), _carried(traffic)
+    total = seconds_text(sum(seconds.values()))
     return section(
         "cost",
         "Traffic and time",
         _upload(traffic),
         grid(
-            panel(
-                "By link",
-                table("Bytes of encoded messages", ["Link", "", "Bytes"], links, (2,)),
-                note(carried) if carried else None,
-            ),
+            panel("By link", table("Bytes of encoded messages", ["Link", "", "Bytes"], links, (2,))),
             panel(
                 "Between edges and devices",
                 table("Bytes of encoded messages by step", ["Step", "Up", "Down"], phases, numeric),
@@ -280,17 +275,6 @@ def _cpu_time(summary: Summary) -> str:
     if summary.seconds.keys() != summary.cpu_seconds.keys():
         return ""
     return f", {seconds_text(sum(summary.cpu_seconds.values()))} of CPU time"
-
-
-def _carried(traffic: Mapping[str, float]) -> str:
-    """What a deployment's doors have counted."""
-    passed = sum(number for name, number in traffic.items() if name.endswith(f"{AT_THE_DOOR}_bytes"))
-    if not passed:
-        return ""
-    return (
-        f"With all that carries them, {bytes_text(passed)} have passed the doors of cloud and edges: heads of HTTP, "
-        "polls, greetings and TLS."
-    )
 
 
 def _upload(traffic: Mapping[str, float]) -> Markup:

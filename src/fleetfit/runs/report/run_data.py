@@ -18,7 +18,6 @@ from fleetfit.core.files import read_json
 from fleetfit.core.records import DeviceReport, Record
 from fleetfit.edge.messages import ClusterReport
 from fleetfit.method.search_space import validate_blocks
-from fleetfit.runs.folder import AT_THE_DOOR
 from fleetfit.runs.report.summary import Row, Summary, read_summary
 
 M = TypeVar("M", bound=Message)
@@ -60,7 +59,7 @@ class Run(Record):
     @property
     def has_all_data(self) -> bool:
         """Whether the devices' samples were in the data that was read here: not where machines are connected."""
-        return not any(AT_THE_DOOR in link for link in self.summary.traffic)
+        return not self.summary.deployed
 
     @property
     def devices(self) -> list[DeviceReport]:

@@ -76,6 +76,7 @@ class Summary(Row):
     cpu_seconds: dict[str, float] = {}
     peak_memory_bytes: int | None = None
     from_cache: tuple[str, ...] = ()
+    deployed: bool = False
 
 
 def read_summary(summary: Mapping[str, Any]) -> Summary:

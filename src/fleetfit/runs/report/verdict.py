@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fleetfit.core.records import ONE_CLASS_NOTE, Record
-from fleetfit.runs.folder import AT_THE_DOOR
 from fleetfit.runs.report.markup import count, known, percent, plural, points
 from fleetfit.runs.report.summary import DeviceLine, Summary, mean
 
@@ -194,7 +193,7 @@ def next_commands(summary: Summary, folder: Path) -> list[NextCommand]:
         first = summary.devices[0].id
         kind = summary.data.kind if summary.data else None
         sample = {"image": "picture.png", "text": '"a text to label"'}.get(kind or "", "INPUT")
-        if any(AT_THE_DOOR in link for link in summary.traffic):
+        if summary.deployed:
             found.append(
                 NextCommand(
                     wish="Label an input, on a device: each has its model in its kit",
