@@ -15,8 +15,6 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ import torch
 from digits import Transient, in_memory, names_of, nothing
 from digits_tables import machine
 from stacked import Cluster, baselines, padded
+from torch import Tensor
 
 from fleetfit.cloud.clusters import fleet_of
 from fleetfit.cloud.elastic import Elastic, class_shares, cut_and_specialise, make_elastic
@@ -154,22 +153,42 @@ def fleet_data(name: str, job: Job, samples: Samples, seed: int, unlabelled: int
     return job, FleetData(data.public, data.edges, devices, (), data.groups)
 
 
-@contextmanager
-def features_once(kept: dict[Any, Features]) -> Iterator[None]:
-    """Inside, features of the same samples are computed once."""
-    run = device._run
+class RememberedFeatures:
+    """Features of one backbone by row of each table of inputs; while it is entered, devices use them.
 
-    def once(backbone: Backbone, samples: Samples) -> Features:
-        key = samples.inputs.store.data_ptr(), samples.inputs.index.numpy().tobytes()
-        if key not in kept:
-            kept[key] = run(backbone, samples)
-        return kept[key]
+    Room for all rows of a table is asked for at once; the system gives it as rows are filled.
+    """
 
-    device._run = once
-    try:
-        yield
-    finally:
-        device._run = run
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, Tensor, Features]] = {}  # by address: the table, which rows, all rows
+        self._run = device._run
+
+    def __call__(self, backbone: Backbone, samples: Samples) -> Features:
+        """As ``device._run``."""
+        table, rows = samples.inputs.store, samples.inputs.index
+        known = self._known.get(table.data_ptr())
+        missing = rows.unique() if known is None else rows[~known[1][rows]].unique()
+        if len(missing):
+            new = self._run(backbone, replace(samples, inputs=replace(samples.inputs, index=missing)))
+            if known is None:
+                parts = (new.output, new.penultimate, new.mask)
+                room = [None if t is None else t.new_empty(len(table), *t.shape[1:]) for t in parts]
+                known = table, torch.zeros(len(table), dtype=torch.bool), Features(*room)
+                self._known[table.data_ptr()] = known
+            known[1][missing] = True
+            for name in ("output", "penultimate", "mask"):
+                if (part := getattr(new, name)) is not None:
+                    getattr(known[2], name)[missing] = part
+        if known is None:  # no row of a table that nobody has looked at
+            return self._run(backbone, samples)
+        return known[2].rows(rows)
+
+    def __enter__(self) -> "RememberedFeatures":
+        device._run = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        device._run = self._run
 
 
 def fleetfit(
@@ -177,7 +196,6 @@ def fleetfit(
     assignment: BackboneAssignment,
     found: HeaderResult,
     data: FleetData,
-    kept: dict[Any, Features],
     finished: dict[str, DeviceState] | None = None,
 ) -> tuple[ClusterReport, float, int]:
     """The product's refinement: its report, seconds of processor time, and bytes up; devices in the end on request."""
@@ -195,10 +213,9 @@ def fleetfit(
     ledger = Ledger()
     link = LocalLink(fleet, ledger, "down", "up")
     stats = gather_stats(job, "phones", link, Transient())
-    with features_once(kept):
-        start = time.process_time()
-        report = refine_cluster(job, assignment, stats, found, data.edges["phones"], link, Transient(), silent)
-        return report, time.process_time() - start, ledger.traffic["up"]
+    start = time.process_time()
+    report = refine_cluster(job, assignment, stats, found, data.edges["phones"], link, Transient(), silent)
+    return report, time.process_time() - start, ledger.traffic["up"]
 
 
 def adapted(finished: dict[str, DeviceState]) -> list[float]:
@@ -221,36 +238,36 @@ def adapted(finished: dict[str, DeviceState]) -> list[float]:
 def cell(
     name: str, seed: int, setting: str, cloud: tuple[Job, Samples, BackboneAssignment, HeaderResult]
 ) -> dict[str, Any]:
-    """All methods on one seed's devices in one setting."""
+    """All methods on one seed's devices in one setting; the devices' features are there, their time is not counted."""
     base, samples, assignment, found = cloud
     fields = base.model_dump(exclude_none=True)
     fields["data"] |= settings_of(name)[setting]
     fields["refine"], fields["seed"] = {}, seed
     more = UNLABELLED.get(setting, 0)
     job, data = fleet_data(name, make_job(fields), samples, seed, more)
-    kept: dict[Any, Features] = {}
-    finished: dict[str, DeviceState] = {}
-    report, seconds, up = fleetfit(job, assignment, found, data, kept, finished)
-    before = make_job(fields | {"refine": TODAY})
-    earlier, seconds_before, up_before = fleetfit(before, assignment, found, data, kept)
     backbone = backbone_from_state(assignment.family, assignment.config, take(assignment.tensors, "backbone")).eval()
     coarse = take(found.tensors, "header")
     header = header_from_state(found.header, backbone.feature_shape, samples.num_classes, coarse).eval()
     parts = []
-    with features_once(kept):
-        for part in ("train", "validation", "test"):
-            own: list[Samples] = [getattr(d, part) for d in data.devices.values()]
-            parts.append(padded([device._run(backbone, s) for s in own], [s.labels for s in own]))
+    for part in ("train", "validation", "test"):
+        own: list[Samples] = [getattr(d, part) for d in data.devices.values()]
+        parts.append(padded([device._run(backbone, s) for s in own], [s.labels for s in own]))
+    for of_device in data.devices.values():
+        if of_device.unlabelled is not None:
+            device._run(backbone, of_device.unlabelled)
+    finished: dict[str, DeviceState] = {}
+    report, seconds, up = fleetfit(job, assignment, found, data, finished)
+    before = make_job(fields | {"refine": TODAY})
+    earlier, seconds_before, up_before = fleetfit(before, assignment, found, data)
     groups = [data.groups.get(d, 0) for d in data.devices]
     rows = baselines(Cluster(header, *parts), groups, seed)
     rows["fleetfit"] = [float("nan") if d.accuracy is None else d.accuracy for d in report.devices]
     if more:
         with_inputs, seconds, up = fleetfit(
-            make_job(fields | {"refine": {"unlabelled": True}}), assignment, found, data, kept
+            make_job(fields | {"refine": {"unlabelled": True}}), assignment, found, data
         )
         rows["fleetfit, labels only"] = rows["fleetfit"]
-        with features_once(kept):
-            rows["fleetfit, adapted later"] = adapted(finished)
+        rows["fleetfit, adapted later"] = adapted(finished)
         rows["fleetfit"] = [float("nan") if d.accuracy is None else d.accuracy for d in with_inputs.devices]
         report = with_inputs
     rows["defaults before"] = [float("nan") if d.accuracy is None else d.accuracy for d in earlier.devices]
@@ -274,7 +291,7 @@ def run_seed(task: tuple[str, int, tuple[str, ...]]) -> None:
     """All settings of one seed, each kept when it is done."""
     name, seed, only = task
     torch.set_num_threads(1)
-    cloud = None
+    cloud, remembered = None, RememberedFeatures()
     for setting in settings_of(name):
         key = content_hash(make_job({}).refine.model_dump(), OWN, FEWER, settings_of(name)[setting])
         path = WORK / "figures" / name / str(seed) / f"{setting.replace(' ', '_')}-{key}.json"
@@ -283,7 +300,8 @@ def run_seed(task: tuple[str, int, tuple[str, ...]]) -> None:
         cloud = cloud or cloud_of(name, seed)
         start = time.perf_counter()
         try:
-            figures = cell(name, seed, setting, cloud)
+            with RememberedFeatures() if settings_of(name)[setting].get("shift") == "inputs" else remembered:
+                figures = cell(name, seed, setting, cloud)
         except ValueError as error:
             print(f"{name}, seed {seed}, {setting}: {error}", flush=True)
             continue
