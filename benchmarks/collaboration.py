@@ -45,7 +45,8 @@ from fleetfit.data.samples import Samples
 from fleetfit.data.shifts import shifted
 from fleetfit.data.sources import load_samples
 from fleetfit.device import device
-from fleetfit.device.device import DeviceState, shipped_model
+from fleetfit.device.device import DeviceState
+from fleetfit.device.memory import shipped_model
 from fleetfit.edge.header import HeaderResult, find_header
 from fleetfit.edge.messages import BackboneAssignment, ClusterReport
 from fleetfit.edge.run import gather_stats, refine_cluster

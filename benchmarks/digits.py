@@ -66,7 +66,8 @@ from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.samples import Samples
 from fleetfit.data.sources import load_samples
 from fleetfit.device import device
-from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.device import DeviceState, handle
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.ways import kind_of
 from fleetfit.edge.header import HeaderResult, cached_features, find_header, with_views
 from fleetfit.edge.header_proof import make_folds

@@ -37,7 +37,8 @@ from fleetfit.core.encoding import encode, put, take
 from fleetfit.core.files import own_version, write_atomically
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.device import DeviceState, handle
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesRequest, CoarseModel, DeviceMessage, Finish, Propose, RefineRound
 from fleetfit.device.privacy import DevicePrivacy, promise, releases
 

@@ -38,8 +38,8 @@ from fleetfit.core.link import Refused
 from fleetfit.core.progress import silent
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device.device import DeviceMemory
 from fleetfit.device.handler import declining, device_handler
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import CoarseModel, DeviceMessage
 from fleetfit.edge.checks import check_reply, expected_of, reply_bounds
 from fleetfit.edge.messages import BackboneAssignment, ClusterReport, ClusterStats, decode_any, read_reply

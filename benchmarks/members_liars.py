@@ -35,7 +35,8 @@ from fleetfit.core.progress import silent
 from fleetfit.core.randomness import named_generator
 from fleetfit.core.records import DeviceAttributes
 from fleetfit.data.partition import FleetData, share_out
-from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.device import DeviceState, handle
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesReply, CoarseModel, ProposeReply, RoundReply
 from fleetfit.device.ways import ways_to_ship
 from fleetfit.edge.header import HeaderResult

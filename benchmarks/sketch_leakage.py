@@ -39,7 +39,8 @@ from fleetfit.core.randomness import named_generator
 from fleetfit.core.records import DeviceAttributes
 from fleetfit.data.partition import FleetData, Split, share_out
 from fleetfit.data.samples import Samples
-from fleetfit.device.device import SKETCH_PROJECTIONS, DeviceMemory, DeviceState, handle
+from fleetfit.device.device import SKETCH_PROJECTIONS, DeviceState, handle
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesRequest, CoarseModel, RoundReply
 from fleetfit.device.privacy import DevicePrivacy, promise, releases
 from fleetfit.edge.header import HeaderResult, cached_features

@@ -21,7 +21,8 @@ from fleetfit.core.progress import silent
 from fleetfit.core.records import DeviceAttributes, EnergyModel, HeaderSpec
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
-from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.device import DeviceState, handle
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import DeviceMessage, ProposeReply, RefineRound, RoundReply
 from fleetfit.edge import header as edge
 from fleetfit.edge import rounds

@@ -17,7 +17,8 @@ from fleetfit.core.randomness import named_generator, seeded_init
 from fleetfit.core.records import Block, DeviceAttributes, DeviceReport, EnergyModel, HeaderSpec, Way
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
-from fleetfit.device.device import SKETCH_PROJECTIONS, DeviceMemory, DeviceState, handle, shipped_model
+from fleetfit.device.device import SKETCH_PROJECTIONS, DeviceState, handle
+from fleetfit.device.memory import DeviceMemory, shipped_model
 from fleetfit.device.messages import (
     AttributesReply,
     AttributesRequest,

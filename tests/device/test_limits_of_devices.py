@@ -20,7 +20,7 @@ from fleetfit.core.encoding import decode, encode
 from fleetfit.core.records import BackboneShape
 from fleetfit.core.units import parse_seconds
 from fleetfit.data.sources import load_samples
-from fleetfit.device.device import DeviceMemory
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesReply
 from fleetfit.edge.messages import ClusterStats
 from fleetfit.models.elastic import Backbone

@@ -184,7 +184,7 @@ def test_the_coarse_model_is_what_was_found_and_what_the_job_says() -> None:
     job = make_job({"seed": 3, "header": {"search": "linear"}, "refine": {"rounds": 7, "anchor": 0.25}})
     assignment = make_assignment()
     found = HeaderResult(header=HeaderSpec(), trials=(), tensors=assignment.tensors)
-    message = edge.coarse_model(job, assignment, found, step=1)
+    message = edge.coarse_model(job, assignment, found)
     assert (message.step, message.family, message.labels, message.seed) == (1, "vit", LABELS, 3)
     assert (message.header, message.refine) == (found.header, job.refine)
     assert message.config == assignment.config
@@ -198,8 +198,8 @@ def test_class_shares_are_the_public_datas_and_never_zero() -> None:
     shares = class_shares(torch.tensor([0, 0, 0, 1]), 3)
     assert shares == pytest.approx((4 / 7, 2 / 7, 1 / 7))  # one added to each count
     told = assignment.model_copy(update={"class_shares": shares})
-    assert edge.coarse_model(Job(), told, found, step=1).class_shares == shares
-    assert edge.coarse_model(Job(), assignment, found, step=1).class_shares == pytest.approx((1 / 3,) * 3)
+    assert edge.coarse_model(Job(), told, found).class_shares == shares
+    assert edge.coarse_model(Job(), assignment, found).class_shares == pytest.approx((1 / 3,) * 3)
 
 
 def test_a_header_of_which_nothing_can_be_dropped_is_noted() -> None:

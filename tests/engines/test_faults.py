@@ -23,8 +23,9 @@ from fleetfit.core.records import DeviceAttributes, EnergyModel, Way
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import handler
-from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.device import DeviceState, handle
 from fleetfit.device.handler import device_handler
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesReply, Finish, FinishReply, ProposeReply, RefineRound, RoundReply
 from fleetfit.edge import header as edge
 from fleetfit.edge import rounds

@@ -20,8 +20,8 @@ from fleetfit.core.records import DeviceAttributes, EnergyModel, ValidationScore
 from fleetfit.data.partition import share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import handler
-from fleetfit.device.device import DeviceMemory
 from fleetfit.device.handler import device_handler
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesReply, AttributesRequest, Propose, RefineRound, RoundReply
 from fleetfit.edge.messages import ClusterStats, StatsRequest, decode_any
 from fleetfit.engines import local, whole_fleet

@@ -20,7 +20,8 @@ from fleetfit.data.augmentation import Augmentation
 from fleetfit.data.partition import Split, share_out
 from fleetfit.data.samples import Inputs, Samples
 from fleetfit.data.sources import load_samples
-from fleetfit.device.device import DeviceMemory, DeviceState, handle, shipped_model
+from fleetfit.device.device import DeviceState, handle
+from fleetfit.device.memory import DeviceMemory, shipped_model
 from fleetfit.device.messages import AttributesRequest, CoarseModel, Finish, Propose, RefineRound
 from fleetfit.edge import header as edge
 from fleetfit.edge.header_search import search_header

@@ -22,7 +22,8 @@ from fleetfit.core.records import HeaderKept
 from fleetfit.data.partition import FleetData, share_out
 from fleetfit.data.sources import load_samples
 from fleetfit.device import handler
-from fleetfit.device.device import DeviceMemory, DeviceState
+from fleetfit.device.device import DeviceState
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesReply, CoarseReply, FinishReply, RoundReply
 from fleetfit.edge.messages import decode_any
 from fleetfit.engines import local, whole_fleet

@@ -22,7 +22,6 @@ from fleetfit.cloud.reference import (
     Reference,
     classifier_of,
     shape_grid,
-    tensors_of,
 )
 from fleetfit.config.job import Job
 from fleetfit.core.checkpoints import Bookmark
@@ -34,6 +33,7 @@ from fleetfit.data.partition import Split
 from fleetfit.edge.messages import BackboneAssignment
 from fleetfit.models.classifier import Classifier
 from fleetfit.models.elastic import DepthOrder, ElasticBackbone
+from fleetfit.models.packed import packed_tensors
 
 
 class Elastic(Checkpoint):
@@ -120,7 +120,7 @@ def make_elastic(
         head_importance=tuple(tuple(i.tolist()) for i in importance.heads),
         neuron_importance_mean=tuple(float(i.mean()) for i in importance.neurons),
         curve=some_points(losses),
-        tensors=tensors_of(Classifier(elastic.backbone, header)),
+        tensors=packed_tensors(Classifier(elastic.backbone, header)),
     )
 
 
@@ -163,7 +163,7 @@ def cut_and_specialise(
         labels=public.train.label_names,
         header=model.header.spec,
         class_shares=class_shares(public.train.labels, num_classes),
-        tensors=tensors_of(model),
+        tensors=packed_tensors(model),
     )
 
 

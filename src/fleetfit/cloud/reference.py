@@ -1,7 +1,7 @@
 """The reference: built or loaded, trained on public data, and kept as a checkpoint that its whole model comes from."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from fleetfit.config.job import Job
 from fleetfit.core.checkpoints import Bookmark
-from fleetfit.core.encoding import Message, put, take
+from fleetfit.core.encoding import Message, take
 from fleetfit.core.hardware import autocast, hardware_words, torch_device_of
 from fleetfit.core.randomness import named_generator, seeded_init
 from fleetfit.core.records import BackboneShape, HeaderSpec, JsonDict, Real
@@ -23,6 +23,7 @@ from fleetfit.models.classifier import Classifier, num_parameters
 from fleetfit.models.elastic import Backbone, backbone_from_state
 from fleetfit.models.features import FeatureShape
 from fleetfit.models.header import build_header, header_from_state
+from fleetfit.models.packed import packed_tensors
 from fleetfit.models.pretrained_header import load_header
 from fleetfit.models.training import ParameterAverage, Scores, evaluate, fit, rate_share, steps_per_epoch
 
@@ -81,7 +82,7 @@ def train_reference(job: Job, public: Split, progress: ProgressOf, bookmark: Boo
         accuracy=test.accuracy,
         curve=curve,
         hardware=hardware_words(torch_device, job.run.threads),
-        tensors=tensors_of(model),
+        tensors=packed_tensors(model),
     )
 
 
@@ -264,10 +265,3 @@ def classifier_of(job: Job, result: Checkpoint, num_classes: int) -> Classifier:
     shape = backbone.feature_shape
     header = header_from_state(own_header(job, shape), shape, num_classes, take(result.tensors, "header"))
     return Classifier(backbone, header)
-
-
-def tensors_of(model: Classifier) -> dict[str, Tensor]:
-    """A whole model for a checkpoint: on the CPU, and its own."""
-    backbone: Mapping[str, Tensor] = model.backbone.model.state_dict()
-    header: Mapping[str, Tensor] = model.header.state_dict()
-    return {n: t.detach().cpu().clone() for n, t in (put("backbone", backbone) | put("header", header)).items()}

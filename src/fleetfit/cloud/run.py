@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from fleetfit.cloud import candidates as cloud_candidates
 from fleetfit.cloud import elastic as cloud_elastic
 from fleetfit.cloud.candidates import Candidates, ClusterChoice
@@ -27,7 +25,7 @@ from fleetfit.core.step_cache import cached, code_of, content_of
 from fleetfit.data.partition import Split
 from fleetfit.edge.messages import BackboneAssignment, ClusterReport, ClusterStats, StatsRequest
 from fleetfit.edge.polling import ATTEMPTS, NO_REPLY
-from fleetfit.models.elastic import Backbone
+from fleetfit.models.families import feature_shape_of
 from fleetfit.models.pretrained import fingerprint, other_split
 
 
@@ -207,8 +205,7 @@ def cached_specialised(
 
 def _num_patches(job: Job, reference: Reference) -> int:
     """p of Eq. 1: grid tokens of one sample."""
-    with torch.device("meta"):
-        rows, columns = Backbone(job.model.family, reference.config).feature_shape.grid
+    rows, columns = feature_shape_of(job.model.family, reference.config).grid
     return rows * columns
 
 

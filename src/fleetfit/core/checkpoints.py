@@ -264,6 +264,14 @@ class MemoryFolder:
             raise ValueError(f"{path} is missing: the run folder is damaged; delete it and run again")
         return decode(path.read_bytes(), kind, str(path))
 
+    def last(self, kind: type[M]) -> M:
+        """The memory of a device that has finished.
+
+        Raises:
+            ValueError: it is not there, or corrupt.
+        """
+        return self.load(max(self._steps(), default=0), kind)
+
     def before(self, step: int, kind: type[M]) -> M | None:
         """The memory that a message of this step meets, also when it is repeated; None: the device has none.
 

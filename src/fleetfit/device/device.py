@@ -4,20 +4,16 @@ It freezes the backbone and computes its features once, trains the header on pri
 (Eqs. 16-18), drops those that the personal importance set says matter least (Algorithm 2), and builds what it ships.
 """
 
-import functools
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from fleetfit.config.sections import RefineConfig
 from fleetfit.core.bounds import MAX_LOSS, MAX_VALUE, FewLines, check_values
 from fleetfit.core.encoding import Declined, Message, put, take
 from fleetfit.core.hardware import CPU, moved
@@ -25,17 +21,13 @@ from fleetfit.core.randomness import named_generator
 from fleetfit.core.records import (
     NO_SCORES,
     ONE_CLASS_NOTE,
-    BackboneShape,
     DeviceAttributes,
     DeviceReport,
-    HeaderKept,
-    HeaderSpec,
-    JsonDict,
-    ValidationScores,
     Way,
 )
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Samples
+from fleetfit.device.memory import DeviceMemory, memory_of, shipped_model, split_of, weights_of
 from fleetfit.device.messages import (
     AttributesReply,
     AttributesRequest,
@@ -50,6 +42,16 @@ from fleetfit.device.messages import (
     RoundReply,
     packed,
 )
+from fleetfit.device.priors import (
+    all_counts,
+    expected_shares,
+    header_of_way,
+    left_out_priors,
+    moved_by_inputs,
+    prior_of,
+    training_prior,
+    trusted_shifts,
+)
 from fleetfit.device.privacy import DevicePrivacy, personal_without_noise
 from fleetfit.device.refinement import (
     SKETCH_PROJECTIONS,
@@ -61,59 +63,19 @@ from fleetfit.device.refinement import (
     with_dropped_as_shipped,
     worse_than_sent,
 )
+from fleetfit.device.scoring import accuracy_of, class_counts, logits_of, scores_of
 from fleetfit.device.ways import ways_to_ship
-from fleetfit.method.class_prior import (
-    ShiftPrior,
-    class_prior,
-    floored,
-    harmless_shifts,
-    label_shift,
-    support_prior,
-)
 from fleetfit.method.similarity import random_projections, sketch_quantiles
-from fleetfit.method.size import safetensors_size_bytes
-from fleetfit.models.classifier import Classifier, num_parameters
-from fleetfit.models.elastic import Backbone, backbone_from_state, check_state
-from fleetfit.models.features import Features, FeatureShape, concatenated
-from fleetfit.models.header import Header, header_from_state
+from fleetfit.models.classifier import num_parameters
+from fleetfit.models.elastic import Backbone
+from fleetfit.models.features import Features, concatenated
+from fleetfit.models.header import Header
+from fleetfit.models.packed import stored_size_bytes
 from fleetfit.models.pruning import apply_masks, extract, prunable_layers
-from fleetfit.models.training import predict, score
 
 M = TypeVar("M", bound=Message)
 log = logging.getLogger(__name__)
 log.addFilter(FewLines())
-TRAINING_PRIOR_STRENGTH = 3.0
-FEWEST_TO_TRUST = 20  # validation samples; with fewer, training samples say too whether new shares can be trusted
-SHIFT_STEPS = 20  # of estimating class shares on inputs: more change nothing that shows
-BETWEEN = {"quarter": 0.25, "half": 0.5}  # how far from the coarse to the refined header
-
-
-class DeviceMemory(Message):
-    """What a device keeps between messages, savable as it is.
-
-    Tensors: ``backbone.*``, ``features.<split>.*`` (computed once), ``coarse.*`` (the header as sent), ``header.*``
-    (after its last training), ``refined.*`` (what the edge made for it, last), ``local.*`` (never met another's),
-    ``kept.<layer>`` (neurons not dropped), ``shipped.*`` (the header at the end).
-    """
-
-    kind: ClassVar[str] = "device_memory"
-    step: int = Field(-1, description="the last message this memory has seen")
-    family: str = ""
-    config: JsonDict = Field(default_factory=dict)
-    shape: BackboneShape | None = None
-    labels: tuple[str, ...] = ()
-    header: HeaderSpec = HeaderSpec()
-    refine: RefineConfig = RefineConfig()
-    seed: int = 0
-    class_shares: tuple[float, ...] = ()
-    report: DeviceReport | None = None
-    trained_on: tuple[str, ...] = Field((), description="classes in its training data; empty with [privacy]")
-    expected_shares: tuple[float, ...] = Field(
-        (), description="of the classes, in the data to come, as the shipped model takes them; empty with [privacy]"
-    )
-    shifts: tuple[ShiftPrior, ...] = Field(
-        (), description="with which new shares may be estimated on inputs alone: here they did not harm known labels"
-    )
 
 
 @dataclass(frozen=True)
@@ -168,22 +130,10 @@ def handle(state: DeviceState, message: Message) -> tuple[DeviceState, Message]:
         memory, reply = _unchanged(state, message)
     memory, reply = _on(memory, CPU).model_copy(update={"step": message.step}), _on(reply, CPU)
     if state.privacy:
-        reply = state.privacy.protected(message, reply, take(memory.tensors, "coarse"))
+        reply = state.privacy.protected(message, reply, memory.coarse)
     if isinstance(reply, RoundReply) and memory.refine.bits == 8 and memory.refine.exchange == "weights":
-        reply = packed(reply, take(memory.tensors, "coarse"))
+        reply = packed(reply, memory.coarse)
     return replace(own, memory=memory), reply
-
-
-def shipped_model(memory: DeviceMemory) -> Classifier:
-    """The model a finished device runs.
-
-    Raises:
-        ValueError: the device has not finished.
-    """
-    tensors = take(memory.tensors, "shipped")
-    if not tensors:
-        raise ValueError("this device has not finished: it has no model yet")
-    return Classifier(_backbone(memory), _header(memory, tensors))
 
 
 def _answered(state: DeviceState, message: DeviceMessage) -> tuple[DeviceMemory, Message]:
@@ -210,14 +160,12 @@ def _declined(state: DeviceState, message: CoarseModel) -> Declined | None:
     Raises:
         ValueError: the tensors are not those of the configuration and the header; nothing was built for them.
     """
-    backbone, coarse = take(message.tensors, "backbone"), take(message.tensors, "header")
-    shape = check_state(message.family, message.config, backbone)
-    header_from_state(message.header, shape, len(message.labels), coarse)
+    message.check(message.tensors)
     if len(message.class_shares) != len(message.labels):
         rule = f"must be {len(message.labels)} shares, one a label"
         raise ValueError(f"class_shares {rule}, got {len(message.class_shares)}")
-    held = {n: (tuple(t.shape), t.dtype) for n, t in (put("backbone.model", backbone) | put("header", coarse)).items()}
-    size_bytes, limit_bytes = safetensors_size_bytes(held, {"format": "pt"}), state.attributes.storage_limit_bytes
+    size_bytes = stored_size_bytes(take(message.tensors, "backbone"), take(message.tensors, "header"))
+    limit_bytes = state.attributes.storage_limit_bytes
     if size_bytes > limit_bytes:
         return Declined(reason=f"the model has {size_bytes} bytes, the device's limit is {limit_bytes}")
     return None
@@ -227,34 +175,14 @@ def _receive(
     state: DeviceState, message: CoarseModel, run: Callable[[Backbone, Samples], Features] | None = None
 ) -> tuple[DeviceMemory, CoarseReply]:
     """Store the coarse model, compute all features once, and sketch them."""
-    memory = DeviceMemory(
-        family=message.family,
-        config=message.config,
-        shape=message.shape,
-        labels=message.labels,
-        header=message.header,
-        refine=message.refine,
-        seed=message.seed,
-        class_shares=message.class_shares,
-        tensors={k: v for k, v in message.tensors.items() if k.startswith("backbone.")},
-    )
-    coarse = take(message.tensors, "header")
-    backbone, header = _backbone(memory), _header(memory, coarse)
-    tensors = dict(memory.tensors)
-    for name in ("train", "validation", "test"):
-        features = (run or _run)(backbone, getattr(state.data, name))
-        tensors |= put(f"features.{name}", {"output": features.output, "penultimate": features.penultimate})
-        if features.mask is not None:
-            tensors[f"features.{name}.mask"] = features.mask
+    memory, splits = memory_of(message), ["train", "validation", "test"]
+    backbone = memory.backbone()
     if state.data.unlabelled is not None and message.refine.unlabelled and len(state.data.unlabelled):
-        features = (run or _run)(backbone, state.data.unlabelled)
-        tensors |= put("features.unlabelled", {"output": features.output, "penultimate": features.penultimate})
-        if features.mask is not None:
-            tensors["features.unlabelled.mask"] = features.mask
-    tensors |= put("coarse", coarse) | put("header", coarse) | put("refined", coarse)
-    masks = {n: torch.ones(layer.num_neurons, dtype=torch.bool) for n, layer in prunable_layers(header).items()}
-    memory = memory.model_copy(update={"tensors": tensors | put("kept", masks)})
-    scores = _validation(memory, header, state.data)
+        splits.append("unlabelled")
+    for name in splits:
+        memory = memory.with_features(name, (run or _run)(backbone, split_of(state.data, name)))
+    header = memory.header_of(memory.coarse)
+    scores = scores_of(memory, header, state.data, "validation")
     return memory, CoarseReply(step=message.step, tensors=_sketch(memory, state), scores=scores)
 
 
@@ -262,40 +190,38 @@ def _unchanged(state: DeviceState, message: DeviceMessage) -> tuple[DeviceMemory
     """What is answered, in the form of every answer, by a device that learned nothing from its data."""
     if isinstance(message, CoarseModel):
         return _receive(state, message, _blank)
-    memory, nothing = state.memory, ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
-    coarse = take(memory.tensors, "coarse")
+    memory, coarse = state.memory, state.memory.coarse
     if isinstance(message, RefineRound):
-        shapes = importance_shapes(_header(memory, coarse), memory.refine)
+        shapes = importance_shapes(memory.header_of(coarse), memory.refine)
         tensors = put("importance", {name: torch.zeros(shape) for name, shape in shapes.items()})
         if memory.refine.exchange == "weights":
             tensors |= put("header", coarse)
-        return memory, RoundReply(step=message.step, tensors=tensors, scores=nothing)
+        return memory, RoundReply(step=message.step, tensors=tensors, scores=NO_SCORES)
     if isinstance(message, Propose):
         losses = torch.zeros(len(ways_to_ship(memory.refine, len(memory.labels), private=True)))
         return memory, ProposeReply(step=message.step, num_samples=0, tensors={"losses": losses})
-    return _reported(state, _header(memory, coarse), None, message.step, ())
+    return _reported(state, memory.header_of(coarse), None, message.step, ())
 
 
 def _refine(state: DeviceState, message: RefineRound) -> tuple[DeviceMemory, RoundReply]:
     """Take the personal tensors and score them, train the header on private data, score its neurons."""
     memory = _take_personal(state.memory, message.tensors, message.round - 1)
-    header = _header(memory, take(memory.tensors, "refined"))
-    prior = _training_prior(memory, state.data)
-    came = _validation(memory, header, state.data, prior)
+    header = memory.header_of(memory.refined)
+    prior = training_prior(memory, state.data)
+    came = scores_of(memory, header, state.data, "validation", prior)
     average = NO_SCORES
     if whole := take(message.tensors, "average"):
-        average = _validation(memory, _header(memory, whole), state.data, prior)
+        average = scores_of(memory, memory.header_of(whole), state.data, "validation", prior)
     during = _train_round(header, memory, state, message.round, together=True)
-    features, labels = _features(memory, "train"), state.data.train.labels
+    features, labels = memory.features("train"), state.data.train.labels
     tensors: dict[str, Tensor] = {}
     if memory.refine.scores_importance:
         tensors = put("importance", importance_set(header, features, labels, memory.refine, during))
-    own = _detached(header)
+    own = weights_of(header)
     if memory.refine.exchange == "weights":
-        kept, coarse = take(memory.tensors, "kept"), take(memory.tensors, "coarse")
-        tensors |= put("header", with_dropped_as_shipped(header, own, kept, coarse))
-    memory = memory.model_copy(update={"tensors": memory.tensors | put("header", own) | put("refined", own)})
-    scores = _validation(memory, header, state.data)
+        tensors |= put("header", with_dropped_as_shipped(header, own, memory.kept, memory.coarse))
+    memory = memory.with_weights(own=own, refined=own)
+    scores = scores_of(memory, header, state.data, "validation")
     return memory, RoundReply(step=message.step, tensors=tensors, scores=scores, came=came, average=average)
 
 
@@ -310,19 +236,20 @@ def _propose(state: DeviceState, message: Propose) -> tuple[DeviceMemory, Propos
     labels = state.data.validation.labels
     losses = torch.zeros(len(ways))
     if len(labels):
-        logits_of: dict[str, Tensor] = {}
+        logits_of_header: dict[str, Tensor] = {}
         priors: dict[tuple[float | None, float | None], Tensor] = {
-            (way.prior_strength, way.prior_classes): _left_out_priors(memory, state.data, way)
+            (way.prior_strength, way.prior_classes): left_out_priors(memory, state.data, way)
             for way in ways
             if way.prior_strength is not None and way.shift_concentration is None
         }
         left_out, of_left_out = torch.unique(labels, return_inverse=True)
         looking = {w: priors[w.prior_strength, w.prior_classes][left_out] for w in ways if w.shift_concentration}
-        moved_by = _moved_by(memory, state.data, looking)
+        moved_by = moved_by_inputs(memory, state.data, looking)
         for i, way in enumerate(ways):
-            if way.header not in logits_of:
-                logits_of[way.header] = _logits(memory, _header_of(memory, way), state.data.validation, "validation")
-            logits = logits_of[way.header] / way.temperature
+            if way.header not in logits_of_header:
+                header = header_of_way(memory, way)
+                logits_of_header[way.header] = logits_of(memory, header, state.data, "validation")
+            logits = logits_of_header[way.header] / way.temperature
             if way.prior_strength is not None:
                 logits = logits + priors[way.prior_strength, way.prior_classes][labels]
                 if way in moved_by:
@@ -343,28 +270,28 @@ def _finish(state: DeviceState, message: Finish) -> tuple[DeviceMemory, FinishRe
     memory, data, way = state.memory, state.data, message.way
     if memory.step < message.step - 1:  # it missed the proposal
         memory = _settled(state, message.tensors)
-    if not take(memory.tensors, "local"):
+    if not memory.local:
         memory = _with_local(memory, state)
-    coarse = _header(memory, take(memory.tensors, "coarse"))
-    header = _header_of(memory, way)
+    coarse = memory.header_of(memory.coarse)
+    header = header_of_way(memory, way)
     if way.header in ("refined", "own"):
-        header = extract(header, take(memory.tensors, "kept"))
+        header = extract(header, memory.kept)
     prior = torch.zeros(len(memory.labels), device=data.train.labels.device)
     if way.prior_strength is not None:
-        prior = _prior(memory, _all_counts(memory, data), way)
-        prior = prior + _moved_by(memory, data, {way: prior}).get(way, 0.0)
+        prior = prior_of(memory, all_counts(memory, data), way)
+        prior = prior + moved_by_inputs(memory, data, {way: prior}).get(way, 0.0)
     with torch.no_grad():
         last = header.last_linear
         last.weight.div_(way.temperature)
         last.bias.div_(way.temperature).add_(prior)
-    expected = _expected_shares(memory, data, way, prior)
+    expected = expected_shares(memory, data, way, prior)
     notes: tuple[str, ...] = ()
-    features, labels = _features(memory, "validation"), data.validation.labels
+    features, labels = memory.features("validation"), data.validation.labels
     if told := worse_than_sent(coarse, header, features, labels):
         log.warning("device %s ships the model as it was sent: %s", state.attributes.device_id, told)
         header, notes = coarse, (f"shipped as it was sent: {told}",)
-        expected = _expected_shares(memory, data, Way(header="coarse"), torch.zeros_like(prior))
-    local = _header(memory, take(memory.tensors, "local"))
+        expected = expected_shares(memory, data, Way(header="coarse"), torch.zeros_like(prior))
+    local = memory.header_of(memory.local)
     return _reported(replace(state, memory=memory), header, local, message.step, notes, expected)
 
 
@@ -377,18 +304,18 @@ def _reported(
     expected: tuple[float, ...] = (),
 ) -> tuple[DeviceMemory, FinishReply]:
     """What is shipped, and the report on it; ``local`` is None where fine-tuning alone came to nothing."""
-    data, coarse = state.data, _header(state.memory, take(state.memory.tensors, "coarse"))
-    memory = state.memory.model_copy(update={"tensors": state.memory.tensors | put("shipped", _detached(header))})
+    data, coarse = state.data, state.memory.header_of(state.memory.coarse)
+    memory = state.memory.with_weights(shipped=weights_of(header))
     model = shipped_model(memory)
     report = DeviceReport(
         device_id=state.attributes.device_id,
-        accuracy_coarse=_test_accuracy(memory, coarse, data),
-        accuracy_local=None if local is None else _test_accuracy(memory, local, data),
-        accuracy=_test_accuracy(memory, header, data),
+        accuracy_coarse=accuracy_of(memory, coarse, data),
+        accuracy_local=None if local is None else accuracy_of(memory, local, data),
+        accuracy=accuracy_of(memory, header, data),
         num_train=len(data.train),
         num_test=len(data.test),
         parameters=num_parameters(model),
-        size_bytes=_size_bytes(model),
+        size_bytes=stored_size_bytes(memory.backbone_weights, memory.shipped),
         limit_bytes=state.attributes.storage_limit_bytes,
         kept_neurons=sum(layer.num_neurons for layer in prunable_layers(header).values()),
         neurons=sum(layer.num_neurons for layer in prunable_layers(coarse).values()),
@@ -402,7 +329,7 @@ def _reported(
     trained_on = tuple(name for i, name in enumerate(memory.labels) if i in seen)
     update = {"report": report, "trained_on": trained_on}
     if expected and not state.privacy:
-        update |= {"expected_shares": expected, "shifts": _shifts(memory, header, data, expected)}
+        update |= {"expected_shares": expected, "shifts": trusted_shifts(memory, header, data, expected)}
     memory = memory.model_copy(update=update)
     return memory, FinishReply(step=step, report=report)
 
@@ -413,32 +340,6 @@ def _reported(
 def _on(message: M, torch_device: torch.device) -> M:
     """The same with its tensors on this hardware."""
     return message.model_copy(update={"tensors": {n: moved(t, torch_device) for n, t in message.tensors.items()}})
-
-
-def _backbone(memory: DeviceMemory) -> Backbone:
-    tensors = take(memory.tensors, "backbone")
-    backbone = backbone_from_state(memory.family, memory.config, tensors)
-    return backbone.to(next(iter(tensors.values())).device).eval()
-
-
-def _feature_shape(memory: DeviceMemory) -> FeatureShape:
-    return _feature_shape_of(memory.family, json.dumps(memory.config, sort_keys=True))
-
-
-@functools.lru_cache(maxsize=16)
-def _feature_shape_of(family: str, config: str) -> FeatureShape:
-    """Asked for several times in each step, and each time a model would be built for it."""
-    with torch.device("meta"):
-        return Backbone(family, json.loads(config)).feature_shape
-
-
-def _header(memory: DeviceMemory, tensors: Mapping[str, Tensor]) -> Header:
-    header = header_from_state(memory.header, _feature_shape(memory), len(memory.labels), tensors)
-    return header.to(next(iter(tensors.values())).device)
-
-
-def _detached(header: Header) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in header.state_dict().items()}
 
 
 def _run(backbone: Backbone, samples: Samples) -> Features:
@@ -453,39 +354,26 @@ def _blank(backbone: Backbone, samples: Samples) -> Features:
     return Features(zeros, zeros.clone())
 
 
-def _size_bytes(model: Classifier) -> int:
-    shapes = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-    return safetensors_size_bytes(shapes, {"format": "pt"})
-
-
-def _features(memory: DeviceMemory, split: str) -> Features:
-    return Features(**take(memory.tensors, f"features.{split}"))
-
-
-def _counts(samples: Samples, num_classes: int) -> Tensor:
-    return torch.bincount(samples.labels, minlength=num_classes).float()
-
-
 def _take_personal(memory: DeviceMemory, tensors: Mapping[str, Tensor], times: int) -> DeviceMemory:
     """Load the personal header, if one came, and drop neurons by the personal importance set for the n-th time."""
     if not tensors:
         return memory
-    tensors = personal_without_noise(tensors, take(memory.tensors, "coarse"))
-    header = _header(memory, take(tensors, "header") or take(memory.tensors, "refined"))
-    kept = take(memory.tensors, "kept")
+    tensors = personal_without_noise(tensors, memory.coarse)
+    header = memory.header_of(take(tensors, "header") or memory.refined)
+    kept = memory.kept
     if importance := take(tensors, "importance"):
         kept = drop_least_important(header, importance, kept, memory.refine, times)
         apply_masks(header, kept)
-    return memory.model_copy(update={"tensors": memory.tensors | put("refined", _detached(header)) | put("kept", kept)})
+    return memory.with_weights(refined=weights_of(header), kept=kept)
 
 
 def _settled(state: DeviceState, tensors: Mapping[str, Tensor]) -> DeviceMemory:
     """The memory after the last personal tensors, the last fine-tuning if there is one, and training alone."""
     memory = _take_personal(state.memory, tensors, state.memory.refine.rounds)
     if memory.refine.fine_tune:
-        header = _header(memory, take(memory.tensors, "refined"))
+        header = memory.header_of(memory.refined)
         _train_round(header, memory, state, memory.refine.rounds + 1, together=True)
-        memory = memory.model_copy(update={"tensors": memory.tensors | put("refined", _detached(header))})
+        memory = memory.with_weights(refined=weights_of(header))
     return _with_local(memory, state)
 
 
@@ -495,10 +383,10 @@ def _with_local(memory: DeviceMemory, state: DeviceState) -> DeviceMemory:
     Neither prior, anchor nor others' weights: plain fine-tuning, on the batches of the rounds.
     """
     refine = memory.refine
-    header = _header(memory, take(memory.tensors, "coarse"))
+    header = memory.header_of(memory.coarse)
     for number in range(1, 2 if refine.settle else refine.rounds + refine.fine_tune + 1):
         _train_round(header, memory, state, number, together=False)
-    return memory.model_copy(update={"tensors": memory.tensors | put("local", _detached(header))})
+    return memory.with_weights(local=weights_of(header))
 
 
 def _train_round(
@@ -510,116 +398,26 @@ def _train_round(
     balanced = together and refine.balanced_training
     return train_header(
         header,
-        _features(memory, "train"),
+        memory.features("train"),
         state.data.train.labels,
         refine,
         named_generator(memory.seed, "device", device_id, "round", number),
         f"device {device_id}, round {number} (refine.learning_rate)",
         epochs=refine.epochs_of(number),
-        anchor=take(memory.tensors, "coarse") if together else None,
-        kept=take(memory.tensors, "kept") if together else None,
-        offset=_training_prior(memory, state.data) if balanced else None,
+        anchor=memory.coarse if together else None,
+        kept=memory.kept if together else None,
+        offset=training_prior(memory, state.data) if balanced else None,
     )
-
-
-def _header_of(memory: DeviceMemory, way: Way) -> Header:
-    """The header of a way to ship, without its temperature and prior."""
-    if way.header in BETWEEN:
-        coarse, refined = take(memory.tensors, "coarse"), take(memory.tensors, "refined")
-        share = BETWEEN[way.header]
-        between = {n: t.lerp(refined[n], share) if t.is_floating_point() else t for n, t in coarse.items()}
-        return _header(memory, between)
-    return _header(memory, take(memory.tensors, "header" if way.header == "own" else way.header))
-
-
-def _shares(memory: DeviceMemory, like: Tensor) -> Tensor:
-    return moved(torch.tensor(memory.class_shares, dtype=like.dtype), like.device)
-
-
-def _all_counts(memory: DeviceMemory, data: Split) -> Tensor:
-    return _counts(data.train, len(memory.labels)) + _counts(data.validation, len(memory.labels))
-
-
-def _prior(memory: DeviceMemory, counts: Tensor, way: Way) -> Tensor:
-    """log p - log q of a way, for one or many rows of counts."""
-    assert way.prior_strength is not None, "only ways with a prior have one"
-    if way.prior_classes is None:
-        return class_prior(counts, _shares(memory, counts), way.prior_strength)
-    return support_prior(counts, _shares(memory, counts), way.prior_strength, way.prior_classes)
-
-
-def _training_prior(memory: DeviceMemory, data: Split) -> Tensor | None:
-    """What is added to logits in training and while rounds are scored, before anything was chosen."""
-    if not memory.refine.class_prior:
-        return None
-    counts = _counts(data.train, len(memory.labels))
-    return class_prior(counts, _shares(memory, counts), TRAINING_PRIOR_STRENGTH)
-
-
-def _expected_shares(memory: DeviceMemory, data: Split, way: Way, prior: Tensor) -> tuple[float, ...]:
-    """The class shares that a header with this prior (log p - log q) takes for granted.
-
-    A header that was trained here without the prior in its logits has learned the device's own shares.
-    """
-    log_shares = floored(_shares(memory, prior)).log()
-    if way.header == "local" or (way.header != "coarse" and not memory.refine.balanced_training):
-        log_shares = log_shares + class_prior(
-            _counts(data.train, len(prior)), log_shares.exp(), TRAINING_PRIOR_STRENGTH
-        )
-    return tuple((log_shares + prior).softmax(-1).tolist())
-
-
-def _shifts(memory: DeviceMemory, header: Header, data: Split, expected: tuple[float, ...]) -> tuple[ShiftPrior, ...]:
-    """With which class shares may be estimated anew later, as the device's own labelled samples tell."""
-    splits = ("validation",) if len(data.validation) >= FEWEST_TO_TRUST else ("train", "validation")
-    logits, labels = [], []
-    for name in splits:
-        samples: Samples = getattr(data, name)
-        if len(samples):
-            logits.append(_logits(memory, header, samples, name).double())
-            labels.append(samples.labels)
-    shares = moved(torch.tensor(expected, dtype=torch.float64), data.train.labels.device)
-    return harmless_shifts(torch.cat(logits), torch.cat(labels), shares)
-
-
-def _left_out_priors(memory: DeviceMemory, data: Split, way: Way) -> Tensor:
-    """Row c: the prior from all samples of the device but one of class c. [class class]"""
-    counts = _all_counts(memory, data)
-    left_out = (counts - torch.eye(len(counts), device=counts.device)).clamp(min=0)
-    return _prior(memory, left_out, way)
-
-
-def _moved_by(memory: DeviceMemory, data: Split, priors: Mapping[Way, Tensor]) -> dict[Way, Tensor]:
-    """By how much the device's inputs without labels move the priors of ways that look at them, if there are any.
-
-    Rows of priors are re-estimated each for itself; a prior is worth the labelled samples that it was made of. A header
-    whose logits are not finite, by what others' weights do to it here, moves nothing.
-    """
-    features = take(memory.tensors, "features.unlabelled")
-    worth = float(max(1, len(data.train) + len(data.validation)))
-    logits_of: dict[HeaderKept, Tensor] = {}
-    moved_by: dict[Way, Tensor] = {}
-    for way, before in priors.items() if features else ():
-        if way.shift_concentration is None:
-            continue
-        if way.header not in logits_of:
-            with torch.no_grad():
-                logits_of[way.header] = _header_of(memory, way)(Features(**features))
-        logits = logits_of[way.header] / way.temperature
-        if bool(logits.isfinite().all()):
-            shares = _shares(memory, logits)
-            moved_by[way] = label_shift(logits, before, shares, worth, way.shift_concentration, SHIFT_STEPS) - before
-    return moved_by
 
 
 def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:
     """What the edge compares devices by: some [CLS] features, or quantiles of all of them on shared directions."""
     refine = memory.refine
     if refine.similarity == "labels":
-        return {"sketch.counts": _counts(state.data.train, len(memory.labels)).cpu()}
+        return {"sketch.counts": class_counts(state.data.train, len(memory.labels)).cpu()}
     if not refine.shows_sketch:
         return {}
-    features = _features(memory, "train").output[:, 0].cpu()  # like the edge, which compares them
+    features = memory.features("train").output[:, 0].cpu()  # like the edge, which compares them
     order = torch.randperm(len(features), generator=named_generator(memory.seed, "sketch", state.attributes.device_id))
     features = features[order]
     if refine.sketch == "samples":
@@ -633,43 +431,10 @@ def _sketch(memory: DeviceMemory, state: DeviceState) -> dict[str, Tensor]:
     }
 
 
-def _validation(memory: DeviceMemory, header: Header, data: Split, prior: Tensor | None = None) -> ValidationScores:
-    return _sums(memory, header, data.validation, "validation", prior)
-
-
-def _sums(
-    memory: DeviceMemory, header: Header, samples: Samples, split: str, prior: Tensor | None = None
-) -> ValidationScores:
-    if len(samples) == 0:
-        return ValidationScores(num_samples=0, loss_sum=0.0, num_correct=0)
-    logits = _logits(memory, header, samples, split)
-    logits = logits if prior is None else logits + prior
-    result = score(logits, samples.labels)
-    # What others' weights do to a header here is no reason to be refused.
-    loss = min(result.loss, MAX_LOSS) if not math.isnan(result.loss) else MAX_LOSS
-    return ValidationScores(
-        num_samples=len(samples),
-        loss_sum=loss * len(samples),
-        num_correct=round(result.accuracy * len(samples)),
-    )
-
-
-def _logits(memory: DeviceMemory, header: Header, samples: Samples, split: str) -> Tensor:
-    features = _features(memory, split)
-    return predict(lambda rows: header(features.rows(rows)), len(samples), torch_device=samples.labels.device)
-
-
-def _test_accuracy(memory: DeviceMemory, header: Header, data: Split) -> float | None:
-    if len(data.test) == 0:
-        return None
-    result = _sums(memory, header, data.test, "test")
-    return result.num_correct / result.num_samples
-
-
 def _notes(data: Split, num_classes: int, of_pruning: str | None) -> tuple[str, ...]:
     """What a reader of the report should know about this device's data, in counts only, and about its header."""
     notes = [of_pruning] if of_pruning else []
-    present = int((_counts(data.train, num_classes) > 0).sum())
+    present = int((class_counts(data.train, num_classes) > 0).sum())
     if len(data.train) == 1:
         notes.append("one training sample")
     if present == 1:

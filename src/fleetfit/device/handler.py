@@ -11,7 +11,8 @@ from fleetfit.core.hardware import CPU
 from fleetfit.core.link import Handler
 from fleetfit.core.records import DeviceAttributes
 from fleetfit.data.partition import Split
-from fleetfit.device.device import DeviceMemory, DeviceState, handle
+from fleetfit.device.device import DeviceState, handle
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.device.messages import AttributesRequest, CoarseModel, DeviceMessage
 from fleetfit.device.privacy_ledger import PrivacyLedger
 

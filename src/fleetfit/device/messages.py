@@ -16,18 +16,33 @@ from fleetfit.core.records import (
     BackboneShape,
     DeviceAttributes,
     DeviceReport,
-    HeaderSpec,
-    JsonDict,
     ValidationScores,
     Way,
 )
 from fleetfit.method.quantisation import quantised, restored
+from fleetfit.models.packed import PackedModel
 
 MAX_STEP = 10**6
+ATTRIBUTES_STEP, COARSE_STEP = 0, 1
 MAX_NOISE = 1e12
 
 
 # -- edge <-> device --------------------------------------------------------------------------------------------------
+
+
+def round_step(number: int) -> int:
+    """The step of a round, which are counted from 1."""
+    return COARSE_STEP + number
+
+
+def propose_step(rounds: int) -> int:
+    """The step of the proposal, after so many rounds at most; fewer leave a gap."""
+    return round_step(rounds) + 1
+
+
+def finish_step(rounds: int) -> int:
+    """The last step."""
+    return propose_step(rounds) + 1
 
 
 class DeviceMessage(Request):
@@ -68,16 +83,12 @@ class CoarseReply(DeviceReply):
     scores: ValidationScores
 
 
-class CoarseModel(DeviceMessage):
+class CoarseModel(PackedModel, DeviceMessage):
     """Edge to device: the backbone and the coarse header. Tensors: ``backbone.<name>``, ``header.<name>``."""
 
     kind: ClassVar[str] = "coarse_model"
     reply: ClassVar[type[Message]] = CoarseReply
-    family: str
-    config: JsonDict
     shape: BackboneShape | None = None
-    labels: tuple[str, ...]
-    header: HeaderSpec
     refine: RefineConfig
     seed: int = Field(ge=0, le=MAX_SEED)
     class_shares: tuple[Above0, ...] = Field(description="q, class shares of what the model was trained on")

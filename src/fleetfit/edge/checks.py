@@ -8,7 +8,6 @@ lies within these bounds keeps its weight in the averages and its voice in what 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,8 +39,7 @@ from fleetfit.device.messages import (
 from fleetfit.device.refinement import SKETCH_PROJECTIONS, importance_shapes
 from fleetfit.device.ways import ways_to_ship
 from fleetfit.method.quantisation import LEVELS
-from fleetfit.models.elastic import Backbone
-from fleetfit.models.header import Header, header_from_state
+from fleetfit.models.header import Header
 
 MAX_NOTES = 20
 MAX_NOTE = 200  # characters
@@ -69,19 +67,17 @@ def expected_of(
     models: bool = False,
 ) -> Expected:
     """What follows from the coarse model, known attributes, the noise that was agreed, and whether models may come."""
-    with torch.device("meta"):
-        shape = Backbone(coarse.family, coarse.config).feature_shape
     tensors = take(coarse.tensors, "header")
-    header = header_from_state(coarse.header, shape, len(coarse.labels), tensors)
+    importance = importance_shapes(coarse.header_of(tensors), coarse.refine)
     return Expected(
         attributes=attributes,
         refine=coarse.refine,
-        channels=shape.channels,
+        channels=coarse.feature_shape.channels,
         num_classes=len(coarse.labels),
         header={name: (tuple(t.shape), t.dtype) for name, t in tensors.items()},
         privacy=privacy or PrivacyConfig(),
-        importance={n: (s, torch.float32) for n, s in importance_shapes(header, coarse.refine).items()},
-        rebuild=partial(header_from_state, coarse.header, shape, len(coarse.labels)) if models else None,
+        importance={n: (s, torch.float32) for n, s in importance.items()},
+        rebuild=coarse.header_of if models else None,
     )
 
 

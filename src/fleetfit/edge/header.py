@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fleetfit.config.job import Job, narrowed, reads_of
 from fleetfit.core.checkpoints import Checkpoints
-from fleetfit.core.encoding import Message, put, take
+from fleetfit.core.encoding import Message, take
 from fleetfit.core.hardware import CPU, fits_on, torch_device_of
 from fleetfit.core.randomness import derive_seed, named_generator
 from fleetfit.core.records import Fault, HeaderSpec, HeaderTrial, JsonDict
@@ -17,16 +17,17 @@ from fleetfit.core.step_cache import cached, code_of, content_of
 from fleetfit.data.augmentation import Augmentation, is_images, views_of
 from fleetfit.data.partition import Split
 from fleetfit.data.samples import Inputs, Samples
-from fleetfit.device.messages import CoarseModel
+from fleetfit.device.messages import COARSE_STEP, CoarseModel
 from fleetfit.device.refinement import nothing_to_drop
 from fleetfit.edge.header_proof import make_folds
 from fleetfit.edge.header_search import search_header
 from fleetfit.edge.header_trials import CachedFeatures, FeatureSource
 from fleetfit.edge.messages import BackboneAssignment, ClusterStats
-from fleetfit.method.size import safetensors_size_bytes
-from fleetfit.models.elastic import Backbone, backbone_from_state
+from fleetfit.models.classifier import Classifier
+from fleetfit.models.elastic import Backbone
 from fleetfit.models.features import Features, concatenated
-from fleetfit.models.header import build_header, header_from_state
+from fleetfit.models.header import build_header
+from fleetfit.models.packed import packed_tensors, stored_size_bytes
 
 ProgressOf = Callable[[int, int, str], None]
 JS_BINS = 8
@@ -87,13 +88,9 @@ def find_header(
         TrainingDiverged: the loss is not finite.
     """
     config = job.header
-    sent = take(assignment.tensors, "backbone")
-    backbone = backbone_from_state(assignment.family, assignment.config, sent)
     torch_device = torch_device_of(job.run.torch_device)
-    backbone.to(torch_device).eval()
-    shape, num_classes = backbone.feature_shape, len(assignment.labels)
-    distilled = header_from_state(assignment.header, shape, num_classes, take(assignment.tensors, "header"))
-    distilled.to(torch_device)
+    model = assignment.build(assignment.tensors).to(torch_device)
+    backbone, distilled = model.backbone, model.header
     generator = named_generator(job.seed, "views", assignment.cluster)
     images = is_images(data.train.inputs[:1])
     train = with_views(data.train, config.views, Augmentation(job.model.shift_pixels, job.model.flip), generator)
@@ -108,25 +105,23 @@ def find_header(
         config.views if images else 1,
         named_generator(job.seed, "folds", assignment.cluster),
     )
-    held = {f"backbone.model.{n}": (tuple(t.shape), t.dtype) for n, t in backbone.model.state_dict().items()}
     result = search_header(
         config.search,
         *sources,
         config,
-        shape,
-        num_classes,
-        limit_bytes - safetensors_size_bytes(held, {"format": "pt"}),
+        backbone.feature_shape,
+        len(assignment.labels),
+        limit_bytes - stored_size_bytes(backbone.model.state_dict(), {}),
         derive_seed(job.seed, "header", assignment.cluster),
         given=[distilled] if config.keep_distilled or config.search == "distilled" else [],
         folds=folds,
         on_progress=lambda done, total, note: progress(done, total, f"{assignment.cluster}: {note}"),
     )
-    tensors = put("backbone", dict(backbone.model.state_dict())) | put("header", dict(result.header.state_dict()))
     return HeaderResult(
         header=result.header.spec,
         trials=result.trials,
         history=tuple(result.history),
-        tensors={n: t.detach().cpu().clone() for n, t in tensors.items()},
+        tensors=packed_tensors(Classifier(backbone, result.header)),
     )
 
 
@@ -155,15 +150,7 @@ def too_small(job: Job, assignment: BackboneAssignment, stats: ClusterStats) -> 
 
     The cloud chose for the smallest of the others, with ``header.room`` of its limit left free.
     """
-    sent = {
-        f"{prefix}{name}": (tuple(t.shape), t.dtype)
-        for prefix, tensors in (
-            ("backbone.model.", take(assignment.tensors, "backbone")),
-            ("header.", take(assignment.tensors, "header")),
-        )
-        for name, t in tensors.items()
-    }
-    size_bytes = safetensors_size_bytes(sent, {"format": "pt"})
+    size_bytes = stored_size_bytes(take(assignment.tensors, "backbone"), take(assignment.tensors, "header"))
     return {
         d.device_id: Fault(
             device_id=d.device_id,
@@ -177,12 +164,12 @@ def too_small(job: Job, assignment: BackboneAssignment, stats: ClusterStats) -> 
     }
 
 
-def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, step: int) -> CoarseModel:
+def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult) -> CoarseModel:
     """What every device of the cluster is sent."""
     num_classes = len(assignment.labels)
     shares = assignment.class_shares or (1 / num_classes,) * num_classes
     return CoarseModel(
-        step=step,
+        step=COARSE_STEP,
         family=assignment.family,
         config=assignment.config,
         shape=assignment.shape,
@@ -198,6 +185,5 @@ def coarse_model(job: Job, assignment: BackboneAssignment, found: HeaderResult, 
 def pruning_note(job: Job, assignment: BackboneAssignment, found: HeaderResult) -> str | None:
     """That Algorithm 2 will drop nothing of the header that was found, and why; None if it will, or is not asked to."""
     with torch.device("meta"):
-        shape = Backbone(assignment.family, assignment.config).feature_shape
-        header = build_header(found.header, shape, len(assignment.labels))
+        header = build_header(found.header, assignment.feature_shape, len(assignment.labels))
     return nothing_to_drop(header, job.refine)

@@ -35,6 +35,7 @@ from fleetfit.device.messages import (
     RefineRound,
     RoundReply,
 )
+from fleetfit.models.packed import PackedModel
 
 # -- cloud <-> edge ---------------------------------------------------------------------------------------------------
 
@@ -81,7 +82,7 @@ class ClusterReport(Message):
     )
 
 
-class BackboneAssignment(Request):
+class BackboneAssignment(PackedModel, Request):
     """Cloud to edge: the cluster's backbone, physically cut, and the header that was distilled with it.
 
     Tensors: ``backbone.<name>`` and ``header.<name>``.
@@ -90,11 +91,7 @@ class BackboneAssignment(Request):
     kind: ClassVar[str] = "backbone_assignment"
     reply: ClassVar[type[Message]] = ClusterReport
     cluster: str
-    family: str
-    config: JsonDict
     shape: BackboneShape | None = Field(None, description="what was cut from the reference, for the model's card")
-    labels: tuple[str, ...]
-    header: HeaderSpec
     class_shares: tuple[Above0, ...] = Field((), description="of the public data that it was trained on")
 
 

@@ -21,6 +21,7 @@ from fleetfit.core.records import (
 from fleetfit.data.partition import Split
 from fleetfit.data.shifts import hidden_groups
 from fleetfit.device.messages import (
+    ATTRIBUTES_STEP,
     AttributesReply,
     AttributesRequest,
     CoarseReply,
@@ -30,6 +31,9 @@ from fleetfit.device.messages import (
     ProposeReply,
     RefineRound,
     RoundReply,
+    finish_step,
+    propose_step,
+    round_step,
 )
 from fleetfit.edge import header as edge
 from fleetfit.edge import rounds, shipping
@@ -61,7 +65,7 @@ def gather_stats(
     def ask() -> ClusterStats:
         everybody = devices.members
         came = Cluster(cluster, devices, job.links).ask(
-            "attributes", AttributesReply, lambda _: AttributesRequest(step=0), everybody
+            "attributes", AttributesReply, lambda _: AttributesRequest(step=ATTRIBUTES_STEP), everybody
         )
         taken = [_as_known(r.attributes, (known or {}).get(d)) for d, r in came.replies.items()]
         return ClusterStats(
@@ -145,11 +149,11 @@ def refine_cluster(
     edge last knew for it; who has not got the coarse model gets it first.
     """
     name = assignment.cluster
-    total = job.refine.rounds + 3
+    total = finish_step(job.refine.rounds)
     progress("refine", 0, total, f"{name}: coarse model")
     if told := edge.pruning_note(job, assignment, found):
         progress("pruning", 1, 1, f"{name}: {told}")
-    coarse = edge.coarse_model(job, assignment, found, step=1)
+    coarse = edge.coarse_model(job, assignment, found)
     known = {a.device_id: a for a in stats.devices}
     expected = expected_of(coarse, known, job.privacy, job.links.send_models)
     too_small = edge.too_small(job, assignment, stats)
@@ -168,7 +172,7 @@ def refine_cluster(
 
         def one_round(number: int = number, state: EdgeState = state) -> EdgeState:
             def question(device: str) -> RefineRound:
-                return RefineRound(step=1 + number, round=number, tensors=rounds.personal(state, device))
+                return RefineRound(step=round_step(number), round=number, tensors=rounds.personal(state, device))
 
             came = cluster.ask(f"round {number}", RoundReply, question, state.devices)
             state = rounds.with_joined(job.refine, state, came.joined, devices.members, hidden)
@@ -184,7 +188,7 @@ def refine_cluster(
             break
     best = tracker.best if job.refine.settle and tracker.settled and tracker.best is not None else state
 
-    last = 2 + job.refine.rounds
+    last = propose_step(job.refine.rounds)
     progress("refine", last - 1, total, f"{name}: what to ship")
 
     def propose() -> Decision:
@@ -204,7 +208,7 @@ def refine_cluster(
     def finish() -> ClusterReport:
         def question(device: str) -> Finish:
             missed = {} if device in decision.devices else rounds.personal(best, device)
-            return Finish(step=last + 1, way=decision.way_of(device), tensors=missed)
+            return Finish(step=total, way=decision.way_of(device), tensors=missed)
 
         came = cluster.ask("finish", FinishReply, question, (*state.devices, *decision.joined))
         of_rounds = [f for state in history for f in state.faults]

@@ -1,6 +1,8 @@
 """Where attention heads, MLP neurons and layers live in each Hugging Face family. Adding a family is one entry here."""
 
 import difflib
+import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -276,6 +278,22 @@ def family_of(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"model.family must be one of {', '.join(FAMILIES)}, got {name!r}")
     return FAMILIES[name]
+
+
+def feature_shape_of(name: str, config: JsonDict) -> FeatureShape:
+    """The shape of the tokens that a backbone of this configuration yields; no model is built.
+
+    Raises:
+        ValueError: not one of the family.
+    """
+    return _feature_shape_of(name, json.dumps(config, sort_keys=True))
+
+
+@functools.lru_cache(maxsize=16)
+def _feature_shape_of(name: str, config: str) -> FeatureShape:
+    from transformers import CONFIG_MAPPING
+
+    return family_of(name).feature_shape(_checked(CONFIG_MAPPING[name], json.loads(config)))
 
 
 def text_config(

@@ -12,13 +12,12 @@ from safetensors import SafetensorError
 
 from fleetfit.core.encoding import first_problem, take
 from fleetfit.core.files import write_atomically
-from fleetfit.core.records import HeaderSpec, JsonDict, Record
+from fleetfit.core.records import Record
 from fleetfit.data.preprocessing import Form, TextPreprocessing
 from fleetfit.data.tokenizer_files import tokenizer_files, with_tokenizer
 from fleetfit.method.class_prior import ShiftPrior
 from fleetfit.models.classifier import Classifier
-from fleetfit.models.elastic import backbone_from_state
-from fleetfit.models.header import header_from_state
+from fleetfit.models.packed import PackedModel
 from fleetfit.models.weights import first_few, not_finite
 
 log = logging.getLogger(__name__)
@@ -50,16 +49,12 @@ SMALLEST = 1e-9  # share of a class: its logarithm must be one in single precisi
 SUM_ERROR = 1e-3  # of shares, as people round
 
 
-class ModelCard(Record):
+class ModelCard(PackedModel):
     """model.json: all that rebuilds and uses a device's model beside its tensors."""
 
     format: int = MODEL_FORMAT
     device_id: str
     cluster: str
-    family: str
-    config: JsonDict
-    header: HeaderSpec
-    labels: tuple[str, ...]
     width: float
     depth: int
     inputs: str = Field(description="what the model expects")
@@ -166,8 +161,8 @@ def load_model(folder: str | Path, as_shipped: bool = False) -> Classifier:
         for name in tensors:
             if not name.startswith(("backbone.model.", "header.")):
                 raise ValueError(f"tensor {name!r} is unexpected")
-        backbone = backbone_from_state(card.family, card.config, take(tensors, "backbone.model"))
-        header = header_from_state(card.header, backbone.feature_shape, len(card.labels), take(tensors, "header"))
+        backbone = card.backbone_of(take(tensors, "backbone.model"))
+        header = card.header_of(take(tensors, "header"))
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"{path} does not fit {folder / 'model.json'}: {error}") from None
     if wrong := not_finite(tensors):

@@ -12,7 +12,6 @@ from fleetfit.cloud.reference import (
     Reference,
     fit_reference,
     shape_grid,
-    tensors_of,
     untrained_reference,
 )
 from fleetfit.cloud.run import reference_key
@@ -22,12 +21,14 @@ from fleetfit.core.hardware import torch_device_of
 from fleetfit.core.progress import Progress
 from fleetfit.core.records import DeviceAttributes, Record, SizedShape
 from fleetfit.data.partition import FleetData, Split
-from fleetfit.device.device import DeviceMemory, DeviceState, handle
-from fleetfit.device.messages import AttributesRequest, CoarseModel, RefineRound
+from fleetfit.device.device import DeviceState, handle
+from fleetfit.device.memory import DeviceMemory
+from fleetfit.device.messages import ATTRIBUTES_STEP, AttributesRequest, CoarseModel, RefineRound, round_step
 from fleetfit.edge import header as edge
 from fleetfit.edge.messages import BackboneAssignment
 from fleetfit.models.classifier import num_parameters
 from fleetfit.models.elastic import DepthOrder
+from fleetfit.models.packed import packed_tensors
 from fleetfit.models.training import steps_per_epoch
 
 SECONDS = 0.8  # of each measurement
@@ -114,7 +115,7 @@ def measured(
         validation_loss=0.0,
         validation_accuracy=0.0,
         accuracy=0.0,
-        tensors=tensors_of(model),
+        tensors=packed_tensors(model),
     )
     yield PhaseEstimate(phase="reference", **_of_reference(job, model, is_fresh, public))
     at("elastic training")
@@ -166,7 +167,7 @@ def measured(
     at("devices")
     distilled = job.model_copy(update={"header": job.header.model_copy(update={"search": "distilled"})})
     found = edge.find_header(distilled, sent[cluster], data.edges[cluster], limit, lambda *_: None)
-    coarse = edge.coarse_model(job, sent[cluster], found, step=1)
+    coarse = edge.coarse_model(job, sent[cluster], found)
     seconds = _of_devices(job, kept, cluster, coarse, data.devices)
     yield PhaseEstimate(phase="refine", seconds=seconds, note=f"{sum(map(len, kept.values()))} devices, one by one")
     progress("estimate", 7, 7, "")
@@ -212,7 +213,11 @@ def _of_devices(
     known = attributes.model_copy(update={"num_samples": len(own.train) + len(own.validation)})
     state = DeviceState(known, own, DeviceMemory(), torch_device_of(job.run.torch_device))
     took = []
-    messages: list[Message] = [AttributesRequest(step=0), coarse, RefineRound(step=2, round=1, tensors={})]
+    messages: list[Message] = [
+        AttributesRequest(step=ATTRIBUTES_STEP),
+        coarse,
+        RefineRound(step=round_step(1), round=1, tensors={}),
+    ]
     for message in messages:
         begun = time.perf_counter()
         state, _ = handle(state, message)

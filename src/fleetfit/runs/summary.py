@@ -12,7 +12,7 @@ from fleetfit.core.records import BackboneShape, DataSummary, DeviceReport, Reco
 from fleetfit.data.partition import FleetData
 from fleetfit.data.preprocessing import Form
 from fleetfit.data.samples import Samples
-from fleetfit.device.device import DeviceMemory, shipped_model
+from fleetfit.device.memory import DeviceMemory, shipped_model
 from fleetfit.device.privacy import promise
 from fleetfit.runs.device_folder import ModelCard
 from fleetfit.runs.folder import RunFolder
@@ -56,12 +56,11 @@ def write_front(folder: RunFolder, result: FleetResult) -> None:
 
 def write_models(job: Job, folder: RunFolder, result: FleetResult, samples: Samples) -> None:
     """The model of every device that finished, where the devices' memories are in the run folder."""
-    last_step = job.refine.rounds + 3
     form = samples.inputs.form
     for cluster, report in result.reports.items():
         shape = result.candidates.candidates[result.choices[cluster].chosen].shape
         for device in report.devices:
-            memory = folder.memory_of(device.device_id).load(last_step, DeviceMemory)
+            memory = folder.memory_of(device.device_id).last(DeviceMemory)
             inputs = form.words if form else f"samples as data.source {job.data.source!r} gives them"
             folder.write_device(shipped_model(memory), device_card(cluster, memory, device, shape, form, inputs))
 

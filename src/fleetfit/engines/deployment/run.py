@@ -12,12 +12,12 @@ import torch
 
 from fleetfit.cloud.run import FleetResult, run_cloud
 from fleetfit.config.job import Job
-from fleetfit.core.encoding import take
+from fleetfit.core.encoding import put, take
 from fleetfit.core.files import differences, locked, write_atomically
 from fleetfit.core.hardware import torch_device_of
 from fleetfit.core.progress import Progress
 from fleetfit.core.records import DataSummary
-from fleetfit.device.device import DeviceMemory
+from fleetfit.device.memory import DeviceMemory
 from fleetfit.edge.messages import BackboneAssignment, ClusterReport
 from fleetfit.engines.deployment.handshake import Status
 from fleetfit.engines.deployment.kit import RUN_ID, Kit, hold, job_fields, read_kit, running
@@ -25,9 +25,6 @@ from fleetfit.engines.deployment.proxy import Tell
 from fleetfit.engines.deployment.server import Attached, Hub, Server
 from fleetfit.engines.deployment.start import POLL_SECONDS, Nodes, check_code, load_data
 from fleetfit.engines.flower.link import FlowerLink
-from fleetfit.models.classifier import Classifier
-from fleetfit.models.elastic import backbone_from_state
-from fleetfit.models.header import header_from_state
 from fleetfit.runs.folder import RunFolder
 from fleetfit.runs.summary import device_card, summarise, write_devices, write_front
 from fleetfit.runs.tracking import tracking
@@ -188,12 +185,11 @@ def _write_models(kit: Kit, folder: RunFolder, result: FleetResult) -> None:
             if not (own := take(report.tensors, f"{device.device_id}/header")):
                 continue
             try:
-                backbone = backbone_from_state(sent.family, sent.config, take(report.tensors, "backbone"))
-                header = header_from_state(report.header, backbone.feature_shape, len(sent.labels), own)
+                model = memory.build(put("backbone", take(report.tensors, "backbone")) | put("header", own))
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{cluster}: the model of {device.device_id} cannot be built: {error}") from error
             card = device_card(cluster, memory, device, shape, form, form.words)
-            folder.write_device(Classifier(backbone, header).eval(), card)
+            folder.write_device(model, card)
 
 
 def _missing(step: str) -> Callable[[], BackboneAssignment]:

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from fleetfit.core.checkpoints import Ledger, MemoryFolder, StepFolder
-from fleetfit.core.encoding import Message, printable, put, take
+from fleetfit.core.encoding import Message, printable, put
 from fleetfit.core.hardware import torch_device_of
 from fleetfit.core.records import BackboneShape
 from fleetfit.data.participant import load_owned
 from fleetfit.data.partition import Split
 from fleetfit.data.tables import FUNCTION
-from fleetfit.device.device import DeviceMemory, shipped_model
 from fleetfit.device.handler import device_handler
+from fleetfit.device.memory import DeviceMemory, shipped_model
 from fleetfit.device.messages import CoarseModel, Finish, FinishReply, RefineRound
 from fleetfit.device.privacy_ledger import LEDGER_FILE, LifetimeLedger, ledger_of
 from fleetfit.edge.messages import ClusterReport
@@ -272,7 +272,7 @@ class _Device:
 
 def with_model(reply: FinishReply, memory: DeviceMemory) -> FinishReply:
     """The report together with what is the device's own of its model; the backbone is the cluster's."""
-    return reply.model_copy(update={"tensors": put("header", take(memory.tensors, "shipped"))})
+    return reply.model_copy(update={"tensors": put("header", memory.shipped)})
 
 
 def _device(kit: Kit, once: bool, tell: Tell, check: Callable[[], None]) -> None:
