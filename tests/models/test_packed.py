@@ -44,7 +44,7 @@ def test_features_follow_from_the_configuration_alone(name: str) -> None:
 def test_a_configuration_that_is_none_is_named() -> None:
     with pytest.raises(ValueError, match=r"model\.config\.hiden_size is an unknown key.*hidden_size"):
         feature_shape_of("vit", {"hiden_size": 8})
-    with pytest.raises(ValueError, match="model.family must be one of"):
+    with pytest.raises(ValueError, match=r"model\.family must be one of"):
         feature_shape_of("gpt", {})
 
 
