@@ -84,7 +84,7 @@ MAY_GO_UP: dict[str, tuple[set[str], set[str]]] = {
     "finish_reply": ({"step"} | under("report", REPORT), set()),
     "cluster_stats": (under("devices", ATTRIBUTES) | {"silent"} | under("faults", FAULT), set()),
     "cluster_report": (
-        {"cluster", "similarity", "distance", "decision.grouping"}
+        {"cluster", "similarity", "distance", "decision.grouping", "decision.num_found"}
         | under("header", HEADER | BLOCK)
         | under("trials", {"name", "loss", "accuracy", "parameters", "chosen"} | under("spec", HEADER | BLOCK))
         | under("rounds", {"round", "num_samples", "loss_sum", "num_correct"})

@@ -33,6 +33,19 @@ def test_groups_are_found_exactly(sizes: tuple[int, ...], seed: int) -> None:
     assert found.silhouettes[len(sizes)] == max(found.silhouettes.values())
 
 
+def test_two_groups_that_are_like_each_other_are_two() -> None:
+    """Of three; the highest silhouette merges them in most seeds."""
+    right = 0
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        truth = torch.tensor([0] * 7 + [1] * 7 + [2] * 6)
+        ways = torch.randn(3, 200, generator=generator)
+        ways[1] = 0.6 * ways[0] + 0.8 * ways[1]
+        made = 0.7 * ways[truth] + torch.randn(20, 200, generator=generator)
+        right += partition(groups_of(cosine_of_changes(made)).of_device) == partition(truth.tolist())
+    assert right >= 8
+
+
 @pytest.mark.parametrize("sizes", [(4,) * 10, (3,) * 20, (9, 8, 7, 6, 5, 4, 4, 4, 4, 4, 3), (12,) * 32])
 def test_many_groups_are_found_where_devices_are_many(sizes: tuple[int, ...]) -> None:
     made, truth = changes(sizes, signal=2.0)

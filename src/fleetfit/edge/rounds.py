@@ -54,6 +54,7 @@ class EdgeState(Message):
     weights: tuple[tuple[float, ...], ...] = ()
     groups: dict[str, int] = Field(default_factory=dict, description="device -> group, of those that showed a change")
     silhouettes: dict[int, float] = Field(default_factory=dict, description="by number of groups")
+    num_found: int = Field(1, description="how many groups the changes showed, kept or not")
     grouping: Literal["", "one", "found", "kept", "dropped"] = Field("", description="what is known of the groups")
     scores: ValidationScores = Field(description="the cluster's pooled validation scores when this state was made")
     came: dict[str, ValidationScores] = Field(
@@ -204,6 +205,7 @@ def grouped(state: EdgeState, changes: Mapping[str, Float[Tensor, " value"]], no
         update = {
             "groups": dict(zip(known, found.of_device, strict=True)),
             "silhouettes": found.silhouettes,
+            "num_found": found.number,
             "grouping": "found" if found.number > 1 else "one",
         }
         return _weighed(state.model_copy(update=update))
@@ -253,7 +255,7 @@ def groups_checked(state: EdgeState, replies: Mapping[str, RoundReply], ceiling:
 
 def _is_clear(state: EdgeState) -> bool:
     """Whether groups show so clearly that devices go on from their averages at once."""
-    return max(state.silhouettes.values(), default=1.0) > CLEAR_SILHOUETTE
+    return state.silhouettes.get(state.num_found, 1.0) > CLEAR_SILHOUETTE
 
 
 def weights_among(state: EdgeState, devices: Collection[str]) -> Float[Tensor, "device peer"]:

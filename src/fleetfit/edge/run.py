@@ -243,7 +243,11 @@ def _report(
         distance=rounds.distance_among(state, replies),
         rounds=tuple({"round": s.round, **s.scores.model_dump(), "came": _came(s)} for s in history),
         decision=decision.model_dump(mode="json", include={"way", "loss_by_way", "groups"})
-        | {"grouping": state.grouping, "silhouettes": {str(k): v for k, v in state.silhouettes.items()}},
+        | {
+            "grouping": state.grouping,
+            "num_found": state.num_found,
+            "silhouettes": {str(k): v for k, v in state.silhouettes.items()},
+        },
         devices=tuple(r.report for r in replies.values()),
         absent=tuple(AbsentDevice(device_id=d, since=since[d]) for d in absent),
         faults=tuple(faults),

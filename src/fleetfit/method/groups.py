@@ -5,11 +5,13 @@ like data pull it the same way. Sattler et al. 2020 (clustered federated learnin
 split in two when its devices' gradients disagree at a stationary point; here one free training tells all at once.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import squareform
 from sklearn.metrics import silhouette_score
@@ -17,6 +19,8 @@ from torch import Tensor
 
 ALWAYS_TRIED = 8  # so many groups, in clusters of at least twice as many devices; more where devices are more
 MOST_GROUPS = 32  # each number costs time that grows as the square of the devices
+MOST_MOVES = 4  # a device: they end by themselves, but for cycles
+SAME = 1e-9
 CLEAR_SILHOUETTE = 0.15  # where all data is alike, chance gave up to .1 on digits
 
 
@@ -61,32 +65,80 @@ def cosine_of_changes(changes: Float[Tensor, "device value"]) -> Float[Tensor, "
 
 
 def groups_of(cosine: Float[Tensor, "device device"], least: float = CLEAR_SILHOUETTE) -> Groups:
-    """Groups by average linkage of 1 - cosine; their number is the one with the highest silhouette, or one.
+    """The grouping of which two numbers, a cosine inside groups and one between them, tell most of all pairs' cosines.
 
-    Average linkage needs no start by chance, and puts who is like nobody in a group of its own. There may be a third as
-    many groups as devices, 32 at most, in small clusters 8 and half as many as devices; and one group where no grouping
-    has a mean silhouette above ``least``.
+    For each number of groups, average linkage of 1 - cosine makes a grouping: it needs no start by chance, and puts who
+    is like nobody in a group of its own. Then devices move to the group that they are more like on the average, one by
+    one. Between the groupings decides the likelihood of all pairs' cosines, normal around those two numbers, less the
+    logarithm of the number of pairs for each group.
+
+    There may be a third as many groups as devices, 32 at most, in small clusters 8 and half as many as devices; and one
+    group where the grouping's mean silhouette is not above ``least``.
     """
     number = len(cosine)
     if number < 4:
         return Groups((0,) * number, {})
-    distance = (1 - cosine).numpy()
-    distance = np.clip((distance + distance.T) / 2, 0, None)
+    likeness = ((cosine + cosine.T) / 2).numpy()
+    distance = np.clip(1 - likeness, 0, None)
     np.fill_diagonal(distance, 0)
     tree = linkage(squareform(distance, checks=False), "average")
     found: dict[int, tuple[float, tuple[int, ...]]] = {}
-    most = min(max(ALWAYS_TRIED, number // 3), MOST_GROUPS, number // 2)
-    for count in range(2, most + 1):
-        labels = fcluster(tree, count, "maxclust")
-        if (different := len(set(labels.tolist()))) > 1 and different not in found:
-            score = float(silhouette_score(distance, labels, metric="precomputed"))
-            found[different] = score, tuple(labels.tolist())
+    best, most_likely = 1, -math.inf
+    for count in range(2, min(max(ALWAYS_TRIED, number // 3), MOST_GROUPS, number // 2) + 1):
+        labels = _settled(likeness, fcluster(tree, count, "maxclust").astype(np.int64))
+        different = int(labels.max()) + 1
+        if different < 2 or different in found:
+            continue
+        found[different] = float(silhouette_score(distance, labels, metric="precomputed")), tuple(labels.tolist())
+        if (likelihood := _likelihood(likeness, labels)) > most_likely:
+            best, most_likely = different, likelihood
     silhouettes = {count: score for count, (score, _) in found.items()}
-    best = max(silhouettes, key=lambda count: (silhouettes[count], -count), default=1)
     if silhouettes.get(best, -1.0) <= least:
         return Groups((0,) * number, silhouettes)
     names = list(dict.fromkeys(found[best][1]))
     return Groups(tuple(names.index(label) for label in found[best][1]), silhouettes)
+
+
+def _levels(likeness: NDArray[np.float64], labels: NDArray[np.int64]) -> tuple[float, float, float]:
+    """Mean cosine inside groups and between them, and the mean square of what these two leave."""
+    pairs = np.triu_indices(len(labels), 1)
+    cosine, same = likeness[pairs], (labels[:, None] == labels)[pairs]
+    if same.all() or not same.any():
+        return float(cosine.mean()), float(cosine.mean()), float(cosine.var())
+    inside, between = cosine[same].mean(), cosine[~same].mean()
+    return float(inside), float(between), float(np.square(cosine - np.where(same, inside, between)).mean())
+
+
+def _likelihood(likeness: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    num_pairs = len(labels) * (len(labels) - 1) / 2
+    left = max(_levels(likeness, labels)[2], np.finfo(np.float64).tiny)
+    return -num_pairs / 2 * math.log(left) - (int(labels.max()) + 1) * math.log(num_pairs)
+
+
+def _settled(likeness: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The grouping after each device has moved to the group that it is more like; nobody moves to be alone.
+
+    Who is alone stays so unless it is more like a group than halfway between strangers and members.
+    """
+    labels = np.unique(labels, return_inverse=True)[1]
+    inside, between, _ = _levels(likeness, labels)
+    if inside <= between:
+        return labels
+    others = likeness - (inside + between) / 2
+    np.fill_diagonal(others, 0)
+    members = np.eye(int(labels.max()) + 1)[labels]
+    devices = np.arange(len(labels))
+    for _ in range(MOST_MOVES * len(labels)):
+        size = members.sum(axis=0)
+        in_group = size - members
+        more = np.where(in_group > 0, others @ members / np.maximum(in_group, 1), 0)
+        gain = np.where(size > 0, more, -np.inf) - more[devices, labels][:, None]
+        device, group = np.unravel_index(gain.argmax(), gain.shape)
+        if gain[device, group] <= SAME:
+            break
+        members[device], labels[device] = 0, group
+        members[device, group] = 1
+    return np.unique(labels, return_inverse=True)[1]
 
 
 def group_weights(of_device: tuple[int, ...]) -> Float[Tensor, "device peer"]:

@@ -373,7 +373,13 @@ def _grouping_words(decision: Mapping[str, Any]) -> str:
     """The evidence for groups, in a sentence."""
     silhouettes = {int(k): float(v) for k, v in dict(decision.get("silhouettes") or {}).items()}
     best = max(silhouettes, key=silhouettes.__getitem__, default=1)
-    shown = f"best silhouette {silhouettes[best]:.2f}, of {best} groups" if silhouettes else "too few devices to tell"
+    number = int(decision.get("num_found") or best)
+    if number in silhouettes:
+        shown = f"{number} groups, with a silhouette of {silhouettes[number]:.2f}"
+    else:
+        shown = (
+            f"best silhouette {silhouettes[best]:.2f}, of {best} groups" if silhouettes else "too few devices to tell"
+        )
     return {
         "one": f"One group: the devices’ header changes show no others ({shown}).",
         "found": f"Groups found from header changes ({shown}); no validation told whether they are better.",
