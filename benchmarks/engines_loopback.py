@@ -12,7 +12,8 @@ from typing import Any
 
 import tomli_w
 
-from fleetfit.engines.deployment.kit import Kit, kit_toml, read_kit
+from fleetfit.engines.deployment.kit import Kit, read_kit
+from fleetfit.engines.deployment.kit_file import kit_toml
 from fleetfit.engines.deployment.provision import provision
 from fleetfit.engines.deployment.server import free_port
 

@@ -23,7 +23,8 @@ from engines_page import setting, table, verdict
 from fleetfit.config.job import load_job
 from fleetfit.core.files import write_atomically
 from fleetfit.engines.deployment.certificates import Authority, make_authority, make_member_key, make_server
-from fleetfit.engines.deployment.kit import kit_toml, read_kit
+from fleetfit.engines.deployment.kit import read_kit
+from fleetfit.engines.deployment.kit_file import kit_toml
 from fleetfit.engines.deployment.proxy import REPEATED_SECONDS
 
 TARGET_SECONDS = 30.0

@@ -208,7 +208,8 @@ def connections() -> dict[str, Any]:
     """Members' requests beside callers that hold connections, and how long their traces last."""
     from fleetfit.engines.deployment.certificates import read_member_key
     from fleetfit.engines.deployment.handshake import Greeter
-    from fleetfit.engines.deployment.kit import kit_toml, read_kit
+    from fleetfit.engines.deployment.kit import read_kit
+    from fleetfit.engines.deployment.kit_file import kit_toml
     from fleetfit.engines.deployment.provision import provision
     from fleetfit.engines.deployment.server import Hub, free_port
 

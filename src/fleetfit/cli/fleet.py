@@ -3,12 +3,15 @@
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fleetfit.cli.options import AsJson, Debug, expect_file
 from fleetfit.cli.terminal import Phases, reporting
+
+if TYPE_CHECKING:
+    from fleetfit.engines.deployment.provision import Provisioned
 
 
 def provision(
@@ -20,6 +23,17 @@ def provision(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="No TLS: for addresses of this machine only, to see what is sent.")
     ] = False,
+    authority: Annotated[
+        Path | None,
+        typer.Option("--authority", metavar="DIR", help="Where the fleet's authority is kept.", show_default="OUT/ca"),
+    ] = None,
+    replace: Annotated[
+        list[str],
+        typer.Option("--replace", metavar="DEVICE", help="A new kit for this device; its old key is no good."),
+    ] = [],  # noqa: B006 - typer reads it
+    anew: Annotated[
+        bool, typer.Option("--anew", help="Make another fleet: all kits are replaced, on all machines.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -30,9 +44,14 @@ def provision(
     A kit is a folder with keys and certificates, the job, and whom it knows. Copy
     each to its machine, and keep kits/ca where no participant is.
 
+    Given again, with devices added to [bold]FLEET[/bold] or taken out, it makes the new kits
+    only, and an update.json for their edge: put it into the edge's kit, whether
+    that is at work or not.
+
     [bold]Examples[/bold]
 
       fleetfit provision fleet-loopback --split-data --out kits
+      fleetfit provision FLEET.toml --replace phones-3
       fleetfit start kits/phones-1
     """
     with reporting(debug) as signals:
@@ -47,19 +66,37 @@ def provision(
                 from fleetfit.engines.deployment.provision import provision as make
 
             phases("libraries", 1, 1)
-            made = make(fleet, out, split_data, insecure, phases)
+            made = make(fleet, out, split_data, insecure, phases, authority=authority, replace=replace, anew=anew)
         if as_json:
-            kits = [str(kit) for kit in made.kits]
-            typer.echo(json.dumps({"fleet": made.fleet, "kits": kits, "days": made.days}, indent=2))
+            said = {"fleet": made.fleet, "kits": [str(kit) for kit in made.kits], "days": made.days}
+            said |= {"updates": [str(update) for update in made.updates], "gone": list(made.gone)}
+            typer.echo(json.dumps(said, indent=2))
+            return
+        if not made.is_new:
+            _tell_changes(made, out)
             return
         cloud, *others = made.kits
         typer.echo(f"kits:    {out} (fleet {made.fleet}, valid for {made.days} days)")
         for number, kit in enumerate(others):
             typer.echo(f"{'' if number else 'start:':8} fleetfit start {kit}")
         typer.echo(f"run:     fleetfit run {cloud / 'job.toml'} --engine flower --cloud {cloud}")
-        typer.echo(f"secret:  {out / 'ca'} can make participants of this fleet: keep it offline, or delete it")
+        typer.echo(f"secret:  {made.authority} can make participants of this fleet: keep it offline")
         if insecure:
             typer.secho("INSECURE: nothing is encrypted, and anyone on this machine can join", fg="red", err=True)
+
+
+def _tell_changes(made: "Provisioned", out: Path) -> None:
+    """What became of a fleet that was there before."""
+    if not (made.kits or made.updates):
+        typer.echo(f"kits:    {out} are as the file has the fleet; --anew makes another one, and all kits again")
+        return
+    typer.echo(f"fleet:   {made.fleet}; all other kits stay as they are")
+    for kit in made.kits:
+        typer.echo(f"new:     {kit}: copy it to its machine, then fleetfit start {kit}")
+    for name in made.gone:
+        typer.echo(f"gone:    {name}: with the update it cannot take part any more")
+    for update in made.updates:
+        typer.echo(f"update:  {update}: copy it into the kit of {update.parent.name}, at work or not")
 
 
 def start(

@@ -20,7 +20,8 @@ from tiny_job import tiny_fields
 
 import fleetfit
 from fleetfit.config.job import load_job
-from fleetfit.engines.deployment.kit import kit_toml, read_kit
+from fleetfit.engines.deployment.kit import read_kit
+from fleetfit.engines.deployment.kit_file import kit_toml
 from fleetfit.engines.deployment.provision import provision
 
 TINY = tiny_fields(
@@ -262,6 +263,21 @@ def provisioned() -> Iterator[MakeFleet]:
         return made[-1]
 
     yield make
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def programs() -> Iterator[Callable[[Path, Path], Fleet]]:
+    """The programs of kits that are there, none of which is started; ends all that is left of them."""
+    made: list[Fleet] = []
+
+    def programs(folder: Path, kits: Path) -> Fleet:
+        (folder / "logs").mkdir()
+        made.append(Fleet(folder / "logs", kits))
+        return made[-1]
+
+    yield programs
     for each in made:
         each.close()
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fleetfit.engines.deployment.kit import KIT_FORMAT, hold, kit_toml, read_kit, running, write_secret
+from fleetfit.engines.deployment.kit import hold, read_kit, running, write_secret
+from fleetfit.engines.deployment.kit_file import KIT_FORMAT, kit_toml
 
 
 def change(folder: Path, old: str, new: str) -> None:

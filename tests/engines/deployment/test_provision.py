@@ -123,7 +123,7 @@ def test_made_again_everything_is_new_but_what_is_not_ours_stays(
 ) -> None:
     before = (kits / "fleet.id").read_text()
     key = (kits / "small-1" / "node.key").read_bytes()
-    made = provision(write(tmp_path, tiny, fleet), kits, split_data=True)
+    made = provision(write(tmp_path, tiny, fleet), kits, split_data=True, anew=True)
     assert made.fleet == (kits / "fleet.id").read_text().strip() != before.strip()
     assert (kits / "small-1" / "node.key").read_bytes() != key
     (tmp_path / "mine").mkdir()
@@ -138,7 +138,7 @@ def test_kits_that_are_at_work_are_not_replaced(
 ) -> None:
     path = write(tmp_path, tiny, fleet)
     with hold(kits / "small-2"), pytest.raises(ValueError, match="small-2 is running; stop it"):
-        provision(path, kits, split_data=True)
+        provision(path, kits, split_data=True, anew=True)
 
 
 def test_data_are_named_or_split_but_not_both(tmp_path: Path, tiny: dict[str, Any], fleet: Any, write: Any) -> None:

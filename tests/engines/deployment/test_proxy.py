@@ -54,7 +54,8 @@ from fleetfit.engines.deployment.handshake import (
     Welcome,
     objection,
 )
-from fleetfit.engines.deployment.kit import Kit, kit_toml, read_kit
+from fleetfit.engines.deployment.kit import Kit, read_kit
+from fleetfit.engines.deployment.kit_file import kit_toml
 from fleetfit.engines.deployment.provision import provision
 from fleetfit.engines.deployment.proxy import MAX_CALL_BYTES, Gate, listen
 from fleetfit.engines.deployment.server import check_certificate

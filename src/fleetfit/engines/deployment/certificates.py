@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import (
     NoEncryption,
     PrivateFormat,
     PublicFormat,
+    load_pem_private_key,
     load_ssh_private_key,
     load_ssh_public_key,
 )
@@ -73,6 +74,23 @@ def make_authority(fleet: str, days: int) -> Authority:
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .sign(key, hashes.SHA384())
     )
+    return Authority(key, certificate)
+
+
+def read_authority(folder: Path) -> Authority:
+    """An authority from its folder.
+
+    Raises:
+        ValueError: its key or certificate is damaged, or they do not belong together.
+        OSError: they cannot be read.
+    """
+    certificate = read_certificate(folder / "ca.pem")
+    try:
+        key = load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'ca.key'} is no private key that can be read: {error}") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise ValueError(f"{folder / 'ca.key'} is not the key of ca.pem beside it")
     return Authority(key, certificate)
 
 

@@ -91,7 +91,7 @@ class EdgeEntry(Place):
 class CertificatesConfig(Section):
     """How long kits are good for."""
 
-    days: Steps = Field(365, le=3650, description="after these, provision again")
+    days: Steps = Field(365, le=3650, description="after these, provision again with --anew")
 
 
 class PrivacyEntry(Section):

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.common.serde import context_from_proto, run_from_proto
-from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest
+from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
 from flwr.proto.fab_pb2 import Fab
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest, PushMessagesRequest
 from flwr.proto.node_pb2 import Node
@@ -160,6 +160,16 @@ def register(api: Api, keys: dict[str, bytes]) -> dict[str, int]:
             name: client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id
             for name, key in keys.items()
         }
+    finally:
+        client.close()
+
+
+def unregister(api: Api, nodes: Iterable[int]) -> None:
+    """Take these nodes' part away."""
+    client = api.client(ControlHttpClient)
+    try:
+        for node in nodes:
+            client.UnregisterNode(UnregisterNodeRequest(node_id=node))
     finally:
         client.close()
 

@@ -21,7 +21,8 @@ from fleetfit.core.files import own_version
 from fleetfit.core.records import Record
 from fleetfit.engines.deployment.certificates import client_context, is_signed, sign
 from fleetfit.engines.deployment.fleet_file import Name
-from fleetfit.engines.deployment.kit import Kit, KitUpstream, Role
+from fleetfit.engines.deployment.kit import Kit
+from fleetfit.engines.deployment.kit_file import KitUpstream, Role
 
 PATH = "/fleetfit/greeting"
 SIGNATURE = "fleetfit-signature"
@@ -217,7 +218,7 @@ class Greeter:
 def distrust(above: KitUpstream, ca: Path, error: ssl.SSLCertVerificationError) -> str:
     """Why a server's certificate is not believed, and what to do."""
     said = f"{above.name} at {above.host_port}"
-    again = "provision again, and copy the new kits to all"
+    again = "provision again with --anew, and copy the new kits to all"
     if error.verify_code == 10:
         return f"the certificate of {said} has expired: {again}"
     if error.verify_code == 9:
@@ -296,7 +297,7 @@ def objection(kit: Kit, greeting: Greeting, body: bytes, signature: str) -> str:
         return f"{name!r} has fleetfit {theirs}, {file.name} has {ours}: install the same version on both"
     if greeting.job != kit.job_hash:
         return (
-            f"{name!r} has another job than {file.name}: job.toml was changed in one of the two kits. Provision again, "
+            f"{name!r} has another job than {file.name}: job.toml was changed in one of the two kits. Provision again with --anew, "
             "or copy it; only its [run] may differ"
         )
     late = time.time() - greeting.seconds

@@ -3,6 +3,7 @@
 kit.toml     who it is, whom it knows, its data        ca.pem          what it trusts
 job.toml     the resolved job                          server.pem|key  cloud and edges: for those below
 task.json    the labels, and how inputs are made       node.key        edges and devices: for the one above
+update.json  cloud and edges: who belongs to those below now, if that has changed
 state/       what it keeps while it works: finished steps, memories, logs, Flower's own files
 model/       a device's model, when it is finished
 """
@@ -11,113 +12,29 @@ import os
 import re
 import tomllib
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
-import tomli_w
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError
 
 from fleetfit.config.errors import explain
 from fleetfit.config.job import Job, load_job
-from fleetfit.config.types import Section
 from fleetfit.core.encoding import first_problem
 from fleetfit.core.files import content_hash, locked
-from fleetfit.core.records import DeviceAttributes, Record
-from fleetfit.data.participant import Cut
-from fleetfit.data.preprocessing import Form
-from fleetfit.engines.deployment.fleet_file import Name, Port
+from fleetfit.core.records import DeviceAttributes
+from fleetfit.engines.deployment.kit_file import (
+    KIT_FILE,
+    KIT_FORMAT,
+    KitDevice,
+    KitFile,
+    KitServer,
+    KitUpstream,
+    Role,
+    Task,
+    a_role,
+)
+from fleetfit.engines.deployment.updates import with_update
 
-KIT_FORMAT = 1
-KIT_FILE = "kit.toml"
-Role = Literal["cloud", "edge", "device"]
 RUN_ID = re.compile(r"[0-9a-f]{16}")
-
-
-class KitData(Section):
-    """This participant's samples."""
-
-    source: str = Field(min_length=1, description="a file or folder; relative to this folder")
-    cut: Cut = Field(description="given: it has splits train, validation and test; own: cut by the job's shares")
-
-
-class KitServer(Section):
-    """Where those below connect."""
-
-    address: str = Field(description="as they reach it; the certificate is made out to it")
-    port: Port
-    listen: str = Field(description="the address of this machine to listen at; 0.0.0.0: all")
-
-
-class KitUpstream(Section):
-    """The one above."""
-
-    name: Name
-    address: str
-    port: Port
-
-    @property
-    def host_port(self) -> str:
-        """As in a URL."""
-        return f"{bracketed(self.address)}:{self.port}"
-
-
-class KitDevice(Section):
-    """What a device can do, as it tells its edge."""
-
-    storage_limit_bytes: int = Field(gt=0)
-    energy: dict[str, float]
-
-
-class KitPrivacy(Section):
-    """What this device promises itself, of a job with [privacy]."""
-
-    lifetime_epsilon: float | None = Field(
-        None, gt=0, description="the most that all its runs together may promise; default: what one run does"
-    )
-
-
-class KitMember(Section):
-    """One of those below, and the key that it must prove to have."""
-
-    name: Name
-    public_key: str
-    device: KitDevice | None = Field(
-        None, description="what it can do, if it is a device: this counts, not what it says"
-    )
-
-
-class KitFile(Section):
-    """kit.toml."""
-
-    format: int
-    fleet: str = Field(pattern=r"^[0-9a-f]{16}$", description="drawn anew for each fleet")
-    name: Name
-    role: Role
-    fleetfit: str = Field(description="the version that made it")
-    insecure: bool = False
-    data: KitData
-    server: KitServer | None = None
-    upstream: KitUpstream | None = None
-    device: KitDevice | None = None
-    privacy: KitPrivacy = KitPrivacy()
-    members: tuple[KitMember, ...] = ()
-
-    @model_validator(mode="after")
-    def _what_its_role_needs(self) -> "KitFile":
-        needs = {"cloud": {"server"}, "edge": {"server", "upstream"}, "device": {"upstream", "device"}}[self.role]
-        for key in ("server", "upstream", "device"):
-            if (getattr(self, key) is not None) != (key in needs):
-                raise ValueError(f"{key} must {'be given' if key in needs else 'be left out'} with role {self.role!r}")
-        if (self.role != "device") != bool(self.members):
-            raise ValueError(f"members must {'be given' if self.role != 'device' else 'be left out'}")
-        return self
-
-
-class Task(Record):
-    """task.json: what all participants must agree on about samples."""
-
-    labels: tuple[str, ...] = Field(min_length=2)
-    form: Form
-    raw_bytes_per_sample: int = Field(ge=0)
 
 
 class Kit:
@@ -254,20 +171,27 @@ def read_kit(folder: str | Path, *roles: Role) -> Kit:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from None
     if fields.get("format") != KIT_FORMAT:
-        raise ValueError(f"{path} has format {fields.get('format')}, this fleetfit reads {KIT_FORMAT}; provision again")
+        raise ValueError(
+            f"{path} has format {fields.get('format')}, this fleetfit reads {KIT_FORMAT}; provision again with --anew"
+        )
     try:
         file = KitFile.model_validate(fields)
     except ValidationError as error:
         raise ValueError(f"{path}:\n{explain(error, KitFile)}") from None
     if roles and file.role not in roles:
-        raise ValueError(f"{folder} is the kit of {_a(file.role)}; the kit of {' or '.join(map(_a, roles))} is needed")
+        raise ValueError(
+            f"{folder} is the kit of {a_role(file.role)}; the kit of {' or '.join(map(a_role, roles))} is needed"
+        )
     kit = Kit(folder, file, load_job(folder / "job.toml"), _read_task(folder / "task.json"))
     needed = [] if file.insecure else [kit.ca]
     needed += [kit.server_certificate, kit.server_key] if file.server is not None and not file.insecure else []
     needed += [kit.node_key] if file.upstream is not None else []
     for needed_path in needed:
         if not needed_path.is_file():
-            raise ValueError(f"{needed_path} is missing: the kit is not complete; copy it again, or provision again")
+            raise ValueError(
+                f"{needed_path} is missing: the kit is not complete; copy it again, or make a new one with `fleetfit provision ... --replace`"
+            )
+    kit.file = with_update(folder, file)
     return kit
 
 
@@ -275,35 +199,11 @@ def _read_task(path: Path) -> Task:
     try:
         return TypeAdapter(Task).validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing: the kit is not complete; copy it again, or provision again") from None
+        raise ValueError(
+            f"{path} is missing: the kit is not complete; copy it again, or make a new one with `fleetfit provision ... --replace`"
+        ) from None
     except ValidationError as error:
         raise ValueError(f"{path} is corrupt: {first_problem(error)}") from None
-
-
-def _a(role: Role) -> str:
-    return f"{'an' if role == 'edge' else 'a'} {role}"
-
-
-def kit_toml(file: KitFile) -> str:
-    """kit.toml for a person: what each part is for, and what may be changed."""
-    fields: dict[str, Any] = file.model_dump(exclude_none=True, mode="json")
-    if not fields["privacy"]:
-        del fields["privacy"]
-    if not fields["members"]:
-        del fields["members"]
-    heads = {
-        "[data]": "# May be changed: where this participant's samples are. They are read here and never sent.",
-        "[server]": "# Where those below connect; they have the same address in their kits.",
-        "[upstream]": "# The one above.",
-        "[device]": "# What this device tells its edge about itself.",
-        "[privacy]": "# May be changed. The most that all runs of this device together promise.",
-    }
-    lines = [f"# The kit of {file.name}, {_a(file.role)}. Start it with: fleetfit start <this folder>"]
-    for line in tomli_w.dumps(fields).splitlines():
-        if line in heads:
-            lines.append(heads[line])
-        lines.append(line)
-    return "\n".join(lines) + "\n"
 
 
 def hold(folder: Path) -> IO[bytes]:
@@ -336,8 +236,3 @@ def write_secret(path: Path, content: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
-
-
-def bracketed(address: str) -> str:
-    """An address as it stands before a port."""
-    return f"[{address}]" if ":" in address else address

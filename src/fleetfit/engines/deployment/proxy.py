@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -40,7 +40,8 @@ from fleetfit.engines.deployment.handshake import (
     read_greeting,
 )
 from fleetfit.engines.deployment.inside import HEADER, shown
-from fleetfit.engines.deployment.kit import Kit, bracketed
+from fleetfit.engines.deployment.kit import Kit
+from fleetfit.engines.deployment.kit_file import bracketed
 from fleetfit.engines.flower.door import AT_ONCE, Door
 
 log = logging.getLogger(__name__)
@@ -149,8 +150,8 @@ class Gate:
         self._pushed: dict[str, int] = {}
         self._lock = threading.Lock()
         insecure = kit.file.insecure
-        keys = (base64.b64encode(public_pem(member.public_key)).decode() for member in kit.file.members)
-        self._keys = None if insecure else frozenset(keys)
+        self._keys: frozenset[str] | None = None
+        self.know_members(())
         self._inside = f"{'http' if insecure else 'https'}://{inside}"
         self._client = httpx.AsyncClient(verify=not insecure and client_context(kit.ca), timeout=SECONDS)
         self._client.headers[HEADER] = shown(secret)
@@ -188,6 +189,14 @@ class Gate:
         """Who is there, in the order of the kit."""
         with self._lock:
             return {m.name: p for m in self.kit.file.members if (p := self._present.get(m.name)) and p.is_there}
+
+    def know_members(self, gone: Collection[str]) -> None:
+        """Let those in who are in the kit now; who is gone, or has another key, is not there any more."""
+        keys = (base64.b64encode(public_pem(member.public_key)).decode() for member in self.kit.file.members)
+        self._keys = None if self.kit.file.insecure else frozenset(keys)
+        with self._lock:
+            for name in gone:
+                self._present.pop(name, None)
 
     def look(self) -> None:
         """Tell of those who went without a word; end connections of nobody. Called every second or so."""
@@ -340,7 +349,7 @@ def listen(kit: Kit) -> Door:
         where = f"{bracketed(server.listen)}:{server.port}"
         raise ValueError(
             f"{kit.file.name} cannot listen at {where}: {error.strerror}. Stop what has this port, or give another in "
-            "FLEET.toml and provision again (or change server.port here and upstream.port in the kits below)"
+            "FLEET.toml and provision again with --anew (or change server.port here and upstream.port in the kits below)"
         ) from None
     return door
 

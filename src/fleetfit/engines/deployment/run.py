@@ -227,5 +227,5 @@ def _check_job(job: Job, kit: Kit) -> None:
     if found:
         raise ValueError(
             f"the kits were made for another job (it differs in {', '.join(found[:5])}): all participants must have "
-            f"the same one. Provision again with this job, or run {kit.folder / 'job.toml'}"
+            f"the same one. Provision again with this job and --anew, or run {kit.folder / 'job.toml'}"
         )

@@ -16,11 +16,12 @@ from pydantic import ValidationError
 from fleetfit.core.files import write_atomically
 from fleetfit.core.records import Record
 from fleetfit.engines.deployment.certificates import client_context, public_pem, read_certificate
-from fleetfit.engines.deployment.flower_api import Api, RunCarrier, check_version, register
+from fleetfit.engines.deployment.flower_api import Api, RunCarrier, check_version, register, unregister
 from fleetfit.engines.deployment.handshake import Status
 from fleetfit.engines.deployment.kit import Kit, running, write_secret
 from fleetfit.engines.deployment.proxy import Gate, Tell, listen
 from fleetfit.engines.deployment.subprocesses import Daemon
+from fleetfit.engines.deployment.updates import UPDATE_FILE, changes, remember_update, with_update
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,10 @@ class Hub:
         secret_file = kit.state / "secret"
         secret_file.unlink(missing_ok=True)
         write_secret(secret_file, secret)
+        remember_update(kit.folder)
         self._nodes: dict[str, int] = {}
+        self._tell = tell
+        self._updated_at = _changed_at(kit)
         self._stop = threading.Event()
         door = listen(kit)
         try:
@@ -179,12 +183,39 @@ class Hub:
                         ) from None
                 time.sleep(0.1)
 
+    def update(self) -> None:
+        """Take in an update of the kit, if one has come: those who are new may come in, those who are gone no more.
+
+        What is wrong with one is told once; then everything stays as it is.
+        """
+        if (changed_at := _changed_at(self.kit)) == self._updated_at:
+            return
+        self._updated_at = changed_at
+        before = {m.name: m for m in self.kit.file.members}
+        try:
+            file = with_update(self.kit.folder, self.kit.file)
+        except ValueError as error:
+            self._tell(str(error))
+            return
+        remember_update(self.kit.folder)
+        new, changed, gone = changes(before.values(), file.members)
+        keys = {m.name: m.public_key for m in file.members}
+        other_key = [name for name in changed if keys[name] != before[name].public_key]
+        unregister(self._api, [self._nodes.pop(name) for name in (*other_key, *gone) if name in self._nodes])
+        self._nodes |= register(self._api, {name: public_pem(keys[name]) for name in (*new, *other_key)})
+        self.kit.file = file
+        self.gate.know_members(gone=(*other_key, *gone))
+        said = ((new, "may come in"), (changed, "changed"), (gone, "may not come in any more"))
+        words = [f"{', '.join(names)} {what}" for names, what in said if names]
+        self._tell(f"the kit was updated: {'; '.join(words) or 'nothing is different'}")
+
     def _look(self) -> None:
         """Every second or so: who is there, for other programs of this machine too."""
         path, before, failed = self.kit.state / "hub.json", "", ""
         while not self._stop.wait(LOOK_SECONDS):
             try:
                 self.gate.look()
+                self.update()
                 now = HubFile(inside=self._inside, members=self.members()).model_dump_json()
                 if now != before:
                     write_atomically(path, now)
@@ -194,6 +225,15 @@ class Hub:
                 if str(error) != failed:
                     log.warning("the state of this program cannot be written: %s", error)
                 failed = str(error)
+
+
+def _changed_at(kit: Kit) -> tuple[int, int]:
+    """Tells one update file of a kit from the next."""
+    try:
+        found = (kit.folder / UPDATE_FILE).stat()
+    except FileNotFoundError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_ino
 
 
 class Attached:
@@ -256,7 +296,7 @@ def check_certificate(kit: Kit, tell: Tell) -> None:
     now, ends = datetime.now(UTC), own.not_valid_after_utc
     if ends < now:
         raise ValueError(
-            f"the certificate {kit.server_certificate} has expired on {ends:%Y-%m-%d}: provision again, and copy the "
+            f"the certificate {kit.server_certificate} has expired on {ends:%Y-%m-%d}: provision again with --anew, and copy the "
             "new kits to all"
         )
     if (begins := own.not_valid_before_utc) > now:
@@ -265,7 +305,7 @@ def check_certificate(kit: Kit, tell: Tell) -> None:
             "this machine right?"
         )
     if ends < now + SOON:
-        tell(f"the certificate of this kit expires on {ends:%Y-%m-%d}: provision again before")
+        tell(f"the certificate of this kit expires on {ends:%Y-%m-%d}: provision again with --anew before")
 
 
 def check_authority(kit: Kit) -> None:
@@ -279,7 +319,7 @@ def check_authority(kit: Kit) -> None:
     ends = read_certificate(kit.ca).not_valid_after_utc
     if ends < datetime.now(UTC):
         raise ValueError(
-            f"this kit has expired on {ends:%Y-%m-%d} ({kit.ca}): provision again, and copy the new kits to all"
+            f"this kit has expired on {ends:%Y-%m-%d} ({kit.ca}): provision again with --anew, and copy the new kits to all"
         )
 
 
