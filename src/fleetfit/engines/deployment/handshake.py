@@ -297,8 +297,8 @@ def objection(kit: Kit, greeting: Greeting, body: bytes, signature: str) -> str:
         return f"{name!r} has fleetfit {theirs}, {file.name} has {ours}: install the same version on both"
     if greeting.job != kit.job_hash:
         return (
-            f"{name!r} has another job than {file.name}: job.toml was changed in one of the two kits. Provision again with --anew, "
-            "or copy it; only its [run] may differ"
+            f"{name!r} has another job than {file.name}: job.toml was changed in one of the two kits. Provision again "
+            "with --anew, or copy it; only its [run] may differ"
         )
     late = time.time() - greeting.seconds
     if abs(late) > CLOCK_SECONDS:

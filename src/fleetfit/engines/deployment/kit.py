@@ -34,6 +34,7 @@ from fleetfit.engines.deployment.kit_file import (
 )
 from fleetfit.engines.deployment.updates import with_update
 
+NOT_WHOLE = "the kit is not complete; copy it again, or make another with `fleetfit provision ... --replace`"
 RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -188,9 +189,7 @@ def read_kit(folder: str | Path, *roles: Role) -> Kit:
     needed += [kit.node_key] if file.upstream is not None else []
     for needed_path in needed:
         if not needed_path.is_file():
-            raise ValueError(
-                f"{needed_path} is missing: the kit is not complete; copy it again, or make a new one with `fleetfit provision ... --replace`"
-            )
+            raise ValueError(f"{needed_path} is missing: {NOT_WHOLE}")
     kit.file = with_update(folder, file)
     return kit
 
@@ -199,9 +198,7 @@ def _read_task(path: Path) -> Task:
     try:
         return TypeAdapter(Task).validate_json(path.read_bytes())
     except FileNotFoundError:
-        raise ValueError(
-            f"{path} is missing: the kit is not complete; copy it again, or make a new one with `fleetfit provision ... --replace`"
-        ) from None
+        raise ValueError(f"{path} is missing: {NOT_WHOLE}") from None
     except ValidationError as error:
         raise ValueError(f"{path} is corrupt: {first_problem(error)}") from None
 

@@ -349,7 +349,7 @@ def listen(kit: Kit) -> Door:
         where = f"{bracketed(server.listen)}:{server.port}"
         raise ValueError(
             f"{kit.file.name} cannot listen at {where}: {error.strerror}. Stop what has this port, or give another in "
-            "FLEET.toml and provision again with --anew (or change server.port here and upstream.port in the kits below)"
+            "FLEET.toml and provision with --anew (or change server.port here and upstream.port in the kits below)"
         ) from None
     return door
 

@@ -296,8 +296,8 @@ def check_certificate(kit: Kit, tell: Tell) -> None:
     now, ends = datetime.now(UTC), own.not_valid_after_utc
     if ends < now:
         raise ValueError(
-            f"the certificate {kit.server_certificate} has expired on {ends:%Y-%m-%d}: provision again with --anew, and copy the "
-            "new kits to all"
+            f"the certificate {kit.server_certificate} has expired on {ends:%Y-%m-%d}: provision again "
+            "with --anew, and copy the new kits to all"
         )
     if (begins := own.not_valid_before_utc) > now:
         raise ValueError(
@@ -319,7 +319,8 @@ def check_authority(kit: Kit) -> None:
     ends = read_certificate(kit.ca).not_valid_after_utc
     if ends < datetime.now(UTC):
         raise ValueError(
-            f"this kit has expired on {ends:%Y-%m-%d} ({kit.ca}): provision again with --anew, and copy the new kits to all"
+            f"this kit has expired on {ends:%Y-%m-%d} ({kit.ca}): provision again with --anew, and "
+            "copy the new kits to all"
         )
 
 
