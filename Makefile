@@ -16,16 +16,16 @@ help:
 	@echo "make bench   the table of figures in benchmarks/results/ (about an hour on 2 cores)"
 	@echo "make clean   remove runs/ and tool caches (the virtual environment stays)"
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "fleetfit needs Python >= 3.11; set PYTHON=..."; exit 1; }
 	@echo "Installing fleetfit and PyTorch into $(VENV), once: about 1 GB to download, some minutes ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on --editable .
+	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable .
 	@touch $@
 
 $(DEV): $(STAMP)
 	@echo "Installing what tests need, all engines and formats included, once ..."
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --progress-bar on --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 demo: $(STAMP)
