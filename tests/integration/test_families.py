@@ -10,8 +10,8 @@ from transformers import ViTConfig, ViTForImageClassification
 import fleetfit
 from fleetfit.cloud.elastic_training import train_elastic
 from fleetfit.cloud.importance import reorder_by, taylor_importance
+from fleetfit.config.families import FAMILIES as FACTS
 from fleetfit.config.job import make_job
-from fleetfit.config.presets import SMALL_CONFIGS
 from fleetfit.config.sections import BackboneConfig, HeaderConfig, ModelConfig, RefineConfig
 from fleetfit.core.encoding import Message, decode, encode, put
 from fleetfit.core.randomness import named_generator, seeded_init
@@ -67,7 +67,7 @@ def folder_of_a_vit(folder: Path, **keys: object) -> Path:
 
 
 def test_jobs_know_all_families() -> None:
-    assert set(get_args(ModelConfig.model_fields["family"].annotation)) == set(FAMILIES) == set(SMALL_CONFIGS)
+    assert set(get_args(ModelConfig.model_fields["family"].annotation)) == set(FAMILIES) == set(FACTS)
 
 
 @pytest.mark.parametrize("family", IMAGES)
@@ -94,7 +94,7 @@ def test_every_family_has_a_small_model_for_digits(family: str) -> None:
 
 def make_texts(family: str, number: int, name: str) -> Samples:
     """Texts of 3 to 12 words in 16 places; a text of class c has two words of c, wherever they are."""
-    generator, padding = named_generator(0, "texts", name), SMALL_CONFIGS[family]["pad_token_id"]
+    generator, padding = named_generator(0, "texts", name), FACTS[family].small["pad_token_id"]
     labels = torch.arange(number) % 4
     tokens = torch.full((number, 16), padding)
     for i, c in enumerate(labels.tolist()):
@@ -108,7 +108,7 @@ def make_texts(family: str, number: int, name: str) -> Samples:
 @pytest.mark.parametrize("family", TEXTS)
 def test_a_family_of_texts_runs_through_all_phases(family: str) -> None:
     train, validation = make_texts(family, 240, "train"), make_texts(family, 80, "validation")
-    config = SMALL_CONFIGS[family] | {"vocab_size": 40, "max_position_embeddings": 18 if family == "roberta" else 16}
+    config = FACTS[family].small | {"vocab_size": 40, "max_position_embeddings": 18 if family == "roberta" else 16}
     with seeded_init(0, family):
         backbone = Backbone(family, config)
         model = Classifier(backbone, build_header(HeaderSpec(), backbone.feature_shape, 4))

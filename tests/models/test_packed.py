@@ -4,7 +4,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from fleetfit.config.presets import SMALL_CONFIGS
+from fleetfit.config.families import FAMILIES as FACTS
 from fleetfit.core.encoding import take
 from fleetfit.core.randomness import seeded_init
 from fleetfit.core.records import BackboneShape, HeaderSpec
@@ -19,7 +19,7 @@ MORE = {"vocab_size": 30, "max_position_embeddings": 12, "pad_token_id": 1}
 
 
 def small(name: str) -> dict[str, object]:
-    return SMALL_CONFIGS[name] | (MORE if FAMILIES[name].kind == "text" else {"image_size": 8, "patch_size": 4})
+    return FACTS[name].small | (MORE if FAMILIES[name].kind == "text" else {"image_size": 8, "patch_size": 4})
 
 
 def packed(name: str = "vit", hidden: int = 5) -> tuple[PackedModel, Classifier]:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from fleetfit.config.presets import SMALL_CONFIGS
+from fleetfit.config.families import FAMILIES as FACTS
 from fleetfit.core.randomness import named_generator, seeded_init
 from fleetfit.core.records import BackboneShape, HeaderSpec
 from fleetfit.models.classifier import Classifier
@@ -362,10 +362,10 @@ def test_images_have_no_vocabulary() -> None:
         text_config("vit", {}, num_tokens=5)
 
 
-@pytest.mark.parametrize("name", [n for n in SMALL_CONFIGS if n in PLACES])
+@pytest.mark.parametrize("name", [n for n in FACTS if n in PLACES])
 @torch.no_grad()
 def test_every_family_of_texts_has_a_small_model(name: str) -> None:
-    backbone = Backbone(name, SMALL_CONFIGS[name])
+    backbone = Backbone(name, FACTS[name].small)
     assert backbone.input_shape == (32,)
     assert backbone.feature_shape == FeatureShape(64, (1, 31), 1)
     assert sum(p.numel() for p in backbone.parameters()) < 250_000

@@ -8,7 +8,7 @@ import typer
 
 from fleetfit.cli.options import AsJson, Debug, Overrides, stdout
 from fleetfit.cli.terminal import Phases, reporting
-from fleetfit.config.presets import SMALL_CONFIGS
+from fleetfit.config.families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ def profile(
     overrides: Overrides = None,
     family: Annotated[
         str | None,
-        typer.Option("--family", metavar="NAME", help=f"{', '.join(SMALL_CONFIGS)}: its small model. Default: vit."),
+        typer.Option("--family", metavar="NAME", help=f"{', '.join(FAMILIES)}: its small model. Default: vit."),
     ] = None,
     widths: Annotated[
         str, typer.Option("--widths", metavar="W,W,...", help="Shares of heads and neurons. Default: four.")
@@ -62,9 +62,9 @@ def profile(
     shows what they predict beside what was measured. About half a minute on one
     core; as much again where power is read. Close other programs first.
 
-    Image models get images of their size. Text models (bert, roberta, distilbert)
-    get texts of as many tokens as data.max_tokens of the job says, else of 128,
-    the most that a job takes by itself. No data is read; the longer the texts,
+    Image models get images of their size. Text models get texts of as many tokens
+    as data.max_tokens of the job says, else of 128, the most that a job takes by
+    itself. No data is read; the longer the texts,
     the longer the time.
 
     [bold]Examples[/bold]

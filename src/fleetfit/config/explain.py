@@ -5,6 +5,7 @@ from typing import get_args, get_origin
 
 from pydantic import BaseModel
 
+from fleetfit.config.families import FAMILIES
 from fleetfit.config.job import Job
 from fleetfit.config.types import Section
 
@@ -13,7 +14,6 @@ IMAGE_KEYS = {
     *(f"model.{key}" for key in ("shift_pixels", "flip", "cutout_pixels", "mixup", "cutmix")),
     *("data.bad_image_share", "data.class_folder", "header.views"),
 }
-TEXT_FAMILIES = ("bert", "roberta", "distilbert")
 
 
 def explained_toml(job: Job) -> str:
@@ -21,7 +21,7 @@ def explained_toml(job: Job) -> str:
 
     Keys that are not set are comments. Left out is what the family has no use for, unless the job sets it.
     """
-    hidden = IMAGE_KEYS if job.model.family in TEXT_FAMILIES else TEXT_KEYS
+    hidden = IMAGE_KEYS if FAMILIES[job.model.family].kind == "text" else TEXT_KEYS
     lines = ["# Every key of the job, as it would run."]
     section: type[BaseModel] | None = Job
     name, shown, told = "", set[str](), set[str]()

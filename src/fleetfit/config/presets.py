@@ -1,4 +1,4 @@
-"""Settings that belong together: the paper's choices, a pre-trained start's, and small models of each family."""
+"""Settings that belong together: the paper's choices, a pre-trained start's, and those of a job with privacy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -51,38 +51,6 @@ PRETRAINED: dict[str, dict[str, Any]] = {
 
 # Every round is a noised release more, and what tells that they have settled stays on the devices.
 PRIVATE: dict[str, dict[str, Any]] = {"refine": {"rounds": 2, "similarity": "average"}}
-
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "image_size": 8,
-    "patch_size": 2,
-    "num_channels": 1,
-    "initializer_range": 0.1,
-}
-SMALL_TEXT: dict[str, Any] = {
-    "vocab_size": 1000,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "initializer_range": 0.1,
-}
-SMALL_BERT: dict[str, Any] = {
-    **SMALL_TEXT,
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 128,
-    "type_vocab_size": 1,
-}
-SMALL_CONFIGS: dict[str, dict[str, Any]] = {
-    "vit": {**SMALL, "intermediate_size": 128},
-    "deit": {**SMALL, "intermediate_size": 128},
-    "dinov2": {**SMALL, "mlp_ratio": 2},
-    "bert": SMALL_BERT,
-    "roberta": {**SMALL_BERT, "pad_token_id": 1, "max_position_embeddings": 34},  # rows 0 and 1 are no positions
-    "distilbert": {**SMALL_TEXT, "dim": 64, "n_layers": 4, "n_heads": 4, "hidden_dim": 128},
-}
 
 
 def preset_of(fields: Mapping[str, Any]) -> dict[str, Any]:

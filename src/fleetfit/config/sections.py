@@ -1,7 +1,7 @@
 """The job's other tables, with their defaults: fleetfit's own choices, made by measurement (benchmarks/results/)."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -10,22 +10,25 @@ from pydantic import (
     model_validator,
 )
 
-from fleetfit.config.presets import SMALL_CONFIGS
+from fleetfit.config.families import FAMILIES, names_of
 from fleetfit.config.types import Bytes, Section, Share, Steps, as_tuple
 from fleetfit.core.records import OPERATIONS, FixedHeaderKind, Operation
+
+if TYPE_CHECKING:
+    FamilyName = str
+else:
+    FamilyName = Literal[tuple(FAMILIES)]
 
 
 class ModelConfig(Section):
     """The reference Transformer: built from its Hugging Face configuration, or pre-trained."""
 
-    family: Literal["vit", "deit", "dinov2", "bert", "roberta", "distilbert"] = Field(
-        "vit", description="which family of models/families.py: the first three read images, the others text"
-    )
+    family: FamilyName = Field("vit", description=f"{names_of('image')} read images, {names_of('text')} texts")
     pretrained: str = Field(
         "", description="start from these weights: a folder written by save_pretrained, or a hub id; empty: from config"
     )
     config: dict[str, Any] = Field(
-        SMALL_CONFIGS["vit"],
+        FAMILIES["vit"].small,
         description="keys of the family's Hugging Face configuration; those left out are a small model's",
     )
     header: Literal["pooled", "linear"] = Field(
@@ -70,7 +73,7 @@ class ModelConfig(Section):
                 raise ValueError("config must be left out with pretrained, which has its own")
             return {**value, "config": {}}
         family = value.get("family", "vit")
-        small = SMALL_CONFIGS.get(family, {}) if isinstance(family, str) else {}
+        small = FAMILIES[family].small if isinstance(family, str) and family in FAMILIES else {}
         return {**value, "config": {**small, **given}}
 
 

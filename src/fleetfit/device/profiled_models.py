@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fleetfit.config.families import FAMILIES
 from fleetfit.config.sections import ModelConfig
 from fleetfit.core.records import JsonDict
 from fleetfit.data.text_forms import LONGEST, positions_of
@@ -10,16 +11,6 @@ from fleetfit.models.elastic import Backbone
 from fleetfit.models.families import family_of, text_config
 from fleetfit.models.pretrained import base_config
 
-# Small models of each family, as their authors publish them, but texts' vocabularies: only looking a row up takes time.
-SMALL: JsonDict = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 224}
-MODELS: dict[str, JsonDict] = {
-    "vit": {**SMALL, "intermediate_size": 1536, "patch_size": 16},
-    "deit": {**SMALL, "intermediate_size": 1536, "patch_size": 16},
-    "dinov2": {**SMALL, "mlp_ratio": 4, "patch_size": 14},
-    "bert": {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 2048},
-    "roberta": {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072},
-    "distilbert": {"dim": 768, "n_layers": 6, "n_heads": 12, "hidden_dim": 3072},
-}
 MOST_ROWS = 5000  # of a vocabulary; a model of every shape is in memory at once
 
 
@@ -39,10 +30,10 @@ def make_reference(model: ModelConfig | None, family: str = "vit", max_tokens: i
         ValueError: an unknown family, a model that cannot be built or had, more tokens than it has positions for.
     """
     if model is None:
-        if family not in MODELS:
-            raise ValueError(f"--family must be one of {', '.join(MODELS)}, got {family!r}")
+        if family not in FAMILIES:
+            raise ValueError(f"--family must be one of {', '.join(FAMILIES)}, got {family!r}")
         # What is left out is as the family's class has it.
-        fields: JsonDict = {"family": family, "pretrained": "", "config": MODELS[family]}
+        fields: JsonDict = {"family": family, "pretrained": "", "config": FAMILIES[family].profiled}
         model = ModelConfig.model_construct(**fields)
     config = base_config(model.pretrained, model.family) if model.pretrained else dict(model.config)
     try:

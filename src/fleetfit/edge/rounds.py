@@ -34,7 +34,7 @@ from fleetfit.method.similarity import (
 JS_BINS = 8
 SETTLED_SHARE = 0.02  # of the loss: less than that is no progress, nor is
 SETTLED_NATS = 0.003
-ERRORS_OF_GROUPS = 3.0  # standard errors by which averages inside groups must be better than one over all
+ERRORS_OF_GROUPS = 2.0  # standard errors by which averages inside groups must be better than one over all
 
 
 class EdgeState(Message):

@@ -315,7 +315,11 @@ def honest(kits: Path) -> Greeting:
             "small-1",
             "'small-1' has fleetfit 9.9, small has .*: install the same version",
         ),
-        ({"job": "0" * 16}, "small-1", "'small-1' has another job than small: .* Provision again with --anew, or copy it"),
+        (
+            {"job": "0" * 16},
+            "small-1",
+            "'small-1' has another job than small: .* Provision again with --anew, or copy it",
+        ),
         ({"seconds": 0.0}, "small-1", "the clock of 'small-1' is .* behind that of small: set both right"),
     ],
 )
