@@ -68,10 +68,11 @@ def markdown(cells: Cells, machine: str) -> str:
         "fleetfit and not for the defaults before, elsewhere for neither. 5 and 7 classes, Dirichlet 0.5 and iid of "
         "digits and of cifar10's seeds 24-26 were measured before groups were chosen by likelihood; none were kept.",
         "",
-        "Not all is held out. cifar10's seeds 22 and 23 showed that unclear groups were never tried, and digits' 26 "
-        "and 29 that groups like each other were merged; both were mended on seeds 100-111. Then groups had to be "
-        "better by three standard errors; cifar10's seed 25 (inputs) showed that this drops true ones, and two came back. The "
-        "two runs between two and three, that one and digits' 28 of Dirichlet 0.5, were measured again.",
+        "Not all is held out. cifar10's seeds 22 and 23 showed that unclear groups were never tried, and digits' "
+        "26 and 29 that groups like each other were merged; both were mended on seeds 100-111. Then groups had to "
+        "be better by three standard errors; cifar10's seed 25 (inputs) showed that this drops true ones, and two "
+        "came back. The two runs between two and three, that one and digits' 28 of Dirichlet 0.5, were measured "
+        "again.",
         "",
         "The best opponent of a row is the one with the highest mean on the test samples, so it is favoured. Oracle "
         "groups: FedAvg inside the true groups, with and without fine-tuning, the better by validation. Defaults "
