@@ -171,6 +171,9 @@ def test_an_older_update_is_refused_after_a_newer_one_has_counted(kits: Path, ag
     path.write_bytes(first)
     with pytest.raises(ValueError, match="it is number 1, and number 2 has been in use; copy the newest"):
         read_kit(kits / "small")
+    path.unlink()
+    with pytest.raises(ValueError, match=r"update\.json is missing, and number 2 has been in use: copy it again"):
+        read_kit(kits / "small")
     path.write_bytes(newest)
     assert [m.name for m in read_kit(kits / "small").file.members] == ["small-1", "small-2"]
 
@@ -223,10 +226,14 @@ def test_a_device_that_is_added_while_the_fleet_is_at_work_has_its_model_after_t
     fleet.run()
     fleet.ends_well("run")
     models = {d: (kits / d / "model" / "model.safetensors").read_bytes() for d in fleet.devices}
-    more = {"name": "small-3", "data": "digits", "storage_limit": "1 MB", "gpu_capacity": 40.0}
+    more = {"name": "small-3", "data": "data", "storage_limit": "1 MB", "gpu_capacity": 40.0}
     small["devices"] = [{"name": "small-1"}, {"name": "small-2"}, more]
     made = provision(write(tmp_path, job, {"job": "job.toml"} | where), kits)
     assert [kit.name for kit in made.kits] == ["small-3"]
+    new = read_kit(kits / "small-3").file
+    given = new.model_copy(update={"data": new.data.model_copy(update={"cut": "given"})})
+    (kits / "small-3" / "kit.toml").write_text(kit_toml(given))
+    shutil.copytree(kits / "small-2" / "data", kits / "small-3" / "data")
     fleet.wait_for("small", "the kit was updated: small-3 may come in")
     fleet.start("small-3", once=False)
     fleet.wait_for("small", "small-3 is there")

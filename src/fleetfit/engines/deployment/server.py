@@ -79,6 +79,7 @@ class Hub:
         write_secret(secret_file, secret)
         remember_update(kit.folder)
         self._nodes: dict[str, int] = {}
+        self._registered: dict[str, str] = {}  # keys that Flower's program knows, by name
         self._tell = tell
         self._updated_at = _changed_at(kit)
         self._stop = threading.Event()
@@ -89,8 +90,7 @@ class Hub:
             door.close()
             raise
         try:
-            if not kit.file.insecure:
-                self._nodes = register(self._api, {m.name: public_pem(m.public_key) for m in kit.file.members})
+            self._register()
             self.gate = Gate(kit, self._inside, door, self._nodes, tell, secret)
         except BaseException:
             self._superlink.stop()
@@ -189,25 +189,35 @@ class Hub:
         What is wrong with one is told once; then everything stays as it is.
         """
         if (changed_at := _changed_at(self.kit)) == self._updated_at:
+            self._register()
             return
         self._updated_at = changed_at
-        before = {m.name: m for m in self.kit.file.members}
+        before = self.kit.file.members
         try:
-            file = with_update(self.kit.folder, self.kit.file)
+            self.kit.file = with_update(self.kit.folder, self.kit.file)
         except ValueError as error:
             self._tell(str(error))
             return
+        new, changed, gone = changes(before, self.kit.file.members)
+        self.gate.know_members(gone=(*changed, *gone))
         remember_update(self.kit.folder)
-        new, changed, gone = changes(before.values(), file.members)
-        keys = {m.name: m.public_key for m in file.members}
-        other_key = [name for name in changed if keys[name] != before[name].public_key]
-        unregister(self._api, [self._nodes.pop(name) for name in (*other_key, *gone) if name in self._nodes])
-        self._nodes |= register(self._api, {name: public_pem(keys[name]) for name in (*new, *other_key)})
-        self.kit.file = file
-        self.gate.know_members(gone=(*other_key, *gone))
+        self._register()
         said = ((new, "may come in"), (changed, "changed"), (gone, "may not come in any more"))
         words = [f"{', '.join(names)} {what}" for names, what in said if names]
         self._tell(f"the kit was updated: {'; '.join(words) or 'nothing is different'}")
+
+    def _register(self) -> None:
+        """Tell Flower's program of the members' keys, where it does not know them, and of those that are gone."""
+        if self.kit.file.insecure:
+            return
+        keys = {m.name: m.public_key for m in self.kit.file.members}
+        for name in [name for name, key in self._registered.items() if keys.get(name) != key]:
+            unregister(self._api, [self._nodes[name]])
+            del self._registered[name], self._nodes[name]
+        fresh = {name: key for name, key in keys.items() if name not in self._registered}
+        if fresh:
+            self._nodes |= register(self._api, {name: public_pem(key) for name, key in fresh.items()})
+            self._registered |= fresh
 
     def _look(self) -> None:
         """Every second or so: who is there, for other programs of this machine too."""
@@ -221,9 +231,9 @@ class Hub:
                     write_atomically(path, now)
                     before = now
                 failed = ""
-            except OSError as error:  # no descriptor, no room on the disk: later there may be
+            except (OSError, httpx.HTTPError) as error:  # no descriptor, no room on the disk: later there may be
                 if str(error) != failed:
-                    log.warning("the state of this program cannot be written: %s", error)
+                    log.warning("this program's state cannot be written, or Flower's is not there: %s", error)
                 failed = str(error)
 
 

@@ -102,6 +102,8 @@ def with_update(folder: Path, file: KitFile) -> KitFile:
     """
     path = folder / UPDATE_FILE
     if not path.exists():
+        if seen := _seen(folder):
+            raise ValueError(f"{path} is missing, and number {seen} has been in use: copy it again")
         return file
     wrong = f"{path} cannot be used, and the kit stays as it was:"
     if file.insecure:
