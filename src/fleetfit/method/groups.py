@@ -127,15 +127,17 @@ def _settled(likeness: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArra
     others = likeness - (inside + between) / 2
     np.fill_diagonal(others, 0)
     members = np.eye(int(labels.max()) + 1)[labels]
-    devices = np.arange(len(labels))
+    devices, sums = np.arange(len(labels)), others @ members
     for _ in range(MOST_MOVES * len(labels)):
         size = members.sum(axis=0)
         in_group = size - members
-        more = np.where(in_group > 0, others @ members / np.maximum(in_group, 1), 0)
+        more = np.where(in_group > 0, sums / np.maximum(in_group, 1), 0)
         gain = np.where(size > 0, more, -np.inf) - more[devices, labels][:, None]
         device, group = np.unravel_index(gain.argmax(), gain.shape)
         if gain[device, group] <= SAME:
             break
+        sums[:, labels[device]] -= others[:, device]
+        sums[:, group] += others[:, device]
         members[device], labels[device] = 0, group
         members[device, group] = 1
     return np.unique(labels, return_inverse=True)[1]

@@ -84,7 +84,7 @@ def provision(
         insecure: No TLS and no keys; at loopback addresses only.
         progress: Told how far the phase "data" is.
         authority: Where the fleet's authority is kept; by default in ``out``.
-        replace: Devices and edges that get new kits; their old keys are no good any more.
+        replace: Devices that get new kits; their old keys are no good any more.
         anew: Make another fleet; all kits in ``out`` are replaced.
 
     Raises:
@@ -125,8 +125,11 @@ def provision(
     with whole_folder(out, MARK) as folder:
         making = Making(folder, plan, fleet, task, make_authority(fleet, plan.days), split, origin)
         members = write_kits(making, made)
-        write_authority(authority or folder / "ca", making, record_of(making, members))
+        if authority is None:
+            write_authority(folder / "ca", making, record_of(making, members))
         (folder / MARK).write_text(f"{fleet}\n")
+    if authority is not None:  # of the kits that were there before, until these are
+        write_authority(authority, making, record_of(making, members))
     return Provisioned(out, fleet, tuple(out / name for name in plan.names), plan.days, (), (), home, is_new=True)
 
 
